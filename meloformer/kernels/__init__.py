@@ -1,0 +1,17 @@
+"""The sparse attention of MeloFormer: structure, references and kernels.
+
+The sources live in `kernels/` at the top of a checkout. That folder has no `__init__.py`, so it
+can never shadow the unrelated distribution that owns the import name `kernels`; instead this
+package looks there for its modules. In an installed wheel they lie beside this file.
+"""
+
+from pathlib import Path
+
+_checkout = Path(__file__).resolve().parents[2] / "kernels"
+if (_checkout / "structure.py").is_file():
+    __path__.append(str(_checkout))
+
+from .attention import BACKENDS, make_attention, resolve_backend  # noqa: E402
+from .structure import Kind, Structure  # noqa: E402
+
+__all__ = ["BACKENDS", "Kind", "Structure", "make_attention", "resolve_backend"]
