@@ -1,0 +1,160 @@
+"""Which tokens may follow: one automaton for validation and for the mask in generation.
+
+    song  := BOS bar+ EOS
+    bar   := CHORD [TS] [CUT] [BPM] group*
+    group := INST note+
+    note  := [T] P [L] [V]
+
+Beyond that shape it knows what makes a song canonical: TS and BPM stand in the first bar and where
+they change, TS stands after a bar that was cut short, instruments rise in their order, onsets rise
+inside a group, pitches inside an onset, onsets lie inside the bar, and T, L and V are left out when
+they repeat. A fragment of a song may begin at any bar and end after any token.
+"""
+
+import numpy as np
+
+from . import vocab
+from .vocab import BPM, CHORD, CUT, INST, TS, L, P, T, V
+
+Ranges = list[tuple[int, int]]  # half-open ranges of ids
+
+
+def _all_but(family: vocab.Family, index: int | None) -> Ranges:
+    """The family's ids without the one of value `index`."""
+    if index is None:
+        return [(family.start, family.stop)]
+    return [(family.start, family.start + index), (family.start + index + 1, family.stop)]
+
+
+class Grammar:
+    """The state of a song after some tokens; starts before the first."""
+
+    def __init__(self):
+        self._after = ""  # family name of the previous token
+        self._first_bar = True
+        self._signature: int | None = None
+        self._part = -1
+        self._bar_steps = 0
+        self._cut = False  # the current bar is cut short
+        self._after_cut = False  # the bar before it was
+        self._bpm: int | None = None
+        self._group = -1  # index of the group's INST; -1 before the first group of a bar
+        self._onset = self._pitch = -1
+        self._length: int | None = None
+        self._velocity: int | None = None
+
+    def allowed_ranges(self) -> Ranges:
+        """The ids that may come next, as half-open ranges (some may be empty); [] after EOS."""
+        after = self._after
+        if after == "":
+            return [(vocab.BOS, vocab.BOS + 1), (CHORD.start, CHORD.stop)]
+        if after == "EOS":
+            return []
+        if after == "BOS":
+            return [(CHORD.start, CHORD.stop)]
+        if after == "INST":
+            return [(T.start, T.start + self._bar_steps)]
+        if after == "T":
+            return [(P.start, P.stop)]
+        if after == "P" and self._length is None:
+            return [(L.start, L.stop)]
+        if after == "L" and self._velocity is None:
+            return [(V.start, V.stop)]
+
+        ranges: Ranges = []
+        if after == "CHORD":
+            if self._first_bar or self._after_cut:
+                return [(TS.start, TS.stop)]
+            # Inside a bar of several parts even the same signature says something: a new bar line.
+            ranges += _all_but(TS, self._signature if self._part == 0 else None)
+        if after in ("CHORD", "TS"):
+            ranges.append((CUT.start, CUT.start + self._bar_steps - 1))
+        if after in ("CHORD", "TS", "CUT"):
+            ranges += _all_but(BPM, self._bpm)
+            if self._bpm is None:
+                return ranges
+        if after == "P":
+            ranges += _all_but(L, self._length)
+        if after in ("P", "L"):
+            ranges += _all_but(V, self._velocity)
+        if after in ("P", "L", "V"):
+            ranges += [
+                (T.start + self._onset + 1, T.start + self._bar_steps),
+                (P.start + self._pitch + 1, P.stop),
+            ]
+        return [
+            *ranges,
+            (INST.start + self._group + 1, INST.stop),
+            (CHORD.start, CHORD.stop),
+            (vocab.EOS, vocab.EOS + 1),
+        ]
+
+    def allowed(self) -> np.ndarray:
+        """The ids that may come next, as a mask: bool [VOCAB_SIZE]."""
+        mask = np.zeros(vocab.VOCAB_SIZE, dtype=bool)
+        for low, high in self.allowed_ranges():
+            mask[low:high] = True
+        return mask
+
+    def push(self, token: int) -> None:
+        """Append a token.
+
+        Raises:
+            ValueError: the token may not come next.
+        """
+        if not any(low <= token < high for low, high in self.allowed_ranges()):
+            name = vocab.names()[token] if 0 <= token < vocab.VOCAB_SIZE else f"id {token}"
+            raise ValueError(f"{name} may not follow {self._after or 'the start'} here")
+        family = vocab.family_of(token)
+        value = token - family.start
+        self._after = family.name
+        if family is CHORD:
+            self._begin_bar()
+        elif family is TS:
+            self._signature, self._part = value, 0
+            self._bar_steps = min(int(vocab.SIGNATURE_STEPS[value]), vocab.MAX_BAR_STEPS)
+        elif family is CUT:
+            self._bar_steps, self._cut = value + 1, True
+        elif family is BPM:
+            self._bpm = value
+        elif family is INST:
+            self._group, self._onset, self._pitch = value, -1, -1
+            self._length = self._velocity = None
+        elif family is T:
+            self._onset, self._pitch = value, -1
+        elif family is P:
+            self._pitch = value
+        elif family is L:
+            self._length = value
+        elif family is V:
+            self._velocity = value
+
+    def _begin_bar(self) -> None:
+        self._first_bar = self._signature is None
+        self._after_cut, self._cut = self._cut, False
+        self._group = -1
+        if not self._first_bar:
+            nominal = int(vocab.SIGNATURE_STEPS[self._signature])
+            self._part = (self._part + 1) % -(-nominal // vocab.MAX_BAR_STEPS)
+            rest = nominal - self._part * vocab.MAX_BAR_STEPS
+            self._bar_steps = min(rest, vocab.MAX_BAR_STEPS)
+
+    @property
+    def bar_complete(self) -> bool:
+        """Whether the current bar may end here, so that CHORD or EOS may follow."""
+        return any(low <= vocab.EOS < high for low, high in self.allowed_ranges())
+
+
+def check(ids: np.ndarray) -> Grammar:
+    """Run the grammar over token ids [n] and return its state after them.
+
+    Raises:
+        ValueError: naming the index of the first token that may not stand where it does.
+    """
+    grammar = Grammar()
+    for index, token in enumerate(np.asarray(ids).tolist()):
+        try:
+            grammar.push(token)
+        except ValueError as error:
+            raise ValueError(f"token {index}: {error}") from None
+    return grammar
