@@ -154,6 +154,7 @@ def restated(ids: np.ndarray, point: int) -> tuple[np.ndarray, int]:
         *([vocab.CUT.start + bars.steps[bar] - 1] if bars.cut[bar] else []),
         vocab.BPM.start + bars.bpm[bar] - vocab.MIN_BPM,
     ]
-    following = np.asarray(ids[point + 1 : point + 4])
-    skip = 1 + int(((following >= vocab.TS.start) & (following < vocab.BPM.stop)).sum())
+    skip = 1
+    while point + skip < len(ids) and vocab.TS.start <= ids[point + skip] < vocab.BPM.stop:
+        skip += 1
     return np.array(header, dtype=np.uint16), skip

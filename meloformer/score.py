@@ -124,7 +124,6 @@ def _bar_lines(midi: miditoolkit.MidiFile, end: int) -> tuple[np.ndarray, np.nda
         [
             (int(_to_steps(np.int64(ts.time), tpq)), ts.numerator, ts.denominator)
             for ts in midi.time_signature_changes
-            if ts.numerator > 0 and ts.denominator > 0
         ],
         default=(4, 4),
     )

@@ -15,7 +15,7 @@ import numpy as np
 FORMAT_VERSION = 1
 STEPS_PER_QUARTER = 24
 MAX_BAR_STEPS = 8 * STEPS_PER_QUARTER  # a longer bar is split into parts of this many steps
-MAX_NOTE_STEPS = 16 * STEPS_PER_QUARTER
+MAX_NOTE_STEPS = 64 * STEPS_PER_QUARTER
 MIN_BPM, MAX_BPM = 20, 300
 VELOCITY_BINS = 32
 DRUMS = 128  # the instrument number of drums; 0..127 are General MIDI programs
@@ -59,17 +59,18 @@ SIGNATURE_INDEX = {signature: i for i, signature in enumerate(SIGNATURES)}
 def _length_steps() -> np.ndarray:
     """Note lengths in steps: exact to a quarter, then geometric with at most 3 % error.
 
-    Binary and dotted lengths are kept exact; between two of them stand as few values as the error
-    bound allows.
+    The bound holds for rounding down, which a note needs that ends where its pitch is struck again.
+    Binary and dotted lengths are kept exact; between two of them stand as few values as the bound
+    allows.
     """
     exact = STEPS_PER_QUARTER
     lengths = list(range(1, exact + 1))
-    kept = [exact * m // 2 for m in (2, 3, 4, 6, 8, 12, 16, 24, 32)]
+    kept = [exact * m // 2 for m in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)]
     for low, high in itertools.pairwise(kept):
         between = np.arange(low, high + 1)
         for parts in range(1, high - low + 1):
             grid = np.unique(np.rint(np.geomspace(low, high, parts + 1)).astype(np.int64))
-            error = np.abs(between[:, None] - grid).min(axis=1) / between
+            error = 1 - grid[np.searchsorted(grid, between, side="right") - 1] / between
             if error.max() <= 0.03:
                 break
         lengths += grid[1:].tolist()
