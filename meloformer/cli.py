@@ -1,6 +1,7 @@
 """What every `python -m meloformer.<command>` shares: flag spelling, one-line errors, exit codes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number from 0 up to but not including 1."""
     value = float(text)
@@ -54,7 +63,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process meets the same error
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -140,6 +140,16 @@ class Grammar:
             self._bar_steps = min(rest, vocab.MAX_BAR_STEPS)
 
     @property
+    def signature(self) -> int | None:
+        """Index into `vocab.SIGNATURES` of the time signature in force."""
+        return self._signature
+
+    @property
+    def bpm(self) -> int | None:
+        """The tempo in force."""
+        return None if self._bpm is None else self._bpm + vocab.MIN_BPM
+
+    @property
     def bar_complete(self) -> bool:
         """Whether the current bar may end here, so that CHORD or EOS may follow."""
         return any(low <= vocab.EOS < high for low, high in self.allowed_ranges())

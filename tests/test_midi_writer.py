@@ -1,10 +1,11 @@
 import mido
 
+from benchmarks.fidelity import notes_by_key
 from meloformer.midi_reader import read_midi
 from meloformer.midi_writer import write_midi
 from meloformer.tokenizer import HIDTokenizer
 
-from songs import notes_by_key, song
+from songs import song
 
 
 def played(path):

@@ -6,23 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fidelity import measure
 from meloformer import grammar, vocab
 from meloformer.compose import compose
 from meloformer.errors import MidiError, UserError
 from meloformer.tokenizer import HIDTokenizer
 
-from songs import (
-    EXAMPLE,
-    as_one_player,
-    bar_lines,
-    example,
-    notes_by_key,
-    offset_f1,
-    onset_f1,
-    seconds_at,
-    song,
-    through_file,
-)
+from songs import EXAMPLE, example, song, through_file
 
 TOKENIZER = HIDTokenizer()
 
@@ -124,19 +114,11 @@ def test_encoding_any_decoded_song_changes_nothing(notes, signatures, tempi, tpq
 
 def assert_faithful(midi):
     """The figures that every readable file must keep; as in the design."""
-    decoded = TOKENIZER.decode(TOKENIZER.encode(midi))
-    expected, found = as_one_player(notes_by_key(midi)), notes_by_key(decoded)
-    assert onset_f1(expected, found) >= 0.96
-    assert offset_f1(expected, found) >= 0.99
-    end = max(offset for notes in found.values() for _, offset in notes)
-    lines, again = bar_lines(midi, end), bar_lines(decoded, end)
-    assert [line[1:] for line in lines] == [line[1:] for line in again]
-    assert np.allclose([line[0] for line in lines], [line[0] for line in again], atol=0.5 / 24 + 1e-9)
-    for (low, n, d), bpm in zip(again, [seconds_at(decoded, line[0]) for line in again]):
-        length = 4 * n / d
-        lasted = seconds_at(decoded, low + length) - bpm
-        meant = seconds_at(midi, low + length) - seconds_at(midi, low)
-        assert abs(60 * length / lasted - 60 * length / meant) <= 1
+    figures = measure(midi)
+    assert figures["onset_f1"] >= 0.96
+    assert figures["offset_f1"] >= 0.99
+    assert figures["same_bar_lines_and_signatures"]
+    assert figures["max_tempo_error_bpm"] <= 1
 
 
 def test_the_real_song_is_kept():

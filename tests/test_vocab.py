@@ -14,7 +14,7 @@ def test_every_id_has_one_name_and_back():
 def test_the_families_hold_what_the_design_lists():
     assert len(vocab.CHORD) == 217
     assert set(vocab.SIGNATURES) == {(n, d) for n in range(1, 25) for d in (1, 2, 4, 8, 16, 32)}
-    assert vocab.names()[vocab.BPM.start] == "BPM_20" and vocab.names()[vocab.BPM.stop - 1] == "BPM_300"
+    assert vocab.names()[vocab.BPM.start] == "BPM_10" and vocab.names()[vocab.BPM.stop - 1] == "BPM_300"
     assert len(vocab.T) == 192 and len(vocab.P) == 128 and len(vocab.V) == 32
 
 

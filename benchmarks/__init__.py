@@ -1,0 +1,1 @@
+"""Measurements: what the project does, in figures. Results by machine are in `results/`."""
