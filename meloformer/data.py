@@ -1,0 +1,367 @@
+"""Shards -> packed batches, in an order that depends on the seed and the epoch alone.
+
+A sample is a song, or a run of whole bars of a song that is too long for one row. A row holds whole
+samples back to back, as documents that attention never crosses.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import facts, vocab
+from .errors import UserError
+from .kernels.structure import NEAR_BARS, Structure
+from .shards import ShardSet
+
+IGNORED = -100  # the target of a token that predicts nothing; cross_entropy's ignore_index
+MIN_SUMMARIES = 128
+_MAX_HEADER = 4  # CHORD, TS, CUT, BPM
+_OPEN_ROWS = 256
+_BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
+
+_Item = TypeVar("_Item")
+
+
+class State(NamedTuple):
+    """Where training stands: rows `index` and after of `epoch` are still to come.
+
+    It counts rows of the whole job, so it holds for any number of processes.
+    """
+
+    epoch: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where each sample lies; arrays of S entries.
+
+    song: int64, number in the ShardSet. start, stop: int64, its tokens there.
+    header: uint16 [S, 4], what stands before them (CHORD, TS, [CUT], BPM restated), then PAD.
+    length: int64, tokens with the header. bars: int64.
+    skipped_songs: songs left out for having more than `max_bars` bars.
+    skipped_bars: bars left out for being longer than a row.
+    """
+
+    song: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    header: np.ndarray
+    length: np.ndarray
+    bars: np.ndarray
+    skipped_songs: int
+    skipped_bars: int
+
+    def __len__(self) -> int:
+        return len(self.song)
+
+    def read(self, shards: ShardSet, sample: int) -> np.ndarray:
+        """Token ids of a sample, uint16 [length]."""
+        header = self.header[sample]
+        body = shards[int(self.song[sample])][self.start[sample] : self.stop[sample]]
+        return np.concatenate((header[header != vocab.PAD], body))
+
+
+class _Piece(NamedTuple):
+    start: int
+    stop: int
+    header: np.ndarray
+    bars: int
+
+
+def _cut(ids: np.ndarray, max_tokens: int) -> tuple[list[_Piece], int]:
+    """Runs of whole bars of at most `max_tokens` tokens each, as long as can be, from first to last.
+
+    Returns the pieces and the number of bars (bar line to bar line) that are longer than that.
+    """
+    lines = facts.cut_points(ids)
+    bounds = np.concatenate(([0], lines[1:], [len(ids)]))  # BOS goes with the first bar, EOS the last
+    chords = np.concatenate(([0], np.cumsum(vocab.CHORD.mask(ids))))
+    pieces, skipped, first = [], 0, 0
+    while first < len(lines):
+        header, skip = facts.restated(ids, bounds[first]) if first else (np.empty(0, np.uint16), 0)
+        start = int(bounds[first]) + skip
+        last = int(np.searchsorted(bounds, start + max_tokens - len(header), side="right")) - 1
+        if last <= first:
+            skipped += 1
+            first += 1
+            continue
+        stop = int(bounds[last])
+        pieces.append(_Piece(start, stop, header, int(chords[stop] - chords[bounds[first]])))
+        first = last
+    return pieces, skipped
+
+
+def find_samples(
+    shards: ShardSet,
+    songs: np.ndarray,
+    *,
+    max_seq_len: int,
+    max_bars: int,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Samples:
+    """The samples of `songs` (int64 numbers in `shards`), in their order.
+
+    With `max_samples`, that many of them, drawn by `seed`.
+    """
+    fitting = songs[shards.bars[songs] <= max_bars]
+    whole = shards.lengths[fitting] <= max_seq_len
+    pieces, skipped_bars = [], 0
+    for song in fitting[~whole].tolist():
+        of_song, skipped = _cut(shards[song], max_seq_len)
+        pieces += [(song, piece) for piece in of_song]
+        skipped_bars += skipped
+
+    header = np.full((len(pieces), _MAX_HEADER), vocab.PAD, np.uint16)
+    for row, (_, piece) in zip(header, pieces):
+        row[: len(piece.header)] = piece.header
+
+    def join(of_whole_songs: np.ndarray, of_pieces: list) -> np.ndarray:
+        return np.concatenate((of_whole_songs, np.array(of_pieces, np.int64)))
+
+    fitting = fitting[whole]
+    zeros = np.zeros(len(fitting), np.int64)
+    song = join(fitting, [song for song, _ in pieces])
+    start = join(zeros, [piece.start for _, piece in pieces])
+    stop = join(shards.lengths[fitting], [piece.stop for _, piece in pieces])
+    bars = join(shards.bars[fitting], [piece.bars for _, piece in pieces])
+    header = np.concatenate((np.full((len(fitting), _MAX_HEADER), vocab.PAD, np.uint16), header))
+
+    kept = np.lexsort((start, song))
+    if max_samples is not None:
+        drawn = np.random.Generator(_BIT_GENERATOR(seed)).permutation(len(kept))[:max_samples]
+        kept = kept[np.sort(drawn)]
+    length = stop - start + np.count_nonzero(header != vocab.PAD, axis=1)
+    return Samples(
+        *(column[kept] for column in (song, start, stop, header, length, bars)),
+        skipped_songs=len(songs) - int(np.count_nonzero(shards.bars[songs] <= max_bars)),
+        skipped_bars=skipped_bars,
+    )
+
+
+def pack(lengths: np.ndarray, bars: np.ndarray, max_tokens: int, max_bars: int) -> np.ndarray:
+    """The row of each sample (int64 [S]), rows counted from 0: best fit, in the order given.
+
+    Each row holds at most `max_tokens` tokens and `max_bars` bars. A sample goes to the fullest of the
+    256 open rows that still takes it, else to a new row, for which the fullest one is closed; so the
+    time is linear in the number of samples. No sample may exceed either limit by itself.
+    """
+    tokens_left = np.zeros(_OPEN_ROWS, np.int64)
+    bars_left = np.zeros(_OPEN_ROWS, np.int64)
+    row = np.zeros(_OPEN_ROWS, np.int64)
+    out = np.empty(len(lengths), np.int64)
+    rows = 0
+    for sample, (length, sample_bars) in enumerate(zip(lengths.tolist(), bars.tolist())):
+        fits = (tokens_left >= length) & (bars_left >= sample_bars)
+        slot = np.where(fits, tokens_left, max_tokens + 1).argmin()
+        if not fits[slot]:
+            slot = tokens_left.argmin()
+            tokens_left[slot], bars_left[slot], row[slot] = max_tokens, max_bars, rows
+            rows += 1
+        tokens_left[slot] -= length
+        bars_left[slot] -= sample_bars
+        out[sample] = row[slot]
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows for one step of one process, all N = max_seq_len tokens wide.
+
+    ids: [B, N] int64; PAD after the last document.
+    targets: [B, N] int64, the next token of the same document; -100 where there is none.
+    structure: of [B, N] tokens and [B, M] summaries; M is 128, 256, 512, ... so that shapes are few.
+    tokens: tokens that are no padding.
+    num_targets: targets that are not -100.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    structure: Structure
+    tokens: int
+    num_targets: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """This batch on another device."""
+        return Batch(
+            self.ids.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            self.structure.to(device, non_blocking=non_blocking),
+            self.tokens,
+            self.num_targets,
+        )
+
+
+class PackedSongs:
+    """The rows of one split, epoch by epoch.
+
+    Args:
+        shards: where the tokens are.
+        split: "train" or "val".
+        max_seq_len: tokens per row, N; longer songs are cut at bar lines.
+        max_bars: songs with more bars are skipped; a row holds no more than that in all.
+        max_samples: use only that many samples, drawn by `seed`.
+        seed: of the order, not negative. The rows of an epoch follow from (seed, epoch) and the
+            arguments above.
+        near_bars: handed on to `Structure`.
+
+    Attributes:
+        samples: the `Samples` found; it tells what was skipped.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str,
+        *,
+        max_seq_len: int,
+        max_bars: int,
+        max_samples: int | None = None,
+        seed: int = 0,
+        near_bars: tuple[int, ...] = NEAR_BARS,
+    ):
+        self.shards, self.split = shards, split
+        self.max_seq_len, self.max_bars, self.seed, self.near_bars = max_seq_len, max_bars, seed, near_bars
+        self.samples = find_samples(
+            shards,
+            shards.split(split),
+            max_seq_len=max_seq_len,
+            max_bars=max_bars,
+            max_samples=max_samples,
+            seed=seed,
+        )
+        self._rows: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch last asked for
+
+    def rows(self, epoch: int) -> list[np.ndarray]:
+        """The rows of an epoch: each the numbers of its samples (int64), in the order they stand."""
+        if self._rows[0] != epoch:
+            generator = np.random.Generator(_BIT_GENERATOR([self.seed, epoch]))
+            order = generator.permutation(len(self.samples))
+            length, bars = self.samples.length[order], self.samples.bars[order]
+            row = pack(length, bars, self.max_seq_len, self.max_bars)
+            ends = np.cumsum(np.bincount(row))[:-1]
+            rows = np.split(order[np.argsort(row, kind="stable")], ends) if len(row) else []
+            self._rows = (epoch, rows)
+        return self._rows[1]
+
+    def rows_per_epoch(self, epoch: int) -> int:
+        return len(self.rows(epoch))
+
+    def batch(self, epoch: int, rows: Iterable[int]) -> Batch:
+        """The given rows of an epoch; a number past the last row stands for a row of padding."""
+        rows = list(rows)
+        of_epoch = self.rows(epoch)
+        shape = (len(rows), self.max_seq_len)
+        ids = np.full(shape, vocab.PAD, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
+        doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
+        most_bars = tokens = num_targets = 0
+        for b, number in enumerate(rows):
+            if number >= len(of_epoch):
+                continue
+            numbers = of_epoch[number]
+            documents = [self.samples.read(self.shards, int(sample)) for sample in numbers]
+            lengths = np.array([len(document) for document in documents])
+            row, n = np.concatenate(documents), int(lengths.sum())
+            ends = np.cumsum(lengths)
+            scanned = facts.scan(row, starts=ends - lengths)
+            ids[b, :n] = row
+            targets[b, : n - 1] = row[1:]
+            targets[b, ends - 1] = IGNORED
+            doc[b, :n] = np.repeat(np.arange(len(documents)), lengths)
+            bar[b, :n], inst[b, :n] = scanned.bar, scanned.inst
+            kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset
+            most_bars = max(most_bars, int(self.samples.bars[numbers].sum()))
+            tokens += n
+            num_targets += n - len(documents)
+        structure = Structure.build(
+            *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
+            num_summaries=max(MIN_SUMMARIES, 1 << (most_bars - 1).bit_length() if most_bars else 0),
+            near_bars=self.near_bars,
+        )
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), structure, tokens, num_targets)
+
+    def require_samples(self) -> None:
+        """Raises UserError if there is not a single sample."""
+        if not len(self.samples):
+            raise UserError(
+                f"{self.shards.folder}: the {self.split} split has no song for max_bars={self.max_bars} "
+                f"and max_seq_len={self.max_seq_len} ({self.samples.skipped_songs} songs and "
+                f"{self.samples.skipped_bars} bars were too long)"
+            )
+
+    def batches(
+        self,
+        state: State,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        stop_epoch: int | None = None,
+    ) -> Iterator[tuple[Batch, State]]:
+        """Batches of process `rank` of `world`, from `state` on, each with the state after it.
+
+        Every step takes the next `world * batch_size` rows of the epoch, process r the r-th part of
+        them; in the last step of an epoch the missing rows are padding. Ends before `stop_epoch`, or
+        never if that is None.
+
+        Raises:
+            UserError: there is not a single sample.
+        """
+        self.require_samples()
+        epoch, index = state
+        while stop_epoch is None or epoch < stop_epoch:
+            rows = self.rows_per_epoch(epoch)
+            if index < rows:
+                first = index + rank * batch_size
+                batch = self.batch(epoch, range(first, first + batch_size))
+                index = min(index + world * batch_size, rows)
+                yield batch, State(epoch, index) if index < rows else State(epoch + 1, 0)
+            if index >= rows:
+                epoch, index = epoch + 1, 0
+
+
+def prefetch(items: Iterable[_Item], depth: int = 2) -> Iterator[_Item]:
+    """The same items, made up to `depth` ahead by a thread; its exceptions are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+    end = object()
+
+    def put(entry) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()

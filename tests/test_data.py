@@ -1,0 +1,366 @@
+"""Samples, rows, batches and their order."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from folders import write_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meloformer import data, facts, grammar, vocab
+from meloformer.compose import compose
+from meloformer.data import IGNORED, PackedSongs, State, pack, prefetch
+from meloformer.errors import UserError
+from meloformer.shards import ShardSet
+from meloformer.tokenizer import HIDTokenizer
+
+MAX_BARS = 30
+TOKENIZER = HIDTokenizer()
+
+
+@pytest.fixture(scope="module")
+def songs() -> list[np.ndarray]:
+    """24 songs of 2 to 40 bars, some of them in changing metres."""
+    generator = np.random.default_rng(0)
+    return [TOKENIZER.encode(compose(seed, bars=int(generator.integers(2, 41)))) for seed in range(24)]
+
+
+@pytest.fixture(scope="module")
+def shards(songs, tmp_path_factory) -> ShardSet:
+    return ShardSet(write_folder(tmp_path_factory.mktemp("data") / "shards", songs, (10, 0, 14)))
+
+
+def packed(shards, split="train", max_seq_len=1024, max_bars=MAX_BARS, **more) -> PackedSongs:
+    return PackedSongs(shards, split, max_seq_len=max_seq_len, max_bars=max_bars, **more)
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def bars_of(ids: np.ndarray) -> int:
+    return int(np.count_nonzero(vocab.CHORD.mask(ids)))
+
+
+def body_start(ids: np.ndarray, bounds: list[int], bar: int) -> int:
+    """Where the song's own tokens go on behind the header of a sample that begins at a bar."""
+    return bounds[bar] + facts.restated(ids, bounds[bar])[1] if bar else 0
+
+
+@pytest.mark.parametrize("max_seq_len", [60, 150, 400, 1024, 3000, 100_000])
+def test_samples_cover_the_songs(shards, max_seq_len):
+    """Pieces are whole bars, as long as they can be, and leave out only bars that fit in no row."""
+    chosen = np.arange(len(shards))
+    samples = data.find_samples(shards, chosen, max_seq_len=max_seq_len, max_bars=MAX_BARS)
+    skipped_bars = 0
+    for song in chosen:
+        ids = shards[int(song)]
+        mine = np.flatnonzero(samples.song == song)
+        if bars_of(ids) > MAX_BARS:
+            assert len(mine) == 0
+            continue
+        lines = facts.cut_points(ids)
+        bounds = [0, *lines[1:].tolist(), len(ids)]
+        covered = np.zeros(len(lines), dtype=bool)
+        at = 0
+        for sample in mine:
+            piece = samples.read(shards, sample)
+            assert len(piece) == samples.length[sample] <= max_seq_len
+            assert bars_of(piece) == samples.bars[sample]
+            stop = int(samples.stop[sample])
+            last = bounds.index(stop)  # raises if the piece does not end at a bar line
+            first = next(
+                bar for bar in range(at, last) if body_start(ids, bounds, bar) == samples.start[sample]
+            )
+            at = last
+            covered[first:last] = True
+            if last < len(lines):
+                assert len(piece) + bounds[last + 1] - stop > max_seq_len, "could have been longer"
+        for bar in np.flatnonzero(~covered):
+            header = facts.restated(ids, bounds[bar])[0] if bar else ()
+            assert len(header) + bounds[bar + 1] - body_start(ids, bounds, bar) > max_seq_len
+        skipped_bars += int((~covered).sum())
+    assert samples.skipped_bars == skipped_bars
+    assert samples.skipped_songs == sum(bars_of(shards[int(song)]) > MAX_BARS for song in chosen) > 0
+
+
+def test_cut_samples_restate_what_is_in_force(shards):
+    samples = data.find_samples(shards, np.arange(len(shards)), max_seq_len=400, max_bars=MAX_BARS)
+    cut = [sample for sample in range(len(samples)) if samples.start[sample] > 0]
+    assert len(cut) > 20
+    for sample in cut:
+        piece = samples.read(shards, sample)
+        has_cut = int(piece[2] in vocab.CUT)
+        assert piece[0] in vocab.CHORD
+        assert piece[1] in vocab.TS
+        assert piece[2 + has_cut] in vocab.BPM
+        grammar.check(piece)
+        assert (piece[-1] == vocab.EOS) == (samples.stop[sample] == shards.lengths[samples.song[sample]])
+
+
+def test_pieces_decode_to_the_notes_of_the_song(shards):
+    samples = data.find_samples(shards, np.arange(len(shards)), max_seq_len=500, max_bars=MAX_BARS)
+    song = int(np.bincount(samples.song).argmax())
+    mine = np.flatnonzero(samples.song == song)
+    assert len(mine) >= 3
+
+    def notes(ids):
+        return [
+            (track.program, track.is_drum, note.pitch, note.start, note.velocity)
+            for track in TOKENIZER.decode(ids).instruments
+            for note in track.notes
+        ]
+
+    whole, shift, together = shards[song], 0, []
+    for sample in mine:
+        piece = samples.read(shards, sample)
+        ticks_per_step = TOKENIZER.decode(piece).ticks_per_beat // vocab.STEPS_PER_QUARTER
+        for program, is_drum, pitch, start, velocity in notes(piece):
+            together.append((program, is_drum, pitch, start + shift * ticks_per_step, velocity))
+        shift += int(facts.scan_bars(piece).steps.sum())
+    assert sorted(together) == sorted(notes(whole))
+
+
+def test_max_samples_is_a_seeded_draw(shards):
+    everything = packed(shards).samples
+
+    def drawn(seed, count):
+        samples = packed(shards, max_samples=count, seed=seed).samples
+        return set(zip(samples.song.tolist(), samples.start.tolist()))
+
+    assert drawn(0, 5) < drawn(0, 9) < set(zip(everything.song.tolist(), everything.start.tolist()))
+    assert len(drawn(0, 5)) == 5
+    assert drawn(0, 9) != drawn(1, 9)
+    assert len(drawn(0, 10_000)) == len(everything)
+
+
+def test_train_and_val_share_no_song(shards):
+    train, val = packed(shards).samples, packed(shards, "val").samples
+    assert len(train) and len(val)
+    assert set(train.song).isdisjoint(val.song)
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), max_size=400),
+    st.integers(50, 120),
+    st.integers(9, 20),
+)
+@settings(deadline=None, max_examples=150)
+def test_pack_keeps_the_limits(samples, max_tokens, max_bars):
+    lengths, bars = np.array(samples, dtype=np.int64).reshape(-1, 2).T
+    row = pack(lengths, bars, max_tokens, max_bars)
+    assert len(row) == len(lengths)
+    rows = int(row.max(initial=-1)) + 1
+    tokens = np.bincount(row, lengths, rows)
+    assert (np.bincount(row, minlength=rows) > 0).all()
+    assert (tokens <= max_tokens).all()
+    assert (np.bincount(row, bars, rows) <= max_bars).all()
+    if rows <= 256:  # nothing was closed: the first sample of a row fitted in none before it
+        for later in range(1, rows):
+            opener = int(np.flatnonzero(row == later)[0])
+            before = row[:opener]
+            left_tokens = max_tokens - np.bincount(before, lengths[:opener], later)
+            left_bars = max_bars - np.bincount(before, bars[:opener], later)
+            assert not ((left_tokens >= lengths[opener]) & (left_bars >= bars[opener])).any()
+
+
+def test_pack_takes_the_best_fit():
+    lengths = np.array([60, 70, 35, 25])
+    assert pack(lengths, np.ones(4, np.int64), 100, 100).tolist() == [0, 1, 0, 1]
+
+
+def test_pack_is_tight_and_fast():
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(500, 8000, 30_000)
+    start = time.perf_counter()
+    row = pack(lengths, lengths // 180, 8192, 400)
+    assert time.perf_counter() - start < 6
+    assert lengths.sum() / ((row.max() + 1) * 8192) > 0.93
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def documents(batch, b: int) -> list[np.ndarray]:
+    doc, ids = batch.structure.doc[b].numpy(), batch.ids[b].numpy()
+    return [ids[doc == d] for d in range(doc.max() + 1)]
+
+
+def test_an_epoch_holds_every_sample_once(shards):
+    songs = packed(shards)
+    expected = sorted(songs.samples.read(shards, i).tolist() for i in range(len(songs.samples)))
+    for epoch in (0, 1):
+        rows = songs.rows_per_epoch(epoch)
+        batch = songs.batch(epoch, range(rows))
+        found = [document.tolist() for b in range(rows) for document in documents(batch, b)]
+        assert sorted(found) == expected
+        assert batch.tokens == sum(map(len, expected))
+
+
+def test_a_batch_says_what_its_rows_hold(shards):
+    songs = packed(shards)
+    rows = songs.rows_per_epoch(0)
+    batch = songs.batch(0, range(rows))
+    assert batch.ids.shape == batch.targets.shape == (rows, 1024)
+    assert batch.ids.dtype == batch.targets.dtype == torch.int64
+    several = 0
+    for b in range(rows):
+        at = bars = 0
+        pieces = documents(batch, b)
+        several += len(pieces) > 1
+        for number, ids in enumerate(pieces):
+            span = slice(at, at + len(ids))
+            assert (batch.structure.doc[b, span] == number).all()
+            assert batch.targets[b, span].tolist() == [*ids[1:].tolist(), IGNORED]
+            alone = facts.scan(ids)
+            for name in ("bar", "inst", "kind", "onset"):
+                np.testing.assert_array_equal(getattr(batch.structure, name)[b, span], getattr(alone, name))
+            at += len(ids)
+            bars += bars_of(ids)
+        assert bars <= MAX_BARS
+        assert (batch.structure.summary_doc[b] >= 0).sum() == bars
+        assert (batch.structure.doc[b, at:] == -1).all()
+        assert (batch.ids[b, at:] == vocab.PAD).all()
+        assert (batch.targets[b, at:] == IGNORED).all()
+    assert several > 0
+    assert batch.num_targets == (batch.targets != IGNORED).sum()
+
+
+def test_rows_past_the_end_are_padding(shards):
+    songs = packed(shards)
+    rows = songs.rows_per_epoch(0)
+    batch = songs.batch(0, [rows, rows + 7])
+    assert (batch.tokens, batch.num_targets) == (0, 0)
+    assert (batch.structure.doc == -1).all()
+    assert (batch.structure.summary_doc == -1).all()
+    assert (batch.ids == vocab.PAD).all()
+    assert (batch.targets == IGNORED).all()
+
+
+def test_summaries_come_in_few_sizes(tmp_path):
+    """M is a power of two of at least 128 that holds the fullest row."""
+    bar = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
+    counts = (1, 128, 129, 300)
+    songs = [np.array([vocab.BOS, *bar * bars, vocab.EOS], np.uint16) for bars in counts]
+    shards = ShardSet(write_folder(tmp_path / "data", songs, (len(songs),), val_split=0.0))
+    packed_songs = packed(shards, max_seq_len=1000, max_bars=300)
+    sizes = {}
+    for number, row in enumerate(packed_songs.rows(0)):
+        batch = packed_songs.batch(0, [number])
+        sizes[int(packed_songs.samples.bars[row].sum())] = batch.structure.summary_doc.shape[1]
+    assert set(sizes.values()) <= {128, 256, 512}
+    assert all(size / 2 < bars <= size or size == 128 for bars, size in sizes.items())
+    assert sum(sizes) == sum(counts)
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def fingerprint(batch) -> list[tuple]:
+    return [tuple(row.tolist()) for row in batch.ids if row.any()]
+
+
+def test_order_follows_from_seed_and_epoch(shards):
+    def order(seed, epoch):
+        return [row.tolist() for row in packed(shards, seed=seed).rows(epoch)]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    songs = packed(shards)
+    before = order(0, 3)
+    songs.rows(5)
+    assert [row.tolist() for row in songs.rows(3)] == before
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_order_is_free_of_the_number_of_processes(shards, world):
+    """`world` processes with one row each see what one process with `world` rows sees."""
+    songs = packed(shards)
+    alone = list(songs.batches(State(), world, stop_epoch=2))
+    ranks = [list(songs.batches(State(), 1, rank=r, world=world, stop_epoch=2)) for r in range(world)]
+    assert len({len(steps) for steps in ranks} | {len(alone)}) == 1
+    for step, (batch, state) in enumerate(alone):
+        assert {steps[step][1] for steps in ranks} == {state}
+        together = torch.cat([steps[step][0].ids for steps in ranks])
+        assert torch.equal(batch.ids, together)
+        assert batch.tokens == sum(steps[step][0].tokens for steps in ranks)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_resuming_equals_going_on(shards, batch_size):
+    songs = packed(shards)
+    steps = list(songs.batches(State(), batch_size, stop_epoch=3))
+    assert steps[-1][1] == State(3, 0)
+    states = [State(), *(state for _, state in steps)]
+    for at, state in enumerate(states):
+        rest = packed(shards).batches(state, batch_size, stop_epoch=3)
+        for (expected, _), (batch, _) in itertools.zip_longest(steps[at : at + 2], itertools.islice(rest, 2)):
+            assert torch.equal(batch.ids, expected.ids)
+
+
+def test_resuming_with_another_batch_size_loses_no_row(shards):
+    songs = packed(shards)
+    _, state = next(songs.batches(State(), 5))
+    seen = fingerprint(songs.batch(0, range(5)))
+    for batch, _ in songs.batches(state, 2, stop_epoch=1):
+        seen += fingerprint(batch)
+    assert seen == fingerprint(songs.batch(0, range(songs.rows_per_epoch(0))))
+
+
+def test_without_a_stop_epochs_go_on(shards):
+    songs = packed(shards)
+    count = songs.rows_per_epoch(0) + songs.rows_per_epoch(1) + 1
+    states = [state for _, state in itertools.islice(songs.batches(State(), 1), count)]
+    assert states[-1] == State(2, 1)
+
+
+def test_nothing_to_train_on_is_told(shards):
+    songs = packed(shards, max_bars=1)
+    assert songs.rows_per_epoch(0) == 0
+    with pytest.raises(UserError, match=r"train split has no song for max_bars=1 .*songs"):
+        next(songs.batches(State(), 1))
+
+
+# --- prefetch -------------------------------------------------------------------------------------
+
+
+def test_prefetch_yields_the_same():
+    assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
+    assert list(prefetch([None, None])) == [None, None]
+
+
+def test_prefetch_hands_on_exceptions():
+    def items():
+        yield 1
+        raise UserError("no more")
+
+    stream = prefetch(items())
+    assert next(stream) == 1
+    with pytest.raises(UserError, match="no more"):
+        next(stream)
+
+
+def test_prefetch_stays_ahead_by_its_depth_and_ends_when_closed():
+    made = []
+
+    def items():
+        for i in itertools.count():
+            made.append(i)
+            yield i
+
+    stream = prefetch(items(), depth=2)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(made) == 4  # one given, two in the queue, one waiting for room
+    stream.close()
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
