@@ -1,0 +1,195 @@
+"""Structures for attention tests, and the oracle that judges every backend.
+
+Songs are lists of (bar, inst, kind, onset) made by a generator that follows the token grammar; a row
+is a list of songs, a batch a list of rows. The oracle is written from the rule table of the design,
+pair by pair in Python, and from the attention formula; it uses nothing of the code under test.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from meloformer.kernels import Structure
+
+STRUCTURAL, T, P, L, V = range(5)
+DRUMS, NONE = 128, 129
+NEAR_BARS = (0, 1, 2, 4)
+
+
+class Token(NamedTuple):
+    bar: int
+    inst: int
+    kind: int
+    onset: int
+
+
+Song = list[Token]
+Batch = list[list[Song]]
+
+
+def song(
+    random: Random,
+    bars: int,
+    instruments: tuple[int, ...] = (DRUMS, 33, 0, 80),
+    resting: float = 0.3,
+) -> Song:
+    """BOS, bars of CHORD [TS] [BPM] and groups of INST and notes, EOS.
+
+    An instrument is silent in a bar with probability `resting`.
+    """
+    tokens = [Token(0, NONE, STRUCTURAL, -1)]
+    onset = -1
+    for bar in range(bars):
+        header = 3 if bar == 0 else 1 + (random.random() < 0.1) + (random.random() < 0.1)
+        tokens += [Token(bar, NONE, STRUCTURAL, -1)] * header
+        for inst in instruments:
+            if random.random() < resting:
+                continue
+            tokens.append(Token(bar, inst, STRUCTURAL, -1))
+            for group in range(random.randint(1, 3)):
+                onset += 1
+                tokens.append(Token(bar, inst, T, onset))
+                for note in range(random.randint(1, 3)):
+                    first = group == note == 0
+                    tokens.append(Token(bar, inst, P, onset))
+                    tokens += [Token(bar, inst, L, onset)] * (first or random.random() < 0.5)
+                    tokens += [Token(bar, inst, V, onset)] * (first or random.random() < 0.3)
+    tokens.append(Token(bars - 1, NONE, STRUCTURAL, -1))
+    return tokens
+
+
+def of_length(random: Random, length: int) -> Song:
+    """The first `length` tokens of a song, cut anywhere as a prompt may be."""
+    return song(random, bars=2 + length // 4)[:length]
+
+
+CASES: dict[str, Callable[[Random], Batch]] = {
+    "1_token": lambda r: [[of_length(r, 1)]],
+    "2_tokens": lambda r: [[of_length(r, 2)]],
+    "one_bar": lambda r: [[song(r, 1, resting=0)]],
+    "one_instrument": lambda r: [[song(r, 6, (0,))]],
+    "drums_only": lambda r: [[song(r, 5, (DRUMS,), resting=0)]],
+    "empty_bars": lambda r: [[song(r, 8, resting=0.9)]],
+    "all_keys_visible": lambda r: [[song(r, 30, ())]],
+    "one_visible_key": lambda r: [[of_length(r, 1) for _ in range(7)]],
+    "near_bar_edges": lambda r: [[song(r, 8, (DRUMS, 0), resting=0.1)]],
+    "documents": lambda r: [[song(r, 3), of_length(r, 1), song(r, 1, (0,)), of_length(r, 50)]],
+    "rows": lambda r: [[song(r, 4)], [song(r, 2), song(r, 2)], [of_length(r, 5)]],
+    "padding_row": lambda r: [[], [song(r, 2)]],
+    "16_instruments": lambda r: [[song(r, 3, (DRUMS, *range(0, 120, 8)), resting=0.5)]],
+    **{f"{n}_tokens": lambda r, n=n: [[of_length(r, n)]] for n in (63, 64, 65, 127, 128, 129, 257)},
+}
+
+
+def facts(batch: Batch, length: int | None = None) -> dict[str, Tensor]:
+    """doc, bar, inst, kind, onset of the rows, int64 [B, length]; None pads to the longest row."""
+    rows = [[(doc, *token) for doc, tokens in enumerate(row) for token in tokens] for row in batch]
+    length = max(map(len, rows)) if length is None else length
+    padded = [row + [(-1, 0, NONE, STRUCTURAL, -1)] * (length - len(row)) for row in rows]
+    names = ("doc", "bar", "inst", "kind", "onset")
+    return dict(zip(names, torch.tensor(padded, dtype=torch.int64).unbind(-1)))
+
+
+def structure(batch: Batch, length: int | None = None, num_summaries: int | None = None) -> Structure:
+    return Structure.build(**facts(batch, length), num_summaries=num_summaries)
+
+
+class Case(NamedTuple):
+    structure: Structure
+    summary_mask: Tensor  # bool [B, M, M + N]
+    regular_mask: Tensor  # bool [B, N, M + N]
+
+
+@cache
+def case(name: str, seed: int = 0) -> Case:
+    batch = CASES[name](Random(f"{name} {seed}"))
+    return Case(structure(batch), *oracle_masks(batch))
+
+
+def oracle_masks(batch: Batch, near_bars: tuple[int, ...] = NEAR_BARS) -> tuple[Tensor, Tensor]:
+    """Who sees whom by the table of the design: bool [B, M, M + N] and [B, N, M + N]."""
+    length = max(sum(map(len, row)) for row in batch)
+    bars = [[(d, bar) for d, s in enumerate(row) for bar in sorted({t.bar for t in s})] for row in batch]
+    num_summaries = max(1, *map(len, bars))
+    summary_mask = torch.zeros(len(batch), num_summaries, num_summaries + length, dtype=torch.bool)
+    regular_mask = torch.zeros(len(batch), length, num_summaries + length, dtype=torch.bool)
+    for b, row in enumerate(batch):
+        tokens = [(doc, token) for doc, tokens in enumerate(row) for token in tokens]
+        for i, (doc_i, bar_i) in enumerate(bars[b]):
+            for j, (doc_j, bar_j) in enumerate(bars[b]):
+                summary_mask[b, i, j] = doc_i == doc_j and bar_j <= bar_i
+            for u, (doc_u, token_u) in enumerate(tokens):
+                summary_mask[b, i, num_summaries + u] = doc_i == doc_u and token_u.bar == bar_i
+        for t, (doc_t, token_t) in enumerate(tokens):
+            for j, (doc_j, bar_j) in enumerate(bars[b]):
+                regular_mask[b, t, j] = doc_t == doc_j and bar_j < token_t.bar
+            seen = [
+                num_summaries + u
+                for u, (doc_u, token_u) in enumerate(tokens[: t + 1])
+                if doc_t == doc_u and _sees(token_t, token_u, near_bars)
+            ]
+            regular_mask[b, t, seen] = True
+    return summary_mask, regular_mask
+
+
+def _sees(t: Token, u: Token, near_bars: tuple[int, ...]) -> bool:
+    """RR, for u not after t in the same document."""
+    bar_rule = (u.kind == STRUCTURAL and u.inst == NONE) or t.inst == u.inst or t.bar - u.bar in near_bars
+    kind_rule = (
+        t.kind == STRUCTURAL
+        or u.kind == STRUCTURAL
+        or t.onset == u.onset
+        or {t.kind, u.kind} <= {T, P}
+        or t.kind == u.kind == V
+    )
+    return bar_rule and kind_rule
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V over the keys in `mask` [B, Q, K]; 0 where there are none."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    blind = ~mask.any(dim=-1)[:, None, :, None]
+    return scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0) @ v
+
+
+PHASES = ("summarize", "update")
+INPUTS = {"summarize": ("q_s", "k_s", "v_s", "k_r", "v_r"), "update": ("q_r", "k_r", "v_r", "k_s", "v_s")}
+
+
+def random_inputs(
+    phase: str, structure: Structure, dtype: torch.dtype, heads=2, dim=8, seed=0
+) -> list[Tensor]:
+    """Random q, k, v of one phase in the order of its arguments, and last a cotangent of its output."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, num_summaries = structure.summary_doc.shape
+    lengths = {"s": num_summaries, "r": structure.doc.shape[1]}
+    names = (*INPUTS[phase], INPUTS[phase][0])  # the output has the shape of the query
+    return [
+        torch.randn(rows, heads, lengths[name[-1]], dim, generator=generator).to(dtype).to(structure.device)
+        for name in names
+    ]
+
+
+def plain_phase(phase: str, masks: Case) -> Callable[..., Tensor]:
+    """The oracle of `Attention.summarize` or `Attention.update`, with the same arguments."""
+    mask = masks.summary_mask if phase == "summarize" else masks.regular_mask
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, k_other: Tensor, v_other: Tensor) -> Tensor:
+        # Keys of both phases are summaries first; the arguments begin with the query's own stream.
+        pairs = ((k, k_other), (v, v_other)) if phase == "summarize" else ((k_other, k), (v_other, v))
+        return plain_attention(q, *(torch.cat(pair, dim=2) for pair in pairs), mask.to(q.device))
+
+    return attend
+
+
+def outputs_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The output of `function` on all but the last of `inputs`, and the gradients under that cotangent."""
+    *arguments, cotangent = inputs
+    arguments = [x.detach().requires_grad_() for x in arguments]
+    output = function(*arguments)
+    return [output.detach(), *torch.autograd.grad(output, arguments, cotangent)]
