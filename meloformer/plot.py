@@ -1,0 +1,429 @@
+"""Pictures for people: a song as a piano roll, a training log as a loss curve. Both are PNG files.
+
+Figures are built without pyplot, so that drawing touches no global state and needs no display.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from miditoolkit import Instrument, MidiFile
+
+from .errors import UserError
+from .general_midi import DRUM_GROUPS, PROGRAM_NAMES
+from .vocab import QUALITIES
+
+_DPI = 150
+_INK, _GREY, _LINE, _FAINT = "#1f2430", "#7b8190", "#c9cdd6", "#edeff3"
+_DRUM_COLOUR = "#4a4f5c"
+_COLOURS = (
+    "#2f6fde", "#e8743b", "#19a979", "#c2419b", "#d9a400", "#6c4fd0", "#13a4b4", "#d8344a", "#7da026",
+    "#8a5a3c", "#5b8ff9", "#f2a27e", "#6fcfac", "#e08cc7", "#a08fe6", "#9aa3b5",
+)  # fmt: skip
+
+# Piano roll, in inches.
+_WIDTH, _LEFT, _RIGHT, _ROW_GAP = 16.0, 0.75, 0.3, 0.62
+_MAX_ROWS = 5
+_BARS_PER_ROW = (16, 24, 32, 48, 64, 96, 128)
+_QUALITY_SIGNS = {
+    "maj": "", "min": "m", "dim": "°", "aug": "+", "min6": "m6", "min7": "m7", "min9": "m9",
+    "minmaj7": "m(maj7)", "hdim7": "ø7", "dim7": "°7",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    colour: str
+    is_drum: bool
+    notes: np.ndarray  # int64 [n, 4]: start, end (ticks), pitch, velocity
+
+
+def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None:
+    """Draw a song as a PNG file.
+
+    Bars run from left to right, wrapped into at most five rows; bar lines follow the time signatures.
+    Each program has a colour, louder notes are darker, and drums have a lane of their own.
+    Markers (chord labels, for one) stand above the notes if they fit.
+
+    Args:
+        midi: the song; it may be empty.
+        path: the file to write.
+        title: a line above the picture.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    parts = _parts(midi)
+    lines = _bar_lines(midi, max((int(part.notes[:, 1].max()) for part in parts), default=0))
+    rows = _rows(lines)
+    melodic = [part for part in parts if not part.is_drum]
+    drums = [part for part in parts if part.is_drum]
+    pitches = np.concatenate([part.notes[:, 2] for part in melodic]) if melodic else np.array([60, 72])
+    low, high = int(pitches.min()) - 2, int(pitches.max()) + 2
+    roll = min(max((high - low) * 0.085, 1.5), 5.5 if len(rows) == 1 else 2.6)
+    lane = 0.62 if drums else 0.0
+
+    legend_rows = math.ceil(max(len(parts), 1) / 8)
+    head = 0.75 + 0.24 * legend_rows
+    height = head + len(rows) * (roll + lane + _ROW_GAP)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+    longest = max(lines[stop] - lines[start] for start, stop in rows)
+    ticks_per_inch = longest / (_WIDTH - _LEFT - _RIGHT)
+    markers = _fitting_markers(midi, lines, rows, ticks_per_inch)
+
+    for index, (start, stop) in enumerate(rows):
+        top = height - head - index * (roll + lane + _ROW_GAP)
+        width = (lines[stop] - lines[start]) / ticks_per_inch
+
+        def add_axes(bottom: float, tall: float, width: float = width, start=start, stop=stop) -> Axes:
+            box = (_LEFT / _WIDTH, bottom / height, width / _WIDTH, tall / height)
+            axes = figure.add_axes(box, xlim=(lines[start], lines[stop]))
+            _bar_grid(axes, lines[start : stop + 1])
+            return axes
+
+        axes = add_axes(top - roll, roll)
+        _draw_melodic(axes, melodic, low, high, ticks_per_inch)
+        _label_top(axes, midi, markers, roll)
+        if drums:
+            axes = add_axes(top - roll - lane, lane)
+            _draw_drums(axes, drums, ticks_per_inch)
+        _number_bars(axes, lines, start, stop, ticks_per_inch)
+
+    x = _LEFT / _WIDTH
+    figure.text(x, 1 - 0.22 / height, title or "Piano roll", color=_INK, size=13, weight="bold", va="top")
+    figure.text(
+        1 - _RIGHT / _WIDTH,
+        1 - 0.25 / height,
+        _summary(midi, lines),
+        color=_GREY,
+        size=9,
+        ha="right",
+        va="top",
+    )
+    if parts:
+        figure.legend(
+            handles=[Patch(color=part.colour, label=part.name) for part in parts],
+            loc="upper left",
+            bbox_to_anchor=(x, 1 - 0.45 / height),
+            ncols=8,
+            fontsize=8.5,
+            labelcolor=_INK,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0,
+            handlelength=0.9,
+            handleheight=0.9,
+            handletextpad=0.5,
+            columnspacing=1.6,
+        )
+    _save(figure, path)
+
+
+def _parts(midi: MidiFile) -> list[_Part]:
+    """The notes of each program, tracks of one program together; drums last."""
+    tracks: dict[tuple[bool, int], list[Instrument]] = {}
+    for track in midi.instruments:
+        if track.notes:
+            tracks.setdefault((track.is_drum, 0 if track.is_drum else track.program), []).append(track)
+    parts = []
+    for (is_drum, program), group in sorted(tracks.items()):
+        notes = [(n.start, n.end, n.pitch, n.velocity) for track in group for n in track.notes]
+        name = "Drums" if is_drum else PROGRAM_NAMES[program]
+        colour = _DRUM_COLOUR if is_drum else _COLOURS[len(parts) % len(_COLOURS)]
+        parts.append(_Part(name, colour, is_drum, np.array(notes, dtype=np.int64)))
+    return parts
+
+
+def _bar_lines(midi: MidiFile, end: int) -> list[int]:
+    """Ticks of the bar lines up to the first one at or after `end`; at least one bar.
+
+    A time signature that changes inside a bar cuts it short.
+    """
+    changes = [
+        (c.time, c.numerator, c.denominator)
+        for c in sorted(midi.time_signature_changes, key=lambda c: c.time)
+    ]
+    if not changes or changes[0][0] > 0:
+        changes.insert(0, (0, 4, 4))
+    lines, last_bar = [0], 4 * midi.ticks_per_beat
+    for (tick, numerator, denominator), after in zip(changes, [*(c[0] for c in changes[1:]), end]):
+        bar = max(numerator * 4 * midi.ticks_per_beat // denominator, 1)
+        starts = range(tick, min(after, end), bar)
+        if starts or tick == 0:
+            lines, last_bar = [*lines[: None if tick else 0], *(starts or [0])], bar
+    return [*lines, lines[-1] + last_bar]
+
+
+def _rows(lines: Sequence[int]) -> list[tuple[int, int]]:
+    """First bar and end of each row of the picture."""
+    bars = len(lines) - 1
+    if bars <= 24:
+        return [(0, bars)]
+    per_row = next((n for n in _BARS_PER_ROW if n * _MAX_ROWS >= bars), math.ceil(bars / _MAX_ROWS))
+    return [(start, min(start + per_row, bars)) for start in range(0, bars, per_row)]
+
+
+def _bar_grid(axes: Axes, lines: Sequence[int]) -> None:
+    axes.vlines(lines, 0, 1, transform=axes.get_xaxis_transform(), color=_LINE, linewidth=0.6, zorder=1)
+    axes.tick_params(length=0, labelsize=7.5, labelcolor=_GREY, pad=3)
+    axes.set_xticks([])
+    for spine in axes.spines.values():
+        spine.set(color=_LINE, linewidth=0.6)
+
+
+def _draw_melodic(axes: Axes, parts: list[_Part], low: int, high: int, ticks_per_inch: float) -> None:
+    axes.set_ylim(low - 0.5, high + 0.5)
+    for pitch in range(low, high + 1):
+        if pitch % 12 in (1, 3, 6, 8, 10):
+            axes.axhspan(pitch - 0.5, pitch + 0.5, color=_FAINT, linewidth=0, zorder=0)
+    octaves = [pitch for pitch in range(low, high + 1) if pitch % 12 == 0]
+    axes.hlines(
+        [pitch - 0.5 for pitch in octaves],
+        0,
+        1,
+        transform=axes.get_yaxis_transform(),
+        color=_LINE,
+        linewidth=0.5,
+    )
+    axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
+    # Sustained parts lie below quick ones and are drawn thicker: where two share a pitch, both show.
+    layers = sorted(parts, key=lambda part: -np.mean(part.notes[:, 1] - part.notes[:, 0]))
+    for part, half in zip(layers, np.linspace(0.46, 0.3, len(layers))):
+        start, end, pitch, velocity = part.notes.T
+        end = np.maximum(end - 0.012 * ticks_per_inch, start + 0.012 * ticks_per_inch)
+        _draw_boxes(axes, start, end, pitch - half, pitch + half, velocity, part.colour)
+
+
+def _draw_drums(axes: Axes, parts: list[_Part], ticks_per_inch: float) -> None:
+    """One line for each part of the kit; a hit is a short stroke, for drums do not last."""
+    keys = np.unique(np.concatenate([part.notes[:, 2] for part in parts]))
+    group_of = {
+        key: next((g for g, own in DRUM_GROUPS.items() if key in own), "other") for key in keys.tolist()
+    }
+    shown = [group for group in DRUM_GROUPS if group in group_of.values()]
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_yticks(range(len(shown)), shown, fontsize=6.5)
+    axes.set_facecolor("#fafbfc")
+    for part in parts:
+        start, end, pitch, velocity = part.notes.T
+        line = np.array([shown.index(group_of[key]) for key in pitch.tolist()])
+        end = np.minimum(end, start + 0.035 * ticks_per_inch)
+        end = np.maximum(end, start + 0.012 * ticks_per_inch)
+        _draw_boxes(axes, start, end, line - 0.36, line + 0.36, velocity, part.colour)
+
+
+def _draw_boxes(
+    axes: Axes,
+    left: np.ndarray,
+    right: np.ndarray,
+    bottom: np.ndarray,
+    top: np.ndarray,
+    velocity: np.ndarray,
+    colour: str,
+) -> None:
+    """Draw the boxes that lie within the axes, quiet notes nearer to white."""
+    low, high = axes.get_xlim()
+    seen = (right > low) & (left < high)
+    corners = np.stack([left, bottom, left, top, right, top, right, bottom], axis=1)[seen].reshape(-1, 4, 2)
+    # Mixed with white, not transparent: see-through colours would add up to ones the legend lacks.
+    strength = 0.3 + 0.7 * velocity[seen, None] / 127
+    colours = 1 - strength * (1 - np.array(to_rgb(colour)))
+    axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0, zorder=2), autolim=False)
+
+
+def _label_top(axes: Axes, midi: MidiFile, markers: list[tuple[int, str]], roll: float) -> None:
+    """Time signatures and markers above the notes."""
+    low, high = axes.get_xlim()
+    above = 1 + 0.05 / roll
+    place = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": "left", "clip_on": False}
+    for tick, text in markers:
+        if low <= tick < high:
+            axes.text(tick, above, text, color=_INK, size=7.5, **place)
+    for change in midi.time_signature_changes:
+        if low <= change.time < high:
+            text = f"{change.numerator}/{change.denominator}"
+            axes.text(change.time, above + 0.15 / roll, text, color=_GREY, size=8, weight="bold", **place)
+            axes.axvline(change.time, color=_GREY, linewidth=1.0, zorder=1)
+
+
+def _number_bars(axes: Axes, lines: Sequence[int], start: int, stop: int, ticks_per_inch: float) -> None:
+    """Bar numbers under the row, from 1, as many as are easy to read."""
+    bar_width = (lines[stop] - lines[start]) / (stop - start) / ticks_per_inch
+    step = next((n for n in (1, 2, 4, 8, 16, 32, 64) if n * bar_width >= 0.4), 128)
+    numbered = range(start, stop, step)
+    axes.set_xticks([lines[bar] for bar in numbered], [str(bar + 1) for bar in numbered], ha="left")
+
+
+def _fitting_markers(
+    midi: MidiFile, lines: Sequence[int], rows: list[tuple[int, int]], ticks_per_inch: float
+) -> list[tuple[int, str]]:
+    """Markers as (tick, text), repeated ones once; none at all if they would run into each other."""
+    markers: list[tuple[int, str]] = []
+    starts = {lines[start] for start, _ in rows}
+    for marker in sorted(midi.markers, key=lambda marker: marker.time):
+        text = _short_chord(" ".join(marker.text.split()))
+        if text and (not markers or markers[-1][1] != text) and marker.time < lines[-1]:
+            markers.append((marker.time, text[:24]))
+    crowded = sum(
+        len(text) * 0.068 + 0.06 > (after - tick) / ticks_per_inch
+        for (tick, text), (after, _) in itertools.pairwise(markers)
+        if after not in starts
+    )
+    return [] if crowded > len(markers) // 20 else markers
+
+
+def _short_chord(text: str) -> str:
+    """`A:min7` as musicians write it, `Am7`, and `N`, no chord, `N.C.`; any other text as it is."""
+    if text == "N":
+        return "N.C."
+    root, colon, quality = text.partition(":")
+    if not colon or quality not in QUALITIES:
+        return text
+    return root.replace("#", "♯") + _QUALITY_SIGNS.get(quality, quality)
+
+
+def _summary(midi: MidiFile, lines: Sequence[int]) -> str:
+    """Bars, tempo range and playing time."""
+    tempi = sorted((change.time, change.tempo) for change in midi.tempo_changes if change.tempo > 0)
+    if not tempi or tempi[0][0] > 0:
+        tempi.insert(0, (0, 120.0))
+    seconds = sum(
+        max(min(after, lines[-1]) - tick, 0) / midi.ticks_per_beat * 60 / tempo
+        for (tick, tempo), after in zip(tempi, [*(tick for tick, _ in tempi[1:]), lines[-1]])
+    )
+    slow, fast = (round(choose(tempo for _, tempo in tempi)) for choose in (min, max))
+    bpm = f"{slow} BPM" if slow == fast else f"{slow} to {fast} BPM"
+    bars = len(lines) - 1
+    return f"{bars:,} bar{'s' * (bars > 1)}   ·   {bpm}   ·   {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    try:  # the default metadata names the version of matplotlib
+        figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
+
+
+def loss_curve(log: str | os.PathLike | Iterable[dict], path: str | os.PathLike) -> None:
+    """Draw the course of a training run as a PNG file.
+
+    Args:
+        log: records, or the path of a JSONL file of them. Training records have `step` and `loss`
+            (nats per token) and may have `lr`, `tokens` (of the step) and `tokens_per_s`; validation
+            records have `step` and `val_loss`. Of several records of one step and kind, as a resumed
+            run may write them, the last counts. Lines of the file that are cut are passed over.
+        path: the file to write.
+
+    Raises:
+        UserError: the log cannot be read or has no losses, or the picture cannot be written.
+    """
+    records = _read_log(Path(log)) if isinstance(log, (str, os.PathLike)) else list(log)
+    steps, losses = _series(records, "loss")
+    val_steps, val_losses = _series(records, "val_loss")
+    lr_steps, rates = _series(records, "lr")
+    if not len(steps) and not len(val_steps):
+        raise UserError("the training log holds no losses yet")
+
+    figure = Figure(figsize=(9.0, 5.6), dpi=_DPI, facecolor="white")
+    grid = figure.add_gridspec(
+        2, 1, height_ratios=(4.2, 1), hspace=0.12, left=0.095, right=0.97, top=0.9, bottom=0.09
+    )
+    upper = figure.add_subplot(grid[0])
+    lower = figure.add_subplot(grid[1], sharex=upper)
+    colour, accent = _COLOURS[0], _COLOURS[1]
+
+    if len(steps):
+        smooth = _smooth(losses)
+        upper.plot(steps, losses, color=colour, alpha=0.22, linewidth=0.8)
+        upper.plot(steps, smooth, color=colour, linewidth=1.8, label=f"training, smoothed   {smooth[-1]:.3f}")
+    if len(val_steps):
+        best = int(np.argmin(val_losses))
+        label = (
+            f"validation   {val_losses[-1]:.3f}   (best {val_losses[best]:.3f} at step {val_steps[best]:,})"
+        )
+        upper.plot(
+            val_steps, val_losses, color=accent, linewidth=1.2, marker="o", markersize=4.5, label=label
+        )
+    upper.set_ylabel("loss, nats per token", color=_GREY, fontsize=9)
+    upper.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
+    upper.tick_params(labelbottom=False)
+
+    lower.plot(lr_steps, rates, color=_GREY, linewidth=1.2)
+    if len(rates):
+        lower.set_ylim(0, 1.08 * rates.max() or 1)
+        lower.set_yticks([0, rates.max()] if rates.max() else [0])
+    lower.set_ylabel("learning rate", color=_GREY, fontsize=9)
+    lower.set_xlabel("step", color=_GREY, fontsize=9)
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    lower.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for axes in (upper, lower):
+        axes.grid(color=_FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.01)
+        axes.tick_params(length=0, labelsize=8.5, labelcolor=_GREY)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_LINE)
+
+    figure.align_ylabels([upper, lower])
+    figure.text(0.095, 0.95, "Training loss", color=_INK, size=13, weight="bold", va="center")
+    figure.text(0.97, 0.95, _progress(records), color=_GREY, size=9, ha="right", va="center")
+    _save(figure, path)
+
+
+def _read_log(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the training log {path}: {error.strerror or error}") from None
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut by a crash in mid-write; a resumed run goes on after it
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _series(records: Iterable[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps in order and the finite values of `key` at them; the last record of a step counts."""
+    values = {r["step"]: r[key] for r in records if _is_number(r.get("step")) and _is_number(r.get(key))}
+    steps = sorted(values)
+    return np.array(steps), np.array([values[step] for step in steps], dtype=np.float64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Average over a bell-shaped window of about a fifteenth of the run, centred so that it does not lag."""
+    half = len(values) // 30 + min(len(values) // 4, 3)
+    window = np.hanning(2 * half + 3)[1:-1]
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _progress(records: Sequence[dict]) -> str:
+    """Tokens seen and the usual speed, if the records tell."""
+    texts = []
+    tokens = _series(records, "tokens")[1]
+    speeds = _series(records, "tokens_per_s")[1]
+    if len(tokens):
+        texts.append(f"{tokens.sum():,.0f} tokens")
+    if len(speeds):
+        texts.append(f"{np.median(speeds):,.0f} tokens/s")
+    return "   ·   ".join(texts)
