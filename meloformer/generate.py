@@ -1,0 +1,318 @@
+"""`python -m meloformer.generate`: a new song, or the continuation of one, from a checkpoint.
+
+Plain and correct: every token costs one pass over all tokens before it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import cli, facts, vocab
+from .checkpoint import find_checkpoint, load_checkpoint
+from .device import pick_device
+from .errors import UserError
+from .general_midi import PROGRAM_NAMES
+from .grammar import Grammar, check
+from .kernels import BACKENDS, Structure, resolve_backend
+from .midi_writer import write_midi
+from .model import MeloFormer, ModelConfig
+from .tokenizer import HIDTokenizer
+
+DEFAULT_MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    temperature: divides the logits; 0 takes the likeliest token. top_k: keep the k likeliest.
+    top_p: keep the likeliest tokens that together reach this probability.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def pick(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        """A token from logits [V] (float32 on CPU; -inf for what must not come)."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities, order = torch.softmax(logits / self.temperature, dim=-1).sort(descending=True)
+        if self.top_k is not None:
+            probabilities[self.top_k :] = 0
+        before = probabilities.cumsum(0) - probabilities
+        probabilities[before >= self.top_p] = 0  # the first always stays
+        return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the new bars must keep to; None leaves it to the model.
+
+    signature: index into `vocab.SIGNATURES`. bpm: whole quarters a minute. instruments: numbers
+    0..127 and 128 for drums. All hold from the first new bar to the end.
+    """
+
+    signature: int | None = None
+    bpm: int | None = None
+    instruments: tuple[int, ...] | None = None
+
+    def allows(self) -> np.ndarray:
+        """The ids these wishes do not rule out: bool [VOCAB_SIZE]."""
+        mask = np.ones(vocab.VOCAB_SIZE, dtype=bool)
+        if self.signature is not None:
+            mask[vocab.TS.start : vocab.TS.stop] = False
+            mask[vocab.CUT.start : vocab.CUT.stop] = False
+            mask[vocab.TS.start + self.signature] = True
+        if self.bpm is not None:
+            mask[vocab.BPM.start : vocab.BPM.stop] = False
+            mask[vocab.BPM.start + self.bpm - vocab.MIN_BPM] = True
+        if self.instruments is not None:
+            mask[vocab.INST.start : vocab.INST.stop] = False
+            mask[vocab.INST.start + vocab.INSTRUMENT_RANK[list(self.instruments)]] = True
+        return mask
+
+    def due(self, grammar: Grammar, mask: np.ndarray) -> int | None:
+        """The id that must come now because a wish is not met yet, if `mask` admits it."""
+        if self.signature is not None and grammar.signature != self.signature:
+            token = vocab.TS.start + self.signature
+            if mask[token]:
+                return token
+        if self.bpm is not None and grammar.bpm != self.bpm:
+            token = vocab.BPM.start + self.bpm - vocab.MIN_BPM
+            if mask[token]:
+                return token
+        return None
+
+
+def context(ids: np.ndarray, limit: int) -> np.ndarray:
+    """The end of a song that fits into `limit` tokens, cut at a bar line as samples are in training."""
+    if len(ids) <= limit:
+        return ids
+    # Half the room stays free, so that the cut moves once in a while and not at every token.
+    points = facts.cut_points(ids)
+    fitting = points[points >= len(ids) - limit // 2]
+    if len(fitting) == 0:  # the current bar is longer than that
+        fitting = points[-1:]
+    header, skip = facts.restated(ids, int(fitting[0]))
+    kept = np.concatenate((header, ids[fitting[0] + skip :]))
+    if len(kept) > limit:
+        raise UserError(f"a single bar has grown beyond {limit} tokens, more than the model has seen")
+    return kept
+
+
+@torch.inference_mode()
+def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Tensor:
+    """Logits [VOCAB_SIZE] (float32 on CPU) of the token after `ids` [n]."""
+    device = model.summary_embedding.device
+    scanned = facts.scan(ids)
+    rows = [torch.from_numpy(fact)[None] for fact in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)]
+    structure = Structure.build(
+        torch.zeros_like(rows[0]),
+        *rows,
+        num_summaries=int(scanned.bar[-1]) + 1,
+        near_bars=model.config.near_bars,
+    )
+    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(device)
+    logits = model(tokens, structure.to(device), attention)
+    return logits[0, -1, : vocab.VOCAB_SIZE].float().cpu()
+
+
+def generate(
+    model: MeloFormer,
+    prompt: np.ndarray | None = None,
+    *,
+    bars: int | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling = Sampling(),
+    wishes: Wishes = Wishes(),
+    seed: int = 0,
+    max_context: int = 24576,
+    attention: str = "auto",
+    on_token: Callable[[int, int], None] = lambda tokens, bars: None,
+) -> np.ndarray:
+    """Token ids of a whole song, from BOS to EOS: the prompt and what the model adds to it.
+
+    Args:
+        model: in eval mode.
+        prompt: ids of a song; its EOS, if there is one, is taken off. None begins a new song.
+        bars: new bars to write (parts of a bar over 8 quarters count one each); None lets the model end.
+        max_tokens: new tokens at most; the song then ends after its last complete note.
+        sampling, wishes: see there.
+        seed: of the draws.
+        max_context: tokens the model sees at most; earlier bars are left out at a bar line.
+        attention: name of a backend.
+        on_token: called after every token with the numbers of new tokens and new bars begun.
+    """
+    if bars is not None and bars < 1:
+        raise ValueError(f"bars must be positive, got {bars}")
+    ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
+    grammar = check(np.array(ids))
+    generator = torch.Generator().manual_seed(seed)
+    attention = resolve_backend(attention, model.summary_embedding.device)
+    wished = wishes.allows()
+    has_note = any(token in vocab.P for token in ids)
+    begin = complete = len(ids)  # `complete` tokens form a song that may end there
+    new_bars = 0
+
+    while len(ids) - begin < max_tokens:
+        mask = grammar.allowed() & wished
+        token = wishes.due(grammar, mask) if new_bars else None
+        if token is None:
+            if new_bars == 0:  # whatever came before, a new bar begins
+                mask[: vocab.CHORD.start] = mask[vocab.CHORD.stop :] = False
+            if new_bars == 0 or not has_note or (bars is not None and new_bars < bars):
+                mask[vocab.EOS] = False
+            if new_bars == bars and not has_note:
+                mask[vocab.CHORD.start : vocab.CHORD.stop] = False
+            logits = next_logits(model, context(np.array(ids), max_context), attention)
+            token = sampling.pick(logits.masked_fill(~torch.from_numpy(mask), -torch.inf), generator)
+        if token == vocab.EOS or (token in vocab.CHORD and new_bars == bars):
+            complete = len(ids)
+            break
+        ids.append(token)
+        grammar.push(token)
+        new_bars += token in vocab.CHORD
+        has_note = has_note or token in vocab.P
+        if grammar.bar_complete:
+            complete = len(ids)
+        on_token(len(ids) - begin, new_bars)
+    return np.array([*ids[:complete], vocab.EOS], dtype=np.uint16)
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, dict]:
+    """The model of a checkpoint in eval mode, and what its trainer wrote beside it."""
+    checkpoint = load_checkpoint(find_checkpoint(folder))
+    model = MeloFormer(ModelConfig(**checkpoint.config))
+    model.load_state_dict(checkpoint.weights)
+    return model.to(device).eval(), checkpoint.trainer
+
+
+def parse_instruments(text: str) -> tuple[int, ...]:
+    """'drums, 33, flute' -> instrument numbers: General MIDI programs 0..127 by number or name."""
+    names = {name.lower(): i for i, name in enumerate(PROGRAM_NAMES)} | {"drums": vocab.DRUMS}
+    found = []
+    for word in (word.strip().lower() for word in text.split(",")):
+        if word in names:
+            found.append(names[word])
+        elif word.isdecimal() and int(word) < 128:
+            found.append(int(word))
+        else:
+            close = [name for name in names if word and word in name] or get_close_matches(word, names)
+            hint = f"; did you mean {', '.join(close[:5])}?" if close else ""
+            raise UserError(
+                f"--instruments: '{word}' is no program number (0..127), General MIDI name or 'drums'{hint}"
+            )
+    return tuple(sorted(set(found)))
+
+
+def parse_signature(text: str) -> int:
+    """'6/8' -> index into `vocab.SIGNATURES`."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    signature = (int(match[1]), int(match[2])) if match else None
+    if signature not in vocab.SIGNATURE_INDEX:
+        raise UserError(
+            f"--time_signature: '{text}' is not of the form N/D with N in 1..24 and D in 1, 2, 4, 8, 16, 32"
+        )
+    return vocab.SIGNATURE_INDEX[signature]
+
+
+def read_prompt(path: str, bars: int | None) -> np.ndarray:
+    """Token ids of a MIDI file, or of its first bars, without EOS."""
+    ids = HIDTokenizer().encode(path)[:-1]
+    lines = facts.cut_points(ids)
+    if bars is not None and bars < len(lines):
+        ids = ids[: lines[bars]]
+    return ids
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m meloformer.generate", description="Write a song with a trained model."
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
+    add("--output", required=True, help="the .mid file to write")
+    add("--picture", help="also draw a piano roll into this .png file")
+    add("--prompt", help="a MIDI file to continue")
+    add("--prompt_bars", type=cli.positive_int, help="take only so many bars of it")
+    add("--bars", type=cli.positive_int, help="new bars to write; by default the model decides where to end")
+    add("--max_tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, help="new tokens at most")
+    add(
+        "--temperature", type=float, default=1.0, help="above 1 wilder, below 1 tamer, 0 always the likeliest"
+    )
+    add("--top_k", type=cli.positive_int, help="draw from the k likeliest tokens")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability")
+    add("--tempo", type=int, help=f"tempo of the new bars, {vocab.MIN_BPM}..{vocab.MAX_BPM} BPM")
+    add("--time_signature", help="time signature of the new bars, e.g. 3/4")
+    add("--instruments", help="only these may play in the new bars: numbers, General MIDI names, drums")
+    add("--seed", type=int, default=0, help="another seed, another song")
+    add("--attention", default="auto", choices=["auto", *BACKENDS], help="attention backend")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if args.temperature < 0:
+        raise UserError("--temperature must not be negative")
+    if not 0 < args.top_p <= 1:
+        raise UserError("--top_p must be above 0 and at most 1")
+    if args.tempo is not None and not vocab.MIN_BPM <= args.tempo <= vocab.MAX_BPM:
+        raise UserError(f"--tempo must be in {vocab.MIN_BPM}..{vocab.MAX_BPM}")
+    wishes = Wishes(
+        signature=None if args.time_signature is None else parse_signature(args.time_signature),
+        bpm=args.tempo,
+        instruments=None if args.instruments is None else parse_instruments(args.instruments),
+    )
+    for path in filter(None, (args.output, args.picture)):
+        if not Path(path).parent.is_dir():
+            raise UserError(f"{path}: there is no folder {Path(path).parent}")
+    prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
+    model, trainer = load_model(Path(args.checkpoint), pick_device(args.device))
+
+    bar = tqdm(total=args.bars or args.max_tokens, unit="bar" if args.bars else "token")
+
+    def show(tokens: int, bars: int) -> None:
+        bar.n = max(0, bars - 1) if args.bars else tokens
+        bar.set_postfix(tokens=tokens, bars=bars)
+
+    ids = generate(
+        model,
+        prompt,
+        bars=args.bars,
+        max_tokens=args.max_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
+        wishes=wishes,
+        seed=args.seed,
+        max_context=trainer["identity"]["max_seq_len"],
+        attention=args.attention,
+        on_token=show,
+    )
+    bar.close()
+    new = ids[0 if prompt is None else len(prompt) :]
+    new_bars = int(vocab.CHORD.mask(new).sum())
+    if not vocab.P.mask(ids).any():
+        raise UserError(f"--max_tokens {args.max_tokens} leaves no room for a note")
+    midi = HIDTokenizer().decode(ids)
+    try:
+        write_midi(midi, args.output)
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error.strerror}") from None
+    print(f"{args.output}: {new_bars} new bars, {int(vocab.P.mask(new).sum())} new notes")
+    if args.bars and new_bars < args.bars:
+        print(f"stopped at --max_tokens {args.max_tokens}, before {args.bars} bars were full")
+    if args.picture:
+        from .plot import piano_roll  # matplotlib is slow to import, and only needed here
+
+        piano_roll(midi, args.picture)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from meloformer import preprocess, train
+from meloformer.checkpoint import latest_checkpoint, load_checkpoint
+from meloformer.compose import compose
+from meloformer.errors import UserError
+from meloformer.generate import Sampling, generate, load_model, read_prompt
+from meloformer.model import ModelConfig
+from meloformer.train import TrainConfig
+
+from songs import EXAMPLE
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Shards of a dozen short songs, some of them for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "midi").mkdir()
+    for seed in range(12):
+        compose(seed, bars=6).dump(folder / "midi" / f"{seed}.mid")
+    preprocess.main(
+        ["--input", str(folder / "midi"), "--output", str(folder / "shards"), "--val-split", "0.2"]
+    )
+    return folder / "shards"
+
+
+def config(data, output, **changes):
+    settings = {
+        "max_seq_len": 512,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "epochs": 2,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+        "attention": "reference",
+    }
+    return TrainConfig(data_dir=str(data), output_dir=str(output), **(settings | changes))
+
+
+def records(output, key="loss"):
+    lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def losses(output):
+    return [record["loss"] for record in records(output)]
+
+
+def test_the_flags_of_the_original_are_taken_either_way():
+    found = train.parse_args(
+        "--data_dir d --model_size small --max_seq_len 2048 --max_bars 128 --max_samples 50 --batch_size 1 "
+        "--gradient-accumulation-steps 4 --learning-rate 3e-4 --epochs 1".split()
+    )
+    assert dataclasses.replace(found, data_dir="d") == TrainConfig(
+        data_dir="d",
+        model_size="small",
+        max_seq_len=2048,
+        max_bars=128,
+        max_samples=50,
+        batch_size=1,
+        gradient_accumulation_steps=4,
+        learning_rate=3e-4,
+        epochs=1,
+    )
+
+
+def test_the_schedule_warms_up_then_falls_to_a_tenth():
+    settings = TrainConfig(data_dir="", warmup_steps=10, learning_rate=1.0)
+    rates = [train.learning_rate(step, 1000, settings) for step in range(1000)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert np.all(np.diff(rates[10:]) < 0) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    short = [train.learning_rate(step, 20, settings) for step in range(20)]
+    assert short[:2] == pytest.approx([0.5, 1.0])  # a tenth of the run, not ten steps
+
+
+def test_training_lowers_the_loss_and_logs_it(data, tmp_path):
+    train.train(config(data, tmp_path / "run"), TINY)
+    found = records(tmp_path / "run")
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    assert found[-1]["loss"] < found[0]["loss"] - 0.5
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= set(found[0])
+    validation = records(tmp_path / "run", "val_loss")
+    assert [record["epoch"] for record in validation] == [0, 1]
+    assert validation[1]["val_loss"] < validation[0]["val_loss"]
+
+
+@pytest.mark.parametrize("stop", [1, 4], ids=["inside an epoch", "later"])
+def test_a_resumed_run_equals_one_that_was_never_stopped(data, tmp_path, stop):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.train(config(data, whole), TINY)
+    settings = config(data, parts, save_every=1)
+    trainer = train.Trainer(settings, TINY, train.start_job("cpu"))
+    _run_some(trainer, stop)
+    # What a killed run logged after its last checkpoint must be forgotten.
+    with (parts / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": stop + 1, "loss": 1e9}) + '\n{"step": 99, "lo')
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    assert losses(parts) == losses(whole)
+    assert [r["val_loss"] for r in records(parts, "val_loss")] == [
+        r["val_loss"] for r in records(whole, "val_loss")
+    ]
+    first, second = (load_checkpoint(latest_checkpoint(run / "checkpoints")) for run in (whole, parts))
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def _run_some(trainer, steps):
+    """Run a trainer and break it off, as by a kill, right after the checkpoint of step `steps`."""
+
+    class Killed(Exception):
+        pass
+
+    save = trainer.save
+
+    def save_then_die():
+        save()
+        if trainer.step == steps:
+            raise Killed
+
+    trainer.save = save_then_die
+    with pytest.raises(Killed):
+        trainer.run()
+
+
+def test_accumulation_and_batches_of_the_same_rows_are_one_step(data, tmp_path):
+    runs = {"2 x 2": (2, 2), "4 x 1": (4, 1), "1 x 4": (1, 4)}
+    curves = []
+    for name, (batch, accumulation) in runs.items():
+        settings = config(data, tmp_path / name, batch_size=batch, gradient_accumulation_steps=accumulation)
+        train.train(settings, TINY)
+        curves.append(losses(tmp_path / name))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
+
+
+def command(*args, processes=None, **env):
+    start = [sys.executable, "-m"]
+    if processes:
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    return subprocess.run(
+        [*start, "meloformer.train", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_same_rows(data, tmp_path):
+    settings = "--model_size small --max_seq_len 256 --epochs 1 --max_steps 3 --device cpu".split()
+    settings += ["--data_dir", data, "--attention", "reference", "--gradient_accumulation_steps", 2]
+    one = command(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2)
+    two = command(*settings, "--output_dir", tmp_path / "two", "--batch_size", 1, processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    assert [r["tokens"] for r in records(tmp_path / "two")] == [
+        r["tokens"] for r in records(tmp_path / "one")
+    ]
+    np.testing.assert_allclose(
+        [r["val_loss"] for r in records(tmp_path / "two", "val_loss")],
+        [r["val_loss"] for r in records(tmp_path / "one", "val_loss")],
+        rtol=1e-5,
+    )
+
+
+def test_a_run_is_not_begun_over_another(data, tmp_path):
+    train.train(config(data, tmp_path, max_steps=1), TINY)
+    with pytest.raises(UserError, match="holds a run already: add --resume"):
+        train.train(config(data, tmp_path), TINY)
+
+
+def test_a_run_is_not_resumed_as_another(data, tmp_path):
+    train.train(config(data, tmp_path, max_steps=1), TINY)
+    with pytest.raises(UserError, match=r"cannot resume from .*: seed was 0 there and is 1 now"):
+        train.train(config(data, tmp_path, seed=1, resume="auto"), TINY)
+
+
+def test_a_finished_run_is_resumed_to_nothing(data, tmp_path):
+    train.train(config(data, tmp_path), TINY)
+    before = losses(tmp_path)
+    train.train(config(data, tmp_path, resume="auto"), TINY)
+    assert losses(tmp_path) == before
+
+
+@pytest.fixture
+def mistakes(data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in data.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["fingerprint"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    train.train(config(data, tmp_path / "run", max_steps=1), TINY)
+    damaged = latest_checkpoint(tmp_path / "run" / "checkpoints") / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    return {
+        "no such folder": (["--data_dir", tmp_path / "none"], "none"),
+        "an empty folder": (["--data_dir", tmp_path / "empty"], "manifest.json"),
+        "another tokenizer": (["--data_dir", other], "another tokenizer"),
+        "a damaged checkpoint": (
+            ["--data_dir", data, "--output_dir", tmp_path / "run", "--resume", "--max_seq_len", "512"],
+            "SHA-256",
+        ),
+        "a bad number": (["--data_dir", data, "--batch_size", "0"], "--batch_size"),
+        "an unknown flag": (["--data_dir", data, "--wings", "2"], "--wings"),
+        "an unknown device": (["--data_dir", data, "--device", "warp"], "--device warp"),
+        "rows too short for a bar": (["--data_dir", data, "--max_seq_len", "4"], "too long"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no such folder",
+        "an empty folder",
+        "another tokenizer",
+        "a damaged checkpoint",
+        "a bad number",
+        "an unknown flag",
+        "an unknown device",
+        "rows too short for a bar",
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_two(mistakes, name, tmp_path, capsys, monkeypatch):
+    from meloformer import cli
+
+    args, says = mistakes[name]
+    if "--output_dir" not in args:
+        args = [*args, "--output_dir", tmp_path / "new"]
+    monkeypatch.setitem(train.SIZES, "base", TINY)
+    monkeypatch.setattr(sys, "argv", ["train", "--attention", "reference", *map(str, args)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in error and error.strip().count("\n") == 0, error
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
+    (tmp_path / "list.txt").write_text(EXAMPLE + "\n")
+    preprocess.main(
+        ["--input", str(tmp_path / "list.txt"), "--output", str(tmp_path / "data"), "--val-split", "0"]
+    )
+    settings = config(
+        tmp_path / "data",
+        tmp_path / "run",
+        max_seq_len=2304,
+        gradient_accumulation_steps=1,
+        epochs=400,
+        learning_rate=3e-3,
+        warmup_steps=20,
+        weight_decay=0.0,
+        save_every=400,
+    )
+    train.train(settings, ModelConfig(layers=2, dim=128, heads=2, ffn=256))
+    assert losses(tmp_path / "run")[-1] < 0.05
+
+    model, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    whole, start = read_prompt(EXAMPLE, 4), read_prompt(EXAMPLE, 2)
+    written = generate(model, start, bars=2, sampling=Sampling(temperature=0))
+    np.testing.assert_array_equal(written[:-1], whole)
