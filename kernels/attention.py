@@ -22,9 +22,10 @@ from .structure import Structure
 BACKENDS: dict[str, str] = {
     "reference": ".reference",
     "flex": ".flex",
+    "triton": ".triton_backend",
 }
 
-PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("flex", "reference")}  # by device type, best first
+PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton", "flex", "reference")}  # by device type, best first
 PREFERRED_ELSEWHERE = ("reference",)
 
 
