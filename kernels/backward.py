@@ -12,7 +12,7 @@ with x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper
 import triton
 import triton.language as tl
 
-from .forward import tile_mask
+from .forward import key_pointers, tile_mask
 
 
 @triton.jit(do_not_specialize=["heads", "queries"])
@@ -38,7 +38,7 @@ def delta_kernel(
 @triton.jit
 def _query_gradient(
     dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-    list_ptr, order_ptr, bits_ptr, tile, first, end, summary_blocks, scale, offs_m, offs_n, offs_d,
+    list_ptr, order_ptr, bits_ptr, tile, first, end, summaries, scale, offs_m, offs_n, offs_d,
     MASKED: tl.constexpr, SUMMARIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -47,14 +47,11 @@ def _query_gradient(
     token = tl.load(order_ptr + block * BN + offs_n)  # [BN]
     next_block = tl.load(list_ptr + tl.minimum(first + 1, end))
     for i in tl.range(first, end, num_stages=STAGES):
-        row = tl.maximum(token, 0)[:, None]
-        if SUMMARIES:
-            in_s = block < summary_blocks
-            k = tl.load(tl.where(in_s, k_s, k_r) + row * tl.where(in_s, k_s_n, k_r_n) + offs_d[None, :])
-            v = tl.load(tl.where(in_s, v_s, v_r) + row * tl.where(in_s, v_s_n, v_r_n) + offs_d[None, :])
-        else:
-            k = tl.load(k_r + row * k_r_n + offs_d[None, :])  # [BN, D]
-            v = tl.load(v_r + row * v_r_n + offs_d[None, :])  # [BN, D]
+        k_ptrs, v_ptrs = key_pointers(
+            token, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n, summaries, SUMMARIES
+        )
+        k = tl.load(k_ptrs + offs_d[None, :])  # [BN, D]
+        v = tl.load(v_ptrs + offs_d[None, :])  # [BN, D]
         block = next_block
         token = tl.load(order_ptr + block * BN + offs_n)
         next_block = tl.load(list_ptr + tl.minimum(i + 2, end))
@@ -69,13 +66,13 @@ def _query_gradient(
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summary_blocks"])
+@triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summaries"])
 def query_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, dq_b, dq_h, dq_n,
     q_order_ptr, k_order_ptr, list_ptr, partial_ptr, total_ptr, bits_ptr, start_ptr, work_ptr,
-    scale, softmax_scale, heads, queries, q_blocks, k_blocks, summary_blocks,
+    scale, softmax_scale, heads, queries, q_blocks, k_blocks, summaries,
     FIRST: tl.constexpr, SUMMARIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -99,12 +96,12 @@ def query_gradient_kernel(
     dq = tl.zeros([BM, D], tl.float32)
     dq = _query_gradient(
         dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-        blocks, order, bits_ptr, tile, 0, partial, summary_blocks, scale, offs_m, offs_n, offs_d,
+        blocks, order, bits_ptr, tile, 0, partial, summaries, scale, offs_m, offs_n, offs_d,
         True, SUMMARIES, BM, BN, PRECISION, STAGES,
     )  # fmt: skip
     dq = _query_gradient(
         dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-        blocks, order, bits_ptr, tile, partial, length, summary_blocks, scale, offs_m, offs_n, offs_d,
+        blocks, order, bits_ptr, tile, partial, length, summaries, scale, offs_m, offs_n, offs_d,
         False, SUMMARIES, BM, BN, PRECISION, STAGES,
     )  # fmt: skip
     dq *= softmax_scale
@@ -147,10 +144,10 @@ def _key_gradient(
 
 @triton.jit
 def _store_key_gradients(
-    dk, dv, dk_ptr, dv_ptr, base, stride, token, offs_d, FIRST: tl.constexpr
-):
-    """dk and dv [BN, D], float32, to the rows of their tokens: written, or added to what is there."""
-    at = base + tl.maximum(token, 0)[:, None] * stride + offs_d[None, :]
+    dk, dv, dk_ptr, dv_ptr, at, token, offs_d, FIRST: tl.constexpr
+):  # fmt: skip
+    """dk and dv [BN, D], float32, to rows at offsets [BN, 1]: written, or added to what is there."""
+    at += offs_d[None, :]
     there = (token >= 0)[:, None]
     if not FIRST:
         dk += tl.load(dk_ptr + at, mask=there, other=0).to(tl.float32)
@@ -159,14 +156,14 @@ def _store_key_gradients(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summary_blocks"])
+@triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summaries"])
 def key_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, lse_ptr, delta_ptr,
     dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, parts_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
     q_order_ptr, k_order_ptr, list_ptr, partial_ptr, bits_ptr, start_ptr, work_ptr,
-    scale, softmax_scale, heads, queries, q_blocks, k_blocks, summary_blocks,
+    scale, softmax_scale, heads, queries, q_blocks, k_blocks, summaries,
     FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -177,11 +174,12 @@ def key_gradient_kernel(
     head = tl.program_id(0) % heads
     work = work_ptr + tl.program_id(0) // heads * 4
     line, first, end, slot = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    row, h, block = (line // k_blocks).to(tl.int64), head.to(tl.int64), line % k_blocks
+    row, h = (line // k_blocks).to(tl.int64), head.to(tl.int64)
     offs_m, offs_n, offs_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
     token = tl.load(k_order_ptr + line.to(tl.int64) * BN + offs_n)  # [BN]
-    at = tl.maximum(token, 0)[:, None]
-    if block < summary_blocks:
+    in_s = tl.load(k_order_ptr + line.to(tl.int64) * BN) < summaries  # a block is of one stream
+    at = tl.maximum(tl.where(in_s, token, token - summaries), 0)[:, None]
+    if in_s:
         k = tl.load(k_s_ptr + row * k_s_b + h * k_s_h + at * k_s_n + offs_d[None, :])  # [BN, D]
         v = tl.load(v_s_ptr + row * v_s_b + h * v_s_h + at * v_s_n + offs_d[None, :])  # [BN, D]
     else:
@@ -211,25 +209,25 @@ def key_gradient_kernel(
         part += offs_n[:, None] * D + offs_d[None, :]
         tl.store(part, dk)
         tl.store(part + BN * D, dv)
-    elif block < summary_blocks:
+    elif in_s:
         base = row * d_s_b + h * d_s_h
-        _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base, d_s_n, token, offs_d, FIRST)
+        _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, token, offs_d, FIRST)
     else:
         base = row * d_r_b + h * d_r_h
-        _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base, d_r_n, token, offs_d, FIRST)
+        _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, token, offs_d, FIRST)
 
 
-@triton.jit(do_not_specialize=["heads", "k_blocks", "summary_blocks"])
+@triton.jit(do_not_specialize=["heads", "k_blocks", "summaries"])
 def sum_parts_kernel(
     parts_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
-    k_order_ptr, split_ptr, heads, k_blocks, summary_blocks,
+    k_order_ptr, split_ptr, heads, k_blocks, summaries,
     FIRST: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums the parts of one key block of one head, in order."""
     head = tl.program_id(0) % heads
     split = split_ptr + tl.program_id(0) // heads * 3
     line, first, end = tl.load(split), tl.load(split + 1), tl.load(split + 2)
-    row, h, block = (line // k_blocks).to(tl.int64), head.to(tl.int64), line % k_blocks
+    row, h = (line // k_blocks).to(tl.int64), head.to(tl.int64)
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
@@ -238,10 +236,12 @@ def sum_parts_kernel(
         dk += tl.load(part)
         dv += tl.load(part + BN * D)
         part += heads * (2 * BN * D)
-    token = tl.load(k_order_ptr + line.to(tl.int64) * BN + offs_n)
-    if block < summary_blocks:
+    token = tl.load(k_order_ptr + line.to(tl.int64) * BN + offs_n)  # [BN]
+    in_s = tl.load(k_order_ptr + line.to(tl.int64) * BN) < summaries
+    at = tl.maximum(tl.where(in_s, token, token - summaries), 0)[:, None]
+    if in_s:
         base = row * d_s_b + h * d_s_h
-        _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base, d_s_n, token, offs_d, FIRST)
+        _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, token, offs_d, FIRST)
     else:
         base = row * d_r_b + h * d_r_h
-        _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base, d_r_n, token, offs_d, FIRST)
+        _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, token, offs_d, FIRST)

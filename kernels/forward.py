@@ -26,9 +26,28 @@ def tile_mask(bits_ptr, tile, offs_row, offs_col, ROWS: tl.constexpr, COLS: tl.c
 
 
 @triton.jit
+def key_pointers(
+    token, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n, summaries, SUMMARIES: tl.constexpr
+):  # fmt: skip
+    """The rows [BN, 1] of keys and values of some tokens, some row for those that are not there.
+
+    The stream is told by the token and not by its block: a scalar that a loop has loaded would keep
+    Triton (3.7) from pipelining the loads of keys and values.
+    """
+    regular = tl.maximum(token - summaries, 0)[:, None]
+    k_ptrs, v_ptrs = k_r + regular * k_r_n, v_r + regular * v_r_n
+    if SUMMARIES:
+        in_s = (token < summaries)[:, None]
+        summary = tl.maximum(token, 0)[:, None]
+        k_ptrs = tl.where(in_s, k_s + summary * k_s_n, k_ptrs)
+        v_ptrs = tl.where(in_s, v_s + summary * v_s_n, v_ptrs)
+    return k_ptrs, v_ptrs
+
+
+@triton.jit
 def _attend(
     acc, top, total, q, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-    list_ptr, order_ptr, bits_ptr, tile, first, end, summary_blocks, scale, offs_m, offs_n, offs_d,
+    list_ptr, order_ptr, bits_ptr, tile, first, end, summaries, scale, offs_m, offs_n, offs_d,
     MASKED: tl.constexpr, SUMMARIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -41,14 +60,11 @@ def _attend(
     token = tl.load(order_ptr + block * BN + offs_n)  # [BN]
     next_block = tl.load(list_ptr + tl.minimum(first + 1, end))
     for i in tl.range(first, end, num_stages=STAGES):
-        row = tl.maximum(token, 0)[:, None]
-        if SUMMARIES:
-            in_s = block < summary_blocks
-            k = tl.load(tl.where(in_s, k_s, k_r) + row * tl.where(in_s, k_s_n, k_r_n) + offs_d[None, :])
-            v = tl.load(tl.where(in_s, v_s, v_r) + row * tl.where(in_s, v_s_n, v_r_n) + offs_d[None, :])
-        else:
-            k = tl.load(k_r + row * k_r_n + offs_d[None, :])  # [BN, D]
-            v = tl.load(v_r + row * v_r_n + offs_d[None, :])  # [BN, D]
+        k_ptrs, v_ptrs = key_pointers(
+            token, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n, summaries, SUMMARIES
+        )
+        k = tl.load(k_ptrs + offs_d[None, :])  # [BN, D]
+        v = tl.load(v_ptrs + offs_d[None, :])  # [BN, D]
         block = next_block
         token = tl.load(order_ptr + block * BN + offs_n)
         next_block = tl.load(list_ptr + tl.minimum(i + 2, end))
@@ -65,13 +81,13 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summary_blocks"])
+@triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summaries"])
 def forward_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     o_b, o_h, o_n,
     q_order_ptr, k_order_ptr, list_ptr, partial_ptr, total_ptr, bits_ptr, start_ptr, work_ptr,
-    scale, heads, queries, q_blocks, k_blocks, summary_blocks,
+    scale, heads, queries, q_blocks, k_blocks, summaries,
     FIRST: tl.constexpr, SUMMARIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -105,12 +121,12 @@ def forward_kernel(
     partial, length, tile = tl.load(partial_ptr + line), tl.load(total_ptr + line), tl.load(start_ptr + line)
     acc, top, total = _attend(
         acc, top, total, q, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-        blocks, order, bits_ptr, tile, 0, partial, summary_blocks, scale, offs_m, offs_n, offs_d,
+        blocks, order, bits_ptr, tile, 0, partial, summaries, scale, offs_m, offs_n, offs_d,
         True, SUMMARIES, BM, BN, PRECISION, STAGES,
     )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, q, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-        blocks, order, bits_ptr, tile, partial, length, summary_blocks, scale, offs_m, offs_n, offs_d,
+        blocks, order, bits_ptr, tile, partial, length, summaries, scale, offs_m, offs_n, offs_d,
         False, SUMMARIES, BM, BN, PRECISION, STAGES,
     )  # fmt: skip
     blind = total == 0

@@ -68,9 +68,11 @@ class Pass:
     """One pass over the pairs of a batch of B rows.
 
     Attributes:
-        query_order, key_order: int32 [B, blocks * BM or BN], the token in each slot, counted within
-            its stream (regular or summary); -1 where there is none.
-        summary_blocks: the key blocks of summaries; they come first, regular tokens follow.
+        query_order: int32 [B, q_blocks * BM], the token in each slot, counted within the stream of the
+            queries; -1 where there is none.
+        key_order: int32 [B, k_blocks * BN], the same for keys, counted over summaries and regular
+            tokens together, summaries first. A block holds keys of one stream only.
+        sees_summaries: whether any key is a summary.
         queries, keys: the tiles by query block and by key block.
         query_work: int32 [items], the query blocks (row * blocks + block) with work, longest first.
         key_work: int32 [items, 4], (key block, first, end, slot): the part of its list that one
@@ -83,7 +85,7 @@ class Pass:
 
     query_order: Tensor
     key_order: Tensor
-    summary_blocks: int
+    sees_summaries: bool
     queries: Lines
     keys: Lines
     query_work: Tensor
@@ -115,19 +117,20 @@ class Plan:
 def make_plan(structure: Structure, tiles: Tiles) -> Plan:
     tokens = structure.tokens
     facts = torch.stack(structure.keys, dim=1)  # [B, 6, M + N]
-    rows, num_tokens = structure.doc.shape
-    num_summaries = structure.summary_doc.shape[1]
-    natural = torch.arange(max(num_tokens, num_summaries), dtype=torch.int32, device=structure.device)
-    summaries = natural[:num_summaries].expand(rows, -1)
-    regular = natural[:num_tokens].expand(rows, -1)
+    rows, num_summaries = structure.summary_doc.shape
+    natural = torch.arange(facts.shape[2], dtype=torch.int32, device=structure.device).expand(rows, -1)
+    summaries, regular = natural[:, :num_summaries], natural[:, num_summaries:]
     near_bars = tuple(sorted(set(structure.near_bars))) or (_NEVER,)
 
-    near = _sorted_by(tokens.doc, _kind_class(tokens), 5)
-    far = _sorted_by(tokens.doc, tokens.inst * 5 + _kind_class(tokens), 5 * (NO_INSTRUMENT + 1))
+    kind_class = _kind_class(tokens)
+    near = _sorted_by(tokens.doc, kind_class, 5)
+    far = _sorted_by(tokens.doc, tokens.inst * 5 + kind_class, 5 * (NO_INSTRUMENT + 1))
+    near_keys, far_keys = near + num_summaries, far + num_summaries
+    split = tiles.split
     drafts = [
-        _Draft(SUMMARIZE, facts, near_bars, summaries, 0, summaries, regular, tiles.summarize, tiles.split),
-        _Draft(NEAR, facts, near_bars, near, num_summaries, summaries, near, tiles.near, tiles.split),
-        _Draft(FAR, facts, near_bars, far, num_summaries, None, far, tiles.far, tiles.split),
+        _Draft(SUMMARIZE, facts, near_bars, summaries, 0, (summaries, regular), tiles.summarize, split),
+        _Draft(NEAR, facts, near_bars, near, num_summaries, (summaries, near_keys), tiles.near, split),
+        _Draft(FAR, facts, near_bars, far, num_summaries, (far_keys,), tiles.far, split),
     ]
     counts = torch.stack([draft.counts for draft in drafts]).tolist()  # the one wait for the device
     summarize, *update = (draft.finish(*count) for draft, count in zip(drafts, counts))
@@ -152,6 +155,17 @@ def _slots(order: Tensor, block: int) -> Tensor:
     return F.pad(order, (0, -order.shape[1] % block), value=-1)
 
 
+def _lay_out(facts: Tensor, order: Tensor, first: int, block: int) -> tuple[Tensor, Tensor]:
+    """Facts in an order, and the ranges of its blocks; see `visibility`."""
+    rows, slots = order.shape
+    laid_out = facts.new_empty(rows, FACTS.value, slots)
+    ranges = facts.new_empty(rows, slots // block, RANGES.value)
+    layout_kernel[slots // block, rows](
+        facts, order, laid_out, ranges, facts.shape[2], slots, first, BLOCK=block
+    )
+    return laid_out, ranges
+
+
 class _Draft:
     """A pass but for what needs the number of its partial tiles: the bits, and the work."""
 
@@ -162,45 +176,26 @@ class _Draft:
         near_bars: tuple[int, ...],
         queries: Tensor,
         first_query: int,
-        summaries: Tensor | None,
-        regular: Tensor,
+        keys: tuple[Tensor, ...],
         tiles: PassTiles,
         split: int,
     ):
-        """`queries` is an order of the tokens from `first_query` on in `facts` [B, 6, M + N]; the keys
-        are `summaries` (if any) and `regular`, each in order."""
-        rows, _, num_tokens = facts.shape
-        num_summaries = num_tokens - regular.shape[1]
+        """Orders are of the tokens in `facts` [B, 6, M + N]: `queries` counts from `first_query` on, and
+        each of `keys` begins a block."""
         self.rule = {"PASS": kind, "NEAR_BARS": near_bars, "BM": tiles.block_m, "BN": tiles.block_n}
-        self.tiles, self.split, self.first = tiles, split, kind != FAR
+        self.tiles, self.sees_summaries = tiles, kind != FAR
         self.query_order = _slots(queries, tiles.block_m)
-        keys = _slots(regular, tiles.block_n)
-        self.summary_blocks = 0
-        if summaries is not None:
-            of_summaries = _slots(summaries, tiles.block_n)
-            self.summary_blocks = of_summaries.shape[1] // tiles.block_n
-            keys = torch.cat([of_summaries, keys], dim=1)
-        self.key_order = keys
-
-        def lay_out(order: Tensor, summary_slots: int, block: int) -> tuple[Tensor, Tensor]:
-            slots = order.shape[1]
-            laid_out = facts.new_empty(rows, FACTS.value, slots)
-            ranges = facts.new_empty(rows, slots // block, RANGES.value)
-            layout_kernel[slots // block, rows](
-                facts, order, laid_out, ranges, num_tokens, slots, summary_slots, num_summaries, BLOCK=block
-            )
-            return laid_out, ranges
-
-        query_slots = 0 if first_query else self.query_order.shape[1]
-        self.query_facts, query_ranges = lay_out(self.query_order, query_slots, tiles.block_m)
-        self.key_facts, key_ranges = lay_out(keys, self.summary_blocks * tiles.block_n, tiles.block_n)
+        self.key_order = torch.cat([_slots(order, tiles.block_n) for order in keys], dim=1)
+        self.query_facts, query_ranges = _lay_out(facts, self.query_order, first_query, tiles.block_m)
+        self.key_facts, key_ranges = _lay_out(facts, self.key_order, 0, tiles.block_n)
+        rows = len(facts)
         q_blocks, k_blocks = query_ranges.shape[1], key_ranges.shape[1]
         types = torch.zeros(rows, q_blocks, k_blocks, dtype=torch.int8, device=facts.device)
         classify_kernel[triton.cdiv(k_blocks, _RUN), q_blocks, rows](
             self.query_facts, self.key_facts, query_ranges, key_ranges, types, q_blocks, k_blocks,
             **self.rule, RUN=_RUN,
         )  # fmt: skip
-        self.lists = Lists(types, split, self.first)
+        self.lists = Lists(types, split, first=kind != FAR)
         self.counts = self.lists.counts
 
     def finish(self, partial: int, *work: int) -> Pass:
@@ -215,7 +210,7 @@ class _Draft:
                 lists.key_start, bits, key_bits, q_blocks, k_blocks, **self.rule,
             )  # fmt: skip
         return lists.finish(
-            self.query_order, self.key_order, self.summary_blocks, bits, key_bits, work, tiles
+            self.query_order, self.key_order, self.sees_summaries, bits, key_bits, work, tiles
         )
 
 
@@ -270,7 +265,7 @@ class Lists:
         self,
         query_order: Tensor,
         key_order: Tensor,
-        summary_blocks: int,
+        sees_summaries: bool,
         bits: Tensor,
         key_bits: Tensor,
         work: tuple[int, ...],
@@ -292,7 +287,7 @@ class Lists:
         return Pass(
             query_order=query_order,
             key_order=key_order,
-            summary_blocks=summary_blocks,
+            sees_summaries=sees_summaries,
             queries=Lines(self.blocks, k_blocks, self.partial, self.total, bits, self.start),
             keys=Lines(
                 self.key_blocks, q_blocks, self.key_partial, self.key_total, key_bits, self.key_start

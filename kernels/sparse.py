@@ -71,8 +71,8 @@ def forward(
             q, k_s, v_s, k_r, v_r, o, lse,
             *_strides(q, k_s, v_s, k_r, v_r, o),
             p.query_order, p.key_order, *_lists(p.queries), p.query_work,
-            dim**-0.5 * _LOG2_E, heads, queries, p.q_blocks, p.k_blocks, p.summary_blocks,
-            FIRST=p.first, SUMMARIES=p.summary_blocks > 0, BM=tiles.block_m, BN=tiles.block_n, D=dim,
+            dim**-0.5 * _LOG2_E, heads, queries, p.q_blocks, p.k_blocks, k_s.shape[2],
+            FIRST=p.first, SUMMARIES=p.sees_summaries, BM=tiles.block_m, BN=tiles.block_n, D=dim,
             PRECISION="ieee", STAGES=launch.stages, num_warps=launch.warps,
         )  # fmt: skip
     return o, lse
@@ -95,7 +95,7 @@ def backward(
     scale = softmax_scale * _LOG2_E
     for p in passes:
         m, n = p.tiles.block_m, p.tiles.block_n
-        sizes = (p.q_blocks, p.k_blocks, p.summary_blocks)
+        sizes = (p.q_blocks, p.k_blocks, k_s.shape[2])
         common = {"FIRST": p.first, "BN": n, "D": dim}
         if len(p.query_work):
             launch = _launch(p.tiles.dq, q, 2 * m, 2 * n)
@@ -103,7 +103,7 @@ def backward(
                 q, k_s, v_s, k_r, v_r, do, lse, delta, dq, *strides, *_strides(dq),
                 p.query_order, p.key_order, *_lists(p.queries), p.query_work,
                 scale, softmax_scale, heads, queries, *sizes,
-                **common, SUMMARIES=p.summary_blocks > 0, BM=m,
+                **common, SUMMARIES=p.sees_summaries, BM=m,
                 PRECISION="ieee", STAGES=launch.stages, num_warps=launch.warps,
             )  # fmt: skip
         if len(p.key_work):
@@ -120,7 +120,7 @@ def backward(
             if p.slots:
                 sum_parts_kernel[(len(p.split_keys) * heads,)](
                     parts, *key_gradients, *_strides(dk_s, dk_r), p.key_order, p.split_keys,
-                    heads, p.k_blocks, p.summary_blocks, **common,
+                    heads, p.k_blocks, k_s.shape[2], **common,
                 )  # fmt: skip
     return [dq, *key_gradients]
 

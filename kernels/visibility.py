@@ -120,17 +120,17 @@ def _high(x, among):
 
 @triton.jit
 def layout_kernel(
-    facts_ptr, order_ptr, sorted_ptr, ranges_ptr, tokens, slots, summary_slots, summaries, BLOCK: tl.constexpr
+    facts_ptr, order_ptr, sorted_ptr, ranges_ptr, tokens, slots, first, BLOCK: tl.constexpr
 ):
     """Facts [B, 6, tokens] by the order [B, slots] of a layout, and the ranges of its blocks.
 
-    The order counts tokens within their stream: summaries in the first `summary_slots`, else regular.
+    The order counts from token `first` on; -1 is no token.
     """
     block, row = tl.program_id(0), tl.program_id(1)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(order_ptr + row.to(tl.int64) * slots + slot)
     there = token >= 0
-    token = tl.maximum(token, 0) + tl.where(slot < summary_slots, 0, summaries)
+    token = tl.maximum(token, 0) + first
     doc, bar, inst, kind, onset, position = _load_facts(facts_ptr, row, tokens, token)
     doc = tl.where(there, doc, -1)
     out = sorted_ptr + row.to(tl.int64) * FACTS * slots + slot
