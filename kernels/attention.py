@@ -25,7 +25,9 @@ BACKENDS: dict[str, str] = {
     "triton": ".triton_backend",
 }
 
-PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton", "flex", "reference")}  # by device type, best first
+PREFERRED: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "flex", "reference")
+}  # by device type, best first
 PREFERRED_ELSEWHERE = ("reference",)
 
 

@@ -289,9 +289,7 @@ class Lists:
             key_order=key_order,
             sees_summaries=sees_summaries,
             queries=Lines(self.blocks, k_blocks, self.partial, self.total, bits, self.start),
-            keys=Lines(
-                self.key_blocks, q_blocks, self.key_partial, self.key_total, key_bits, self.key_start
-            ),
+            keys=Lines(self.key_blocks, q_blocks, self.key_partial, self.key_total, key_bits, self.key_start),
             query_work=self.query_order[:query_items],
             key_work=key_work,
             split_keys=torch.stack([self.longest_keys[split], starts[split], ends[split]], dim=1),

@@ -103,7 +103,9 @@ def _may_see(q_ptr, k_ptr, PASS: tl.constexpr, NEAR_BARS: tl.constexpr):
             rr &= (near > 0) | ((k_kinds & _GLOBAL) != 0)
             return may & (rr | (k_summaries & (k_bar_min < q_bar_max)))
         else:
-            same_inst = (tl.load(k_ptr + 4) <= tl.load(q_ptr + 5)) & (tl.load(k_ptr + 5) >= tl.load(q_ptr + 4))
+            same_inst = (tl.load(k_ptr + 4) <= tl.load(q_ptr + 5)) & (
+                tl.load(k_ptr + 5) >= tl.load(q_ptr + 4)
+            )
             distances = high - tl.maximum(low, 0) + 1
             return may & rr & same_inst & (distances > near)
 
@@ -119,9 +121,7 @@ def _high(x, among):
 
 
 @triton.jit
-def layout_kernel(
-    facts_ptr, order_ptr, sorted_ptr, ranges_ptr, tokens, slots, first, BLOCK: tl.constexpr
-):
+def layout_kernel(facts_ptr, order_ptr, sorted_ptr, ranges_ptr, tokens, slots, first, BLOCK: tl.constexpr):
     """Facts [B, 6, tokens] by the order [B, slots] of a layout, and the ranges of its blocks.
 
     The order counts from token `first` on; -1 is no token.

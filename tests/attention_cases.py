@@ -193,3 +193,17 @@ def outputs_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor])
     arguments = [x.detach().requires_grad_() for x in arguments]
     output = function(*arguments)
     return [output.detach(), *torch.autograd.grad(output, arguments, cotangent)]
+
+
+def check_low_precision(function, plain, inputs, names):
+    """The error rule: against float64, at most 2x (output) or 3x (gradients) what plain PyTorch errs.
+
+    Plus one rounding of the largest value, since plain PyTorch may err by nothing at all.
+    """
+    gold = outputs_and_gradients(plain, [x.double() for x in inputs])
+    results = zip(names, gold, outputs_and_gradients(plain, inputs), outputs_and_gradients(function, inputs))
+    for name, exact, low, got in results:
+        assert got.dtype == inputs[0].dtype and got.isfinite().all(), name
+        allowed = (2 if name == "o" else 3) * (low - exact).abs().max()
+        allowed += torch.finfo(got.dtype).eps * exact.abs().max()
+        assert (got - exact).abs().max() <= allowed, name

@@ -1,23 +1,26 @@
-"""Every backend against the float64 oracle of attention_cases.py: outputs and all gradients."""
+"""The backends of any dtype and device against the float64 oracle of attention_cases.py, and the choice
+of a backend. `triton` is tested in test_triton.py."""
 
 import warnings
 
 import pytest
 import torch
 
-from meloformer.kernels import BACKENDS, flex, make_attention, resolve_backend
+from meloformer.kernels import BACKENDS, flex, make_attention, resolve_backend, triton_backend
 
 from attention_cases import (
     CASES,
     INPUTS,
     PHASES,
     case,
+    check_low_precision,
     outputs_and_gradients,
     plain_phase,
     random_inputs,
 )
 
 SEEDS = (0, 1, 2)
+PORTABLE = ("reference", "flex")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -27,25 +30,11 @@ def forget_compiled_code():
     torch._dynamo.reset()
 
 
-def check_low_precision(function, plain, inputs, names):
-    """The error rule: against float64, at most 2x (output) or 3x (gradients) what plain PyTorch errs.
-
-    Plus one rounding of the largest value, since plain PyTorch may err by nothing at all.
-    """
-    gold = outputs_and_gradients(plain, [x.double() for x in inputs])
-    results = zip(names, gold, outputs_and_gradients(plain, inputs), outputs_and_gradients(function, inputs))
-    for name, exact, low, got in results:
-        assert got.dtype == inputs[0].dtype and got.isfinite().all(), name
-        allowed = (2 if name == "o" else 3) * (low - exact).abs().max()
-        allowed += torch.finfo(got.dtype).eps * exact.abs().max()
-        assert (got - exact).abs().max() <= allowed, name
-
-
 @pytest.mark.filterwarnings("ignore:FlexAttention has no backward on CPU")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_outputs_and_gradients_in_float64(backend, name, phase, seed):
     masks = case(name, seed)
     inputs = random_inputs(phase, masks.structure, torch.float64, seed=seed)
@@ -71,7 +60,7 @@ def test_flex_without_gradients_runs_flex_attention_itself(name, phase, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", ["documents", "rows", "all_keys_visible", "63_tokens", "257_tokens"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_error_in_low_precision(backend, name, phase, dtype):
     masks = case(name)
     inputs = random_inputs(phase, masks.structure, dtype, dim=64)
@@ -81,7 +70,7 @@ def test_error_in_low_precision(backend, name, phase, dtype):
 
 @pytest.mark.filterwarnings("ignore:FlexAttention has no backward on CPU")
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_padding_gets_zero_and_matters_to_nobody(backend, phase):
     structure = case("rows").structure
     function = getattr(make_attention(structure, backend), phase)
@@ -115,13 +104,17 @@ def test_auto_is_reference_on_cpu_without_a_word():
         assert make_attention(case("one_bar").structure).backend == "reference"
 
 
-def test_auto_on_cuda_prefers_flex_and_says_if_it_cannot(monkeypatch):
+def test_auto_on_cuda_takes_the_best_and_says_what_it_passes_over(monkeypatch):
+    monkeypatch.setattr(triton_backend, "unavailable", lambda device: None)
     monkeypatch.setattr(flex, "unavailable", lambda device: None)
-    assert resolve_backend("auto", "cuda") == "flex"
-    monkeypatch.setattr(flex, "unavailable", lambda device: "a reason")
-    with pytest.warns(UserWarning, match="'flex' is left out: a reason"):
+    assert resolve_backend("auto", "cuda") == "triton"
+    monkeypatch.setattr(triton_backend, "unavailable", lambda device: "a reason")
+    with pytest.warns(UserWarning, match="'triton' is left out: a reason"):
+        assert resolve_backend("auto", "cuda") == "flex"
+    monkeypatch.setattr(flex, "unavailable", lambda device: "another")
+    with pytest.warns(UserWarning, match="'flex' is left out: another"):
         assert resolve_backend("auto", "cuda") == "reference"
-    with pytest.raises(RuntimeError, match="'flex' cannot run on cuda: a reason"):
+    with pytest.raises(RuntimeError, match="'flex' cannot run on cuda: another"):
         resolve_backend("flex", "cuda")
 
 
@@ -142,7 +135,7 @@ def test_flex_compiles_for_more_shapes_than_pytorch_allows_by_default():
 
 
 def test_unknown_backend_lists_the_names():
-    with pytest.raises(ValueError, match=r"unknown attention backend 'fast'.*auto, reference, flex"):
+    with pytest.raises(ValueError, match=r"unknown attention backend 'fast'.*auto, reference, flex, triton"):
         resolve_backend("fast", "cpu")
 
 

@@ -1,0 +1,297 @@
+"""The Triton backend against the float64 oracle: interpreted on CPU in float32, compiled on a GPU."""
+
+from dataclasses import fields, replace
+from random import Random
+
+import pytest
+import torch
+
+from meloformer.kernels import make_attention, triton_backend
+from meloformer.kernels.sparse import sparse_attention
+from meloformer.kernels.structure import regular_sees, summary_sees
+from meloformer.kernels.tiling import PassTiles, Tiles
+from meloformer.kernels.triton_backend import Backend
+from meloformer.model import MeloFormer, ModelConfig
+
+from attention_cases import (
+    CASES,
+    INPUTS,
+    PHASES,
+    Case,
+    case,
+    check_low_precision,
+    outputs_and_gradients,
+    plain_attention,
+    plain_phase,
+    random_inputs,
+    song,
+    structure,
+)
+from plan_cases import pass_of_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = PassTiles(16, 32)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialized_memory(monkeypatch):
+    """torch.empty then holds NaN, and the largest number in integer tensors."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(function, plain, inputs, names):
+    """float32, to a few roundings of the largest value."""
+    expected = outputs_and_gradients(plain, [x.double() for x in inputs])
+    for what, a, b in zip(names, outputs_and_gradients(function, inputs), expected):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-6 * max(1, b.abs().max()), msg=what)
+
+
+def check_phase(masks, phase, tiles, dim=32, heads=1):
+    placed = masks._replace(structure=masks.structure.to(DEVICE))
+    inputs = random_inputs(phase, placed.structure, torch.float32, dim=dim, heads=heads)
+    backend = Backend(placed.structure, tiles)
+    check(getattr(backend, phase), plain_phase(phase, placed), inputs, ("o", *INPUTS[phase]))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name, phase):
+    check_phase(case(name), phase, Tiles(SMALL, SMALL, SMALL, split=2))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(),
+        Tiles(PassTiles(32, 16), PassTiles(16, 64), PassTiles(64, 32), split=1),
+        Tiles(PassTiles(16, 128), PassTiles(128, 64), PassTiles(64, 128)),
+    ],
+    ids=["default", "mixed", "128"],
+)
+def test_tiles(tiles, phase):
+    check_phase(case("documents"), phase, tiles, heads=2)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_head_dims(dim):
+    check_phase(case("rows"), "update", Tiles(), dim=dim)
+
+
+class TestAnyMask:
+    """The kernels know bits, not music."""
+
+    def inputs(self, mask, num_summaries, dim=32, heads=2):
+        generator = torch.Generator().manual_seed(1)
+        rows, num_queries, num_keys = mask.shape
+        lengths = (num_queries, num_summaries, num_summaries, *[num_keys - num_summaries] * 2, num_queries)
+        return [torch.randn(rows, heads, n, dim, generator=generator).to(DEVICE) for n in lengths]
+
+    def plain(self, mask):
+        return lambda q, ks, vs, kr, vr: plain_attention(
+            q, torch.cat([ks, kr], 2), torch.cat([vs, vr], 2), mask.to(DEVICE)
+        )
+
+    def placed(self, *passes):
+        return tuple(on_device(p) for p in passes)
+
+    @pytest.mark.parametrize("size", [(16, 16), (32, 16), (16, 64), (64, 128)], ids=str)
+    @pytest.mark.parametrize("density", [0, 0.01, 0.5, 1])
+    def test_random_masks(self, density, size):
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.rand(2, 70, 13 + 90, generator=generator) < density
+        mask[0, 3] = False  # a blind query
+        mask[1, :, 40] = False  # a key that nobody sees
+        p = pass_of_mask(mask, 13, PassTiles(*size), split=2)
+        names = ("o", "q", "k_s", "v_s", "k_r", "v_r")
+        passes = self.placed(p)
+        check(lambda *x: sparse_attention(*x, passes), self.plain(mask), self.inputs(mask, 13), names)
+
+    def test_two_passes_continue_each_other(self):
+        generator = torch.Generator().manual_seed(0)
+        dice = torch.rand(2, 70, 13 + 90, generator=generator)
+        near, far = dice < 0.2, (dice > 0.7)
+        far[:, :, :13] = False
+        near[:, 5:9], far[:, 8:12] = False, False
+        mask = near | far
+        passes = self.placed(
+            pass_of_mask(near, 13, PassTiles(32, 16), split=2),
+            pass_of_mask(far, 13, PassTiles(16, 32), split=2, first=False, seed=1),
+        )
+        names = ("o", "q", "k_s", "v_s", "k_r", "v_r")
+        check(lambda *x: sparse_attention(*x, passes), self.plain(mask), self.inputs(mask, 13), names)
+
+
+def on_device(p):
+    """A pass with its tensors on DEVICE."""
+
+    def moved(x):
+        tensors = {f.name: getattr(x, f.name) for f in fields(x)}
+        return replace(x, **{k: v.to(DEVICE) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+    return replace(moved(p), queries=moved(p.queries), keys=moved(p.keys))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_padding_gets_zero_and_matters_to_nobody(phase):
+    packed = case("rows").structure.to(DEVICE)
+    function = getattr(Backend(packed), phase)
+    padding = {"s": packed.summary_doc < 0, "r": packed.doc < 0}
+    streams = [name[-1] for name in (*INPUTS[phase], INPUTS[phase][0])]
+    inputs = random_inputs(phase, packed, torch.float32, dim=32)
+    other = [
+        x.where(~padding[stream][:, None, :, None], torch.randn_like(x) * 10)
+        for x, stream in zip(inputs, streams)
+    ]
+    results = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, other))
+    for (a, b), stream in zip(results, (streams[0], *streams)):
+        assert torch.equal(a, b)
+        assert a.transpose(1, 2)[padding[stream]].eq(0).all()
+
+
+def test_any_strides():
+    """As the model makes them (heads inside), channels not contiguous, rows expanded, odd offsets."""
+    packed = case("rows").structure.to(DEVICE)
+    inputs = random_inputs("update", packed, torch.float32, dim=32)
+    q, k, v, k2, v2, cotangent = inputs
+    attend = Backend(packed).update
+    expected = outputs_and_gradients(attend, inputs)
+    joint = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, N, 3, H, D]
+    views = [*joint.permute(2, 0, 3, 1, 4).unbind(0)]
+    views += [k2.mT.contiguous().mT, torch.nn.functional.pad(v2, (1, 0))[..., 1:]]
+    views.append(cotangent.transpose(1, 2).contiguous().transpose(1, 2))
+    for a, b in zip(outputs_and_gradients(attend, views), expected):
+        assert torch.equal(a, b)
+
+
+def test_the_output_joins_its_heads_for_free():
+    packed = case("rows").structure.to(DEVICE)
+    *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
+    assert Backend(packed).update(*arguments).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_results_repeat_bit_by_bit(phase):
+    packed = case("documents").structure.to(DEVICE)
+    inputs = random_inputs(phase, packed, torch.float32, dim=32)
+    function = getattr(Backend(packed, Tiles(SMALL, SMALL, SMALL, split=1)), phase)
+    first, second = (outputs_and_gradients(function, inputs) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "message"),
+    [
+        (48, torch.float32, r"\(32, 64, 128\) channels per head, got 48"),
+        (32, torch.float64, "got torch.float64"),
+    ],
+    ids=["head_dim", "float64"],
+)
+def test_what_it_cannot_compute_is_refused(dim, dtype, message):
+    packed = case("one_bar").structure.to(DEVICE)
+    *arguments, _ = random_inputs("update", packed, dtype, dim=dim)
+    with pytest.raises(ValueError, match=message):
+        Backend(packed).update(*arguments)
+
+
+def test_unavailable_says_why(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "runs on cuda" in triton_backend.unavailable(cpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_backend.unavailable(cpu) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in triton_backend.unavailable(cuda)
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    assert "not installed" in triton_backend.unavailable(cuda)
+
+
+def model_gradients(backend, packed, ids):
+    torch.manual_seed(0)
+    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64)).to(DEVICE)
+    logits = model(ids, packed, make_attention(packed, backend))
+    logits.square().mean().backward()
+    return [logits, *(p.grad for p in model.parameters())]
+
+
+def test_the_model_learns_as_with_the_reference():
+    packed = case("documents").structure.to(DEVICE)
+    ids = torch.randint(400, packed.doc.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = (model_gradients(backend, packed, ids) for backend in ("triton", "reference"))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.detach().abs().max()))
+
+
+def test_no_token_sees_what_comes_later():
+    """The gradient of logits with respect to later embeddings, and other documents, is exactly 0."""
+    packed = case("documents").structure.to(DEVICE)
+    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64)).to(DEVICE)
+    ids = torch.randint(400, packed.doc.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    attention = make_attention(packed, "triton")
+    embedded = []
+    model.token_embedding.register_forward_hook(lambda *x: embedded.append(x[2]))
+    logits = model(ids, packed, attention)
+    for token in (0, 40, 120, packed.doc.shape[1] - 1):
+        (influence,) = torch.autograd.grad(logits[0, token].sum(), embedded[0], retain_graph=True)
+        others = packed.doc[0] != packed.doc[0, token]
+        others[token + 1 :] = True
+        assert influence[0, others].eq(0).all()
+        assert influence[0, token].ne(0).any()
+
+
+class TestCompiled:
+    pytestmark = gpu
+
+    def long(self):
+        """One row of a song of about 3,000 tokens, one of several."""
+        r = Random(0)
+        batch = [[song(r, 60, (128, 33, 0, 80, 25), resting=0.2)], [song(r, 9), song(r, 20), song(r, 3)]]
+        return structure(batch, num_summaries=64).to("cuda")
+
+    @pytest.mark.parametrize("dim", [32, 64, 128])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("phase", PHASES)
+    def test_error(self, phase, dtype, dim):
+        packed = self.long()
+        inputs = random_inputs(phase, packed, dtype, dim=dim)
+        reference = getattr(make_attention(packed, "reference"), phase)
+        torch.use_deterministic_algorithms(False)
+        if dtype == torch.float32:
+            check(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase]))
+        else:
+            plain = plain_phase(phase, dense_case(packed))
+            check_low_precision(getattr(Backend(packed), phase), plain, inputs, ("o", *INPUTS[phase]))
+
+    def test_a_hundred_repeats(self):
+        packed = self.long()
+        inputs = random_inputs("update", packed, torch.bfloat16, dim=64)
+        first = outputs_and_gradients(Backend(packed).update, inputs)
+        for _ in range(100):
+            again = outputs_and_gradients(Backend(packed).update, inputs)
+            assert all(map(torch.equal, first, again))
+
+    def test_offsets_beyond_32_bits(self):
+        packed = structure([[song(Random(0), 20)]], length=98_304, num_summaries=128).to("cuda")
+        generator = torch.Generator("cuda").manual_seed(0)
+        joint = torch.randn(1, 98_304, 3, 16, 512, device="cuda", dtype=torch.bfloat16, generator=generator)
+        q, k, v = joint[..., :64].permute(2, 0, 3, 1, 4).unbind(0)
+        k2, v2 = torch.randn(2, 1, 16, 128, 64, device="cuda", dtype=torch.bfloat16, generator=generator)
+        assert 98_304 * q.stride(2) >= 2**31
+        got = Backend(packed).update(q, k, v, k2, v2)
+        n = int((packed.doc >= 0).sum())
+        short = structure([[song(Random(0), 20)]], num_summaries=128).to("cuda")
+        cut = (x[:, :, :n] for x in (q, k, v))
+        expected = Backend(short).update(*cut, k2, v2)
+        torch.testing.assert_close(got[:, :, :n], expected, rtol=2e-2, atol=2e-2)
+        assert got[:, :, n:].eq(0).all()
+
+
+def dense_case(packed):
+    """The masks of a structure that is too long for the oracle in Python."""
+    keys = packed.keys.at(slice(None), None)
+    summaries, tokens = (x.at(slice(None), slice(None), None) for x in (packed.summaries, packed.tokens))
+    return Case(packed, summary_sees(summaries, keys), regular_sees(tokens, keys, packed.near_bars))
