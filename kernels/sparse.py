@@ -83,46 +83,69 @@ def backward(
     o: Tensor, lse: Tensor, do: Tensor, passes: tuple[Pass, ...],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k_s, v_s, k_r and v_r, given that of o."""
-    rows, heads, queries, dim = q.shape
-    delta = torch.empty_like(lse)
+    inputs = (q, k_s, v_s, k_r, v_r)
+    delta = row_sums(o, do)
+    dq, *key_gradients = gradients = [_empty_like(x) for x in inputs]
+    for p in passes:
+        add_query_gradient(dq, *inputs, do, lse, delta, p)
+        add_key_gradients(key_gradients, *inputs, do, lse, delta, p)
+    return gradients
+
+
+def row_sums(o: Tensor, do: Tensor) -> Tensor:
+    """delta = rowsum(dO * O), float32 [B, H, length]."""
+    rows, heads, queries, dim = o.shape
+    delta = torch.empty(rows, heads, queries, dtype=torch.float32, device=o.device)
     delta_kernel[-(-queries // _DELTA_BLOCK), rows * heads](
         o, do, delta, *_strides(o, do), heads, queries, BLOCK=_DELTA_BLOCK, D=dim
     )
-    dq, dk_s, dv_s, dk_r, dv_r = (_empty_like(x) for x in (q, k_s, v_s, k_r, v_r))
-    key_gradients = (dk_s, dv_s, dk_r, dv_r)
-    strides = _strides(q, k_s, v_s, k_r, v_r, do)
-    softmax_scale = dim**-0.5
-    scale = softmax_scale * _LOG2_E
-    for p in passes:
-        m, n = p.tiles.block_m, p.tiles.block_n
-        sizes = (p.q_blocks, p.k_blocks, k_s.shape[2])
-        common = {"FIRST": p.first, "BN": n, "D": dim}
-        if len(p.query_work):
-            launch = _launch(p.tiles.dq, q, 2 * m, 2 * n)
-            query_gradient_kernel[(len(p.query_work) * heads,)](
-                q, k_s, v_s, k_r, v_r, do, lse, delta, dq, *strides, *_strides(dq),
-                p.query_order, p.key_order, *_lists(p.queries), p.query_work,
-                scale, softmax_scale, heads, queries, *sizes,
-                **common, SUMMARIES=p.sees_summaries, BM=m,
-                PRECISION="ieee", STAGES=launch.stages, num_warps=launch.warps,
-            )  # fmt: skip
-        if len(p.key_work):
-            launch = _launch(p.tiles.dkv, q, 2 * n, 2 * m)
-            parts = torch.empty(p.slots, heads, 2, n, dim, dtype=torch.float32, device=q.device)
-            blocks, partial, _, bits, start = _lists(p.keys)
-            key_gradient_kernel[(len(p.key_work) * heads,)](
-                q, k_s, v_s, k_r, v_r, do, lse, delta, *key_gradients, parts,
-                *strides, *_strides(dk_s, dk_r),
-                p.query_order, p.key_order, blocks, partial, bits, start, p.key_work,
-                scale, softmax_scale, heads, queries, *sizes,
-                **common, BM=m, PRECISION="ieee", STAGES=launch.stages, num_warps=launch.warps,
-            )  # fmt: skip
-            if p.slots:
-                sum_parts_kernel[(len(p.split_keys) * heads,)](
-                    parts, *key_gradients, *_strides(dk_s, dk_r), p.key_order, p.split_keys,
-                    heads, p.k_blocks, k_s.shape[2], **common,
-                )  # fmt: skip
-    return [dq, *key_gradients]
+    return delta
+
+
+def add_query_gradient(
+    dq: Tensor, q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor,
+    do: Tensor, lse: Tensor, delta: Tensor, p: Pass,
+) -> None:  # fmt: skip
+    """One pass's part of dq, written if the pass is the first."""
+    _, heads, queries, dim = q.shape
+    if not len(p.query_work):
+        return
+    m, n = p.tiles.block_m, p.tiles.block_n
+    launch = _launch(p.tiles.dq, q, 2 * m, 2 * n)
+    query_gradient_kernel[(len(p.query_work) * heads,)](
+        q, k_s, v_s, k_r, v_r, do, lse, delta, dq, *_strides(q, k_s, v_s, k_r, v_r, do, dq),
+        p.query_order, p.key_order, *_lists(p.queries), p.query_work,
+        dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, p.q_blocks, p.k_blocks, k_s.shape[2],
+        FIRST=p.first, SUMMARIES=p.sees_summaries, BM=m, BN=n, D=dim,
+        PRECISION="ieee", STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def add_key_gradients(
+    gradients: list[Tensor], q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor,
+    do: Tensor, lse: Tensor, delta: Tensor, p: Pass,
+) -> None:  # fmt: skip
+    """One pass's part of dk_s, dv_s, dk_r and dv_r, written if the pass is the first."""
+    _, heads, queries, dim = q.shape
+    if not len(p.key_work):
+        return
+    m, n = p.tiles.block_m, p.tiles.block_n
+    launch = _launch(p.tiles.dkv, q, 2 * n, 2 * m)
+    dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
+    parts = torch.empty(p.slots, heads, 2, n, dim, dtype=torch.float32, device=q.device)
+    blocks, partial, _, bits, start = _lists(p.keys)
+    key_gradient_kernel[(len(p.key_work) * heads,)](
+        q, k_s, v_s, k_r, v_r, do, lse, delta, *gradients, parts,
+        *_strides(q, k_s, v_s, k_r, v_r, do, dk_s, dk_r),
+        p.query_order, p.key_order, blocks, partial, bits, start, p.key_work,
+        dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, p.q_blocks, p.k_blocks, k_s.shape[2],
+        FIRST=p.first, BM=m, BN=n, D=dim, PRECISION="ieee", STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    if p.slots:
+        sum_parts_kernel[(len(p.split_keys) * heads,)](
+            parts, *gradients, *_strides(dk_s, dk_r), p.key_order, p.split_keys,
+            heads, p.k_blocks, k_s.shape[2], FIRST=p.first, BN=n, D=dim,
+        )  # fmt: skip
 
 
 def _addressable(x: Tensor) -> Tensor:
