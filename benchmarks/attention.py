@@ -27,7 +27,7 @@ from meloformer.kernels.sparse import (
     add_key_gradients,
     add_query_gradient,
     forward,
-    row_sums,
+    row_stats,
 )
 from meloformer.kernels.tiling import Launch, PassTiles, Tiles
 
@@ -247,12 +247,12 @@ def _time_pass(timer: Timer, p: Pass, passes: tuple[Pass, ...], phase: str, inpu
     """Each kernel of one pass by itself, with a warm plan."""
     arguments, do = kernel_inputs(phase, inputs), inputs[5]
     o, lse = forward(*arguments, passes)
-    delta = row_sums(o, do)
+    stats = row_stats(o, lse, do)
     gradients = [torch.zeros_like(x) for x in arguments]
     return {
         "forward": timer(lambda: forward(*arguments, (p,))),
-        "dq": timer(lambda: add_query_gradient(gradients[0], *arguments, do, lse, delta, p)),
-        "dkv": timer(lambda: add_key_gradients(_key_gradients(arguments), *arguments, do, lse, delta, p)),
+        "dq": timer(lambda: add_query_gradient(gradients[0], *arguments, do, stats, p)),
+        "dkv": timer(lambda: add_key_gradients(_key_gradients(arguments), *arguments, do, stats, p)),
     }
 
 

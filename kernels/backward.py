@@ -16,11 +16,15 @@ from .forward import key_pointers, tile_mask
 
 
 @triton.jit(do_not_specialize=["heads", "queries"])
-def delta_kernel(
-    o_ptr, do_ptr, delta_ptr, o_b, o_h, o_n, do_b, do_h, do_n, heads, queries,
+def stats_kernel(
+    o_ptr, do_ptr, lse_ptr, stats_ptr, o_b, o_h, o_n, do_b, do_h, do_n, heads, queries,
     BLOCK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """delta, float32 [B, H, N]."""
+    """lse and delta side by side, float32 [B, H, N, 2].
+
+    As a pair they are loaded by tiles of twice the rows, which Triton (3.6) copies once per program;
+    a vector shorter than the program's threads it would load once in every thread that needs it.
+    """
     row, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, D)
@@ -32,7 +36,9 @@ def delta_kernel(
         do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :], mask=there[:, None], other=0
     )
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + (row * heads + h) * queries + query, delta, mask=there)
+    at = (row * heads + h) * queries + query
+    tl.store(stats_ptr + at * 2, tl.load(lse_ptr + at, mask=there), mask=there)
+    tl.store(stats_ptr + at * 2 + 1, delta, mask=there)
 
 
 @triton.jit
@@ -68,7 +74,7 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summaries"])
 def query_gradient_kernel(
-    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr, dq_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, dq_b, dq_h, dq_n,
     q_order_ptr, k_order_ptr, list_ptr, partial_ptr, total_ptr, bits_ptr, start_ptr, work_ptr,
@@ -86,8 +92,8 @@ def query_gradient_kernel(
     query = tl.maximum(query, 0)
     q = tl.load(q_ptr + row * q_b + h * q_h + query[:, None] * q_n + offs_d[None, :])  # [BM, D]
     do = tl.load(do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :])  # [BM, D]
-    lse = tl.load(lse_ptr + (row * heads + h) * queries + query)  # [BM]
-    delta = tl.load(delta_ptr + (row * heads + h) * queries + query)  # [BM]
+    stats = stats_ptr + ((row * heads + h) * queries + query[:, None]) * 2 + tl.arange(0, 2)[None, :]
+    lse, delta = tl.split(tl.load(stats))  # [BM]
 
     k_s, v_s = k_s_ptr + row * k_s_b + h * k_s_h, v_s_ptr + row * v_s_b + h * v_s_h
     k_r, v_r = k_r_ptr + row * k_r_b + h * k_r_h, v_r_ptr + row * v_r_b + h * v_r_h
@@ -113,7 +119,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradient(
-    dk, dv, k, v, q_ptr, do_ptr, q_n, do_n, lse_ptr, delta_ptr,
+    dk, dv, k, v, q_ptr, do_ptr, q_n, do_n, stats_ptr,
     list_ptr, order_ptr, bits_ptr, tile, first, end, scale, offs_m, offs_n, offs_d,
     MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -125,8 +131,7 @@ def _key_gradient(
         row = tl.maximum(query, 0)
         q = tl.load(q_ptr + row[:, None] * q_n + offs_d[None, :])  # [BM, D]
         do = tl.load(do_ptr + row[:, None] * do_n + offs_d[None, :])  # [BM, D]
-        lse = tl.load(lse_ptr + row)  # [BM]
-        delta = tl.load(delta_ptr + row)  # [BM]
+        lse, delta = tl.split(tl.load(stats_ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :]))  # [BM]
         block = next_block
         query = tl.load(order_ptr + block * BM + offs_m)
         next_block = tl.load(list_ptr + tl.minimum(i + 2, end))
@@ -158,7 +163,7 @@ def _store_key_gradients(
 
 @triton.jit(do_not_specialize=["heads", "queries", "q_blocks", "k_blocks", "summaries"])
 def key_gradient_kernel(
-    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr,
     dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, parts_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
@@ -187,19 +192,19 @@ def key_gradient_kernel(
         v = tl.load(v_r_ptr + row * v_r_b + h * v_r_h + at * v_r_n + offs_d[None, :])
 
     q, do = q_ptr + row * q_b + h * q_h, do_ptr + row * do_b + h * do_h
-    lse, delta = lse_ptr + (row * heads + h) * queries, delta_ptr + (row * heads + h) * queries
+    stats = stats_ptr + (row * heads + h) * queries * 2
     blocks, order = list_ptr + line.to(tl.int64) * q_blocks, q_order_ptr + row * q_blocks * BM
     tile = tl.load(start_ptr + line)
     border = tl.minimum(tl.maximum(tl.load(partial_ptr + line), first), end)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     dk, dv = _key_gradient(
-        dk, dv, k, v, q, do, q_n, do_n, lse, delta,
+        dk, dv, k, v, q, do, q_n, do_n, stats,
         blocks, order, bits_ptr, tile, first, border, scale, offs_m, offs_n, offs_d,
         True, BM, BN, PRECISION, STAGES,
     )  # fmt: skip
     dk, dv = _key_gradient(
-        dk, dv, k, v, q, do, q_n, do_n, lse, delta,
+        dk, dv, k, v, q, do, q_n, do_n, stats,
         blocks, order, bits_ptr, tile, border, end, scale, offs_m, offs_n, offs_d,
         False, BM, BN, PRECISION, STAGES,
     )  # fmt: skip

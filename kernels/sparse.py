@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backward import delta_kernel, key_gradient_kernel, query_gradient_kernel, sum_parts_kernel
+from .backward import key_gradient_kernel, query_gradient_kernel, stats_kernel, sum_parts_kernel
 from .forward import forward_kernel
 from .plan import Lines, Pass
 from .tiling import Launch, fitting
@@ -15,7 +15,7 @@ from .tiling import Launch, fitting
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_DELTA_BLOCK = 64
+_STATS_BLOCK = 64
 _LOG2_E = log2(2.718281828459045)
 
 
@@ -84,27 +84,27 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k_s, v_s, k_r and v_r, given that of o."""
     inputs = (q, k_s, v_s, k_r, v_r)
-    delta = row_sums(o, do)
+    stats = row_stats(o, lse, do)
     dq, *key_gradients = gradients = [_empty_like(x) for x in inputs]
     for p in passes:
-        add_query_gradient(dq, *inputs, do, lse, delta, p)
-        add_key_gradients(key_gradients, *inputs, do, lse, delta, p)
+        add_query_gradient(dq, *inputs, do, stats, p)
+        add_key_gradients(key_gradients, *inputs, do, stats, p)
     return gradients
 
 
-def row_sums(o: Tensor, do: Tensor) -> Tensor:
-    """delta = rowsum(dO * O), float32 [B, H, length]."""
+def row_stats(o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
+    """What the gradients need of every query: lse and delta = rowsum(dO * O), float32 [B, H, length, 2]."""
     rows, heads, queries, dim = o.shape
-    delta = torch.empty(rows, heads, queries, dtype=torch.float32, device=o.device)
-    delta_kernel[-(-queries // _DELTA_BLOCK), rows * heads](
-        o, do, delta, *_strides(o, do), heads, queries, BLOCK=_DELTA_BLOCK, D=dim
+    stats = torch.empty(rows, heads, queries, 2, dtype=torch.float32, device=o.device)
+    stats_kernel[-(-queries // _STATS_BLOCK), rows * heads](
+        o, do, lse, stats, *_strides(o, do), heads, queries, BLOCK=_STATS_BLOCK, D=dim
     )
-    return delta
+    return stats
 
 
 def add_query_gradient(
     dq: Tensor, q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor,
-    do: Tensor, lse: Tensor, delta: Tensor, p: Pass,
+    do: Tensor, stats: Tensor, p: Pass,
 ) -> None:  # fmt: skip
     """One pass's part of dq, written if the pass is the first."""
     _, heads, queries, dim = q.shape
@@ -113,7 +113,7 @@ def add_query_gradient(
     m, n = p.tiles.block_m, p.tiles.block_n
     launch = _launch(p.tiles.dq, q, 2 * m, 2 * n)
     query_gradient_kernel[(len(p.query_work) * heads,)](
-        q, k_s, v_s, k_r, v_r, do, lse, delta, dq, *_strides(q, k_s, v_s, k_r, v_r, do, dq),
+        q, k_s, v_s, k_r, v_r, do, stats, dq, *_strides(q, k_s, v_s, k_r, v_r, do, dq),
         p.query_order, p.key_order, *_lists(p.queries), p.query_work,
         dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, p.q_blocks, p.k_blocks, k_s.shape[2],
         FIRST=p.first, SUMMARIES=p.sees_summaries, BM=m, BN=n, D=dim,
@@ -123,7 +123,7 @@ def add_query_gradient(
 
 def add_key_gradients(
     gradients: list[Tensor], q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor,
-    do: Tensor, lse: Tensor, delta: Tensor, p: Pass,
+    do: Tensor, stats: Tensor, p: Pass,
 ) -> None:  # fmt: skip
     """One pass's part of dk_s, dv_s, dk_r and dv_r, written if the pass is the first."""
     _, heads, queries, dim = q.shape
@@ -135,7 +135,7 @@ def add_key_gradients(
     parts = torch.empty(p.slots, heads, 2, n, dim, dtype=torch.float32, device=q.device)
     blocks, partial, _, bits, start = _lists(p.keys)
     key_gradient_kernel[(len(p.key_work) * heads,)](
-        q, k_s, v_s, k_r, v_r, do, lse, delta, *gradients, parts,
+        q, k_s, v_s, k_r, v_r, do, stats, *gradients, parts,
         *_strides(q, k_s, v_s, k_r, v_r, do, dk_s, dk_r),
         p.query_order, p.key_order, blocks, partial, bits, start, p.key_work,
         dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, p.q_blocks, p.k_blocks, k_s.shape[2],
