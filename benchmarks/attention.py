@@ -32,7 +32,7 @@ from meloformer.kernels.sparse import (
 from meloformer.kernels.tiling import Launch, PassTiles, Tiles
 
 REPEATS = 30
-FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU
+FLUSH_BYTES = 2**30  # more than any L2 cache, and long enough to write for the host to get ahead
 CHECKED_TOKENS = 4096
 SWEEP_BLOCKS = ((64, 64), (128, 64), (64, 128), (128, 128), (32, 64))
 SWEEP_LAUNCHES = tuple(Launch(warps, stages) for warps in (4, 8) for stages in (2, 3, 4))
@@ -218,9 +218,14 @@ def measure(structure: Structure, backends: list[str], heads: int, dim: int, dty
 def _both(timer: Timer, attend: Callable[[], Tensor], arguments, cotangent: Tensor) -> dict:
     with torch.no_grad():
         forward_ms = timer(attend)
+        forward_host_ms = _host_ms(attend)
     out = attend()
-    backward_ms = timer(lambda: torch.autograd.grad(out, arguments, cotangent, retain_graph=True))
-    del out
+
+    def grad():
+        return torch.autograd.grad(out, arguments, cotangent, retain_graph=True)
+
+    backward_ms, backward_host_ms = timer(grad), _host_ms(grad)
+    del out, grad
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -228,7 +233,23 @@ def _both(timer: Timer, attend: Callable[[], Tensor], arguments, cotangent: Tens
     gradients = torch.autograd.grad(out, arguments, cotangent)
     own = sum(x.nbytes for x in (out, *gradients))
     peak = torch.cuda.max_memory_allocated() - before - own
-    return {"forward": forward_ms, "backward": backward_ms, "extra_mb": peak / 1e6}
+    return {
+        "forward": forward_ms,
+        "backward": backward_ms,
+        "host": [forward_host_ms, backward_host_ms],
+        "extra_mb": peak / 1e6,
+    }
+
+
+def _host_ms(run: Callable[[], object]) -> float:
+    """Milliseconds until the host has launched everything, the GPU being idle; median."""
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - begun) * 1000)
+    return float(np.median(times))
 
 
 def _by_kernel(
@@ -313,7 +334,7 @@ def _line(name: str, times: dict) -> None:
     print(
         f"  {name:24}{forward_ms[0]:9.3f} + {backward_ms[0]:.3f} ms "
         f"({forward_ms[1]:.3f} to {forward_ms[2]:.3f}, {backward_ms[1]:.3f} to {backward_ms[2]:.3f}), "
-        f"extra {times['extra_mb']:.0f} MB"
+        f"extra {times['extra_mb']:.0f} MB, host {times['host'][0]:.2f} + {times['host'][1]:.2f} ms"
     )
 
 
