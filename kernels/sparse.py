@@ -172,6 +172,9 @@ def _lists(lines: Lines) -> tuple[Tensor, ...]:
 def _launch(launch: Launch, like: Tensor, resident: int, streamed: int) -> Launch:
     """`launch` made to fit the device; `resident` and `streamed` are vectors of D channels."""
     vector = like.shape[-1] * like.element_size()
+    if like.dtype == torch.float32:
+        # Products without tensor cores: in fewer warps their operands overflow the registers.
+        launch = Launch(warps=16, stages=1)
     return fitting(launch, resident * vector, streamed * vector, _shared_memory(like.device))
 
 
