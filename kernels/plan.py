@@ -12,8 +12,8 @@ Everything is computed on the structure's device, in a fixed order: two plans of
 equal. One plan waits for the device once, to learn how many tiles are partial (so that exactly as
 many bits are allocated) and how many programs have work.
 
-Memory, in bytes: BM * BN / 4 per partial tile, and 12 per pair of blocks (9 of them only during
-the construction of the pass).
+Memory, in bytes: BM * BN / 4 per partial tile, and 8 per pair of blocks of a row (13 while the pass
+is made).
 """
 
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA devi
 def poison_uninitialized_memory(monkeypatch):
     """torch.empty then holds NaN, and the largest number in integer tensors."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # or cuBLAS refuses the oracle on CUDA
     yield
     torch.use_deterministic_algorithms(False)
 
