@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from . import cli, facts, vocab
 from .checkpoint import find_checkpoint, load_checkpoint
-from .device import pick_device
+from .device import pick_attention, pick_device
 from .errors import UserError
 from .general_midi import PROGRAM_NAMES
 from .grammar import Grammar, check
-from .kernels import BACKENDS, Structure, resolve_backend
+from .kernels import BACKENDS, Structure
 from .midi_writer import write_midi
 from .model import MeloFormer, ModelConfig
 from .tokenizer import HIDTokenizer
@@ -112,16 +112,23 @@ def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Ten
     """Logits [VOCAB_SIZE] (float32 on CPU) of the token after `ids` [n]."""
     device = model.summary_embedding.device
     scanned = facts.scan(ids)
-    rows = [torch.from_numpy(fact)[None] for fact in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)]
+    length, bars = len(ids), int(scanned.bar[-1]) + 1
+    if device.type == "cuda":  # every new shape would compile anew there, so let there be few
+        length, bars = (max(256, 1 << (n - 1).bit_length()) for n in (length, bars))
+
+    def row(values: np.ndarray, padding: int) -> torch.Tensor:
+        padded = np.full((1, length), padding, dtype=np.int64)
+        padded[0, : len(ids)] = values
+        return torch.from_numpy(padded)
+
     structure = Structure.build(
-        torch.zeros_like(rows[0]),
-        *rows,
-        num_summaries=int(scanned.bar[-1]) + 1,
+        row(0, -1),
+        *(row(fact, 0) for fact in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)),
+        num_summaries=bars,
         near_bars=model.config.near_bars,
     )
-    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(device)
-    logits = model(tokens, structure.to(device), attention)
-    return logits[0, -1, : vocab.VOCAB_SIZE].float().cpu()
+    logits = model(row(ids, vocab.PAD).to(device), structure.to(device), attention)
+    return logits[0, len(ids) - 1, : vocab.VOCAB_SIZE].float().cpu()
 
 
 def generate(
@@ -155,7 +162,7 @@ def generate(
     ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
     grammar = check(np.array(ids))
     generator = torch.Generator().manual_seed(seed)
-    attention = resolve_backend(attention, model.summary_embedding.device)
+    attention = pick_attention(attention, model.summary_embedding.device)
     wished = wishes.allows()
     has_note = any(token in vocab.P for token in ids)
     begin = complete = len(ids)  # `complete` tokens form a song that may end there
@@ -186,12 +193,12 @@ def generate(
     return np.array([*ids[:complete], vocab.EOS], dtype=np.uint16)
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, dict]:
-    """The model of a checkpoint in eval mode, and what its trainer wrote beside it."""
+def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, int]:
+    """The model of a checkpoint in eval mode, and the number of tokens it saw at once in training."""
     checkpoint = load_checkpoint(find_checkpoint(folder))
     model = MeloFormer(ModelConfig(**checkpoint.config))
     model.load_state_dict(checkpoint.weights)
-    return model.to(device).eval(), checkpoint.trainer
+    return model.to(device).eval(), checkpoint.trainer["identity"]["max_seq_len"]
 
 
 def parse_instruments(text: str) -> tuple[int, ...]:
@@ -275,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         if not Path(path).parent.is_dir():
             raise UserError(f"{path}: there is no folder {Path(path).parent}")
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
-    model, trainer = load_model(Path(args.checkpoint), pick_device(args.device))
+    model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
 
     bar = tqdm(total=args.bars or args.max_tokens, unit="bar" if args.bars else "token")
 
@@ -291,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling=Sampling(args.temperature, args.top_k, args.top_p),
         wishes=wishes,
         seed=args.seed,
-        max_context=trainer["identity"]["max_seq_len"],
+        max_context=max_context,
         attention=args.attention,
         on_token=show,
     )

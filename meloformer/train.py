@@ -30,9 +30,9 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import Batch, PackedSongs, State, prefetch
-from .device import pick_device
+from .device import pick_attention, pick_device
 from .errors import UserError
-from .kernels import BACKENDS, resolve_backend
+from .kernels import BACKENDS
 from .model import SIZES, MeloFormer, ModelConfig, next_token_loss
 from .shards import ShardSet
 
@@ -228,10 +228,7 @@ class Trainer:
         if precision == "auto":
             precision = "bf16" if job.device.type == "cuda" else "fp32"
         self.autocast_dtype = PRECISIONS[precision]
-        try:
-            self.attention = resolve_backend(config.attention, job.device)
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
+        self.attention = pick_attention(config.attention, job.device)
 
         shards = ShardSet(config.data_dir)
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars, "seed": config.seed}

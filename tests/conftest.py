@@ -1,5 +1,9 @@
+import os
 import sys
 from pathlib import Path
+
+# Two test processes on two cores: more threads would only wait for each other. Inherited by commands.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers beside the tests; meloformer and benchmarks

@@ -266,11 +266,10 @@ def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
         tmp_path / "run",
         max_seq_len=2304,
         gradient_accumulation_steps=1,
-        epochs=400,
+        epochs=220,
         learning_rate=3e-3,
         warmup_steps=20,
         weight_decay=0.0,
-        save_every=400,
     )
     train.train(settings, ModelConfig(layers=2, dim=128, heads=2, ffn=256))
     assert losses(tmp_path / "run")[-1] < 0.05
