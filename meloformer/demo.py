@@ -18,7 +18,7 @@ from .errors import UserError
 from .plot import loss_curve
 
 SONGS = 36
-STEPS = 40
+STEPS = 90
 BARS = 8
 
 
@@ -79,18 +79,22 @@ def main(argv: list[str] | None = None) -> None:
             "output": folder / "new-song.mid",
             "picture": folder / "new-song.png",
             "bars": BARS,
-            "max_tokens": 600,
-            "temperature": 0.9,
-            "top_p": 0.95,
+            "max_tokens": 800,
+            "time_signature": "4/4",
+            "tempo": 116,
+            "instruments": "drums, fingered bass, grand piano, strings 1, flute",
+            "top_p": 0.9,
         },
     )
-    print(
-        f"\nDone in {time.perf_counter() - started:.0f} s. Look at:\n"
-        f"  {folder / 'new-song.mid'}  the song (and new-song.png, its piano roll)\n"
-        f"  {folder / 'loss.png'}      the loss curve\n"
-        f"  {run / 'checkpoints'}      the checkpoint\n"
-        f"{args.steps} steps teach the grammar's habits, not music: train longer, on your own MIDI files."
-    )
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at:")
+    for path, what in {
+        folder / "new-song.mid": "the song",
+        folder / "new-song.png": "its piano roll",
+        folder / "loss.png": "the loss curve",
+        run / "checkpoints": "the checkpoint",
+    }.items():
+        print(f"  {path!s:32} {what}")
+    print(f"{args.steps} steps teach habits, not music: train longer, on your own MIDI files.")
 
 
 if __name__ == "__main__":

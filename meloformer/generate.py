@@ -287,8 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(total=args.bars or args.max_tokens, unit="bar" if args.bars else "token")
 
     def show(tokens: int, bars: int) -> None:
-        bar.n = max(0, bars - 1) if args.bars else tokens
-        bar.set_postfix(tokens=tokens, bars=bars)
+        bar.set_postfix(tokens=tokens, bars=bars, refresh=False)
+        bar.update((max(0, bars - 1) if args.bars else tokens) - bar.n)
 
     ids = generate(
         model,
