@@ -18,7 +18,7 @@ from .errors import UserError
 from .plot import loss_curve
 
 SONGS = 36
-STEPS = 90
+STEPS = 60
 BARS = 8
 
 
