@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,18 +182,28 @@ def restore_optimizer(path: str | os.PathLike, optimizer: torch.optim.Optimizer)
 
 
 def latest_checkpoint(root: str | os.PathLike) -> Path | None:
-    """The checkpoint of the highest step in `root` whose files are all there in full size, or None.
+    """The checkpoint of the highest step in `root` whose files are all there in full size.
 
-    Hashes are not read here; `load_checkpoint` does that.
+    None if there is no checkpoint at all. Passing over a damaged one is said by a warning. Hashes are
+    not read here; `load_checkpoint` does that.
+
+    Raises:
+        UserError: there are checkpoints, but not one is whole.
     """
+    problems = []
     for path in reversed(_by_step(Path(root))):
         try:
             manifest = _read_manifest(path)
             for name in manifest["files"]:
                 _check_size(path / name, manifest)
-        except UserError:
+        except UserError as error:
+            problems.append(error)
             continue
+        if problems:
+            warnings.warn(f"going back to {path}: {problems[0]}", stacklevel=2)
         return path
+    if problems:
+        raise UserError(f"no whole checkpoint in {root}: {problems[0]}")
     return None
 
 

@@ -18,7 +18,7 @@ from .errors import UserError
 from .plot import loss_curve
 
 SONGS = 36
-STEPS = 40
+STEPS = 60
 BARS = 8
 
 
@@ -38,18 +38,38 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=cli.positive_int, default=STEPS, help="optimizer steps to train")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier demo left there")
     args = parser.parse_args(argv)
-    folder: Path = args.output
+    try:
+        demo(args.output, args.steps, args.overwrite)
+    except OSError as error:
+        raise UserError(f"{error.filename or args.output}: {error.strerror or error}") from error
+
+
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Leave `folder` empty but for the mark of a demo; only a demo's own folder is ever emptied."""
+    mark = folder / ".meloformer-demo"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output")
     if folder.exists() and any(folder.iterdir()):
-        if not args.overwrite:
-            raise UserError(f"{folder} is not empty: choose another --output, or add --overwrite")
-        if not (folder / "midi").is_dir():
-            raise UserError(f"{folder} is not the folder of a demo; it is left alone")
-        shutil.rmtree(folder)
+        if not mark.exists():
+            raise UserError(f"{folder} is not empty and not the folder of a demo; choose another --output")
+        if not overwrite:
+            raise UserError(f"{folder} holds a demo already: choose another --output, or add --overwrite")
+        for name in ("midi", "data", "run"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("new-song.mid", "new-song.png", "loss.png"):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def demo(folder: Path, steps: int, overwrite: bool) -> None:
+    """All of it, into `folder`."""
+    make_room(folder, overwrite)
     started = time.perf_counter()
 
     print(f"A real song, and {SONGS} songs by a small procedural composer")
     midi = folder / "midi"
-    midi.mkdir(parents=True)
+    midi.mkdir()
     shutil.copy(example_midi_file(), midi / "real-song.mid")
     for seed in trange(SONGS, desc="compose", unit="song"):
         compose(seed).dump(midi / f"composed-{seed:02d}.mid")
@@ -67,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             "batch_size": 1,
             "gradient_accumulation_steps": 1,
             "learning_rate": 1e-3,
-            "max_steps": args.steps,
+            "max_steps": steps,
         },
     )
     loss_curve(run / "log.jsonl", folder / "loss.png")
@@ -79,18 +99,22 @@ def main(argv: list[str] | None = None) -> None:
             "output": folder / "new-song.mid",
             "picture": folder / "new-song.png",
             "bars": BARS,
-            "max_tokens": 600,
-            "temperature": 0.9,
-            "top_p": 0.95,
+            "max_tokens": 800,
+            "time_signature": "4/4",
+            "tempo": 116,
+            "instruments": "drums, fingered bass, grand piano, strings 1, flute",
+            "top_p": 0.9,
         },
     )
-    print(
-        f"\nDone in {time.perf_counter() - started:.0f} s. Look at:\n"
-        f"  {folder / 'new-song.mid'}  the song (and new-song.png, its piano roll)\n"
-        f"  {folder / 'loss.png'}      the loss curve\n"
-        f"  {run / 'checkpoints'}      the checkpoint\n"
-        f"{args.steps} steps teach the grammar's habits, not music: train longer, on your own MIDI files."
-    )
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at:")
+    for path, what in {
+        folder / "new-song.mid": "the song",
+        folder / "new-song.png": "its piano roll",
+        folder / "loss.png": "the loss curve",
+        run / "checkpoints": "the checkpoint",
+    }.items():
+        print(f"  {path!s:32} {what}")
+    print(f"{steps} steps teach habits, not music: train longer, on your own MIDI files.")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from . import cli, facts, vocab
 from .checkpoint import find_checkpoint, load_checkpoint
-from .device import pick_device
+from .device import pick_attention, pick_device
 from .errors import UserError
 from .general_midi import PROGRAM_NAMES
 from .grammar import Grammar, check
-from .kernels import BACKENDS, Structure, resolve_backend
+from .kernels import BACKENDS, Structure
 from .midi_writer import write_midi
 from .model import MeloFormer, ModelConfig
 from .tokenizer import HIDTokenizer
@@ -43,7 +43,8 @@ class Sampling:
         """A token from logits [V] (float32 on CPU; -inf for what must not come)."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities, order = torch.softmax(logits / self.temperature, dim=-1).sort(descending=True)
+        scaled = (logits.double() - logits.max()) / self.temperature
+        probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True)
         if self.top_k is not None:
             probabilities[self.top_k :] = 0
         before = probabilities.cumsum(0) - probabilities
@@ -91,20 +92,20 @@ class Wishes:
         return None
 
 
-def context(ids: np.ndarray, limit: int) -> np.ndarray:
-    """The end of a song that fits into `limit` tokens, cut at a bar line as samples are in training."""
+def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
+    """As much of the end of a song as fits into `limit` tokens, begun at a bar line as samples are.
+
+    None if the last bar alone does not fit.
+    """
     if len(ids) <= limit:
         return ids
-    # Half the room stays free, so that the cut moves once in a while and not at every token.
     points = facts.cut_points(ids)
-    fitting = points[points >= len(ids) - limit // 2]
-    if len(fitting) == 0:  # the current bar is longer than that
-        fitting = points[-1:]
-    header, skip = facts.restated(ids, int(fitting[0]))
-    kept = np.concatenate((header, ids[fitting[0] + skip :]))
-    if len(kept) > limit:
-        raise UserError(f"a single bar has grown beyond {limit} tokens, more than the model has seen")
-    return kept
+    for point in points[np.searchsorted(points, len(ids) - limit) :]:
+        header, skip = facts.restated(ids, int(point))
+        kept = np.concatenate((header, ids[point + skip :]))
+        if len(kept) <= limit:
+            return kept
+    return None
 
 
 @torch.inference_mode()
@@ -112,16 +113,23 @@ def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Ten
     """Logits [VOCAB_SIZE] (float32 on CPU) of the token after `ids` [n]."""
     device = model.summary_embedding.device
     scanned = facts.scan(ids)
-    rows = [torch.from_numpy(fact)[None] for fact in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)]
+    length, bars = len(ids), int(scanned.bar[-1]) + 1
+    if device.type == "cuda":  # every new shape would compile anew there, so let there be few
+        length, bars = (max(256, 1 << (n - 1).bit_length()) for n in (length, bars))
+
+    def row(values: np.ndarray, padding: int) -> torch.Tensor:
+        padded = np.full((1, length), padding, dtype=np.int64)
+        padded[0, : len(ids)] = values
+        return torch.from_numpy(padded)
+
     structure = Structure.build(
-        torch.zeros_like(rows[0]),
-        *rows,
-        num_summaries=int(scanned.bar[-1]) + 1,
+        row(0, -1),
+        *(row(fact, 0) for fact in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)),
+        num_summaries=bars,
         near_bars=model.config.near_bars,
     )
-    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(device)
-    logits = model(tokens, structure.to(device), attention)
-    return logits[0, -1, : vocab.VOCAB_SIZE].float().cpu()
+    logits = model(row(ids, vocab.PAD).to(device), structure.to(device), attention)
+    return logits[0, len(ids) - 1, : vocab.VOCAB_SIZE].float().cpu()
 
 
 def generate(
@@ -142,8 +150,9 @@ def generate(
     Args:
         model: in eval mode.
         prompt: ids of a song; its EOS, if there is one, is taken off. None begins a new song.
-        bars: new bars to write (parts of a bar over 8 quarters count one each); None lets the model end.
-        max_tokens: new tokens at most; the song then ends after its last complete note.
+        bars: new bars to write; None lets the model end.
+        max_tokens: new tokens at most; the song then ends after its last complete note, as it does if
+            one bar outgrows `max_context`.
         sampling, wishes: see there.
         seed: of the draws.
         max_context: tokens the model sees at most; earlier bars are left out at a bar line.
@@ -155,7 +164,7 @@ def generate(
     ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
     grammar = check(np.array(ids))
     generator = torch.Generator().manual_seed(seed)
-    attention = resolve_backend(attention, model.summary_embedding.device)
+    attention = pick_attention(attention, model.summary_embedding.device)
     wished = wishes.allows()
     has_note = any(token in vocab.P for token in ids)
     begin = complete = len(ids)  # `complete` tokens form a song that may end there
@@ -165,20 +174,26 @@ def generate(
         mask = grammar.allowed() & wished
         token = wishes.due(grammar, mask) if new_bars else None
         if token is None:
-            if new_bars == 0:  # whatever came before, a new bar begins
+            last_bar = new_bars == bars and grammar.bar_ends
+            if len(ids) == begin:  # whatever came before, a new bar begins
                 mask[: vocab.CHORD.start] = mask[vocab.CHORD.stop :] = False
-            if new_bars == 0 or not has_note or (bars is not None and new_bars < bars):
+            if grammar.inside_bar:  # no bar line in the middle of a long bar
+                mask[vocab.TS.start : vocab.TS.stop] = False
+            if new_bars == 0 or not has_note or (bars is not None and not last_bar):
                 mask[vocab.EOS] = False
-            if new_bars == bars and not has_note:
+            if last_bar and not has_note:
                 mask[vocab.CHORD.start : vocab.CHORD.stop] = False
-            logits = next_logits(model, context(np.array(ids), max_context), attention)
+            seen = context(np.array(ids), max_context)
+            if seen is None:
+                break
+            logits = next_logits(model, seen, attention)
             token = sampling.pick(logits.masked_fill(~torch.from_numpy(mask), -torch.inf), generator)
-        if token == vocab.EOS or (token in vocab.CHORD and new_bars == bars):
-            complete = len(ids)
-            break
+            if token == vocab.EOS or (token in vocab.CHORD and last_bar):
+                complete = len(ids)
+                break
+        new_bars += token in vocab.CHORD and grammar.bar_ends
         ids.append(token)
         grammar.push(token)
-        new_bars += token in vocab.CHORD
         has_note = has_note or token in vocab.P
         if grammar.bar_complete:
             complete = len(ids)
@@ -186,12 +201,12 @@ def generate(
     return np.array([*ids[:complete], vocab.EOS], dtype=np.uint16)
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, dict]:
-    """The model of a checkpoint in eval mode, and what its trainer wrote beside it."""
+def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, int]:
+    """The model of a checkpoint in eval mode, and the number of tokens it saw at once in training."""
     checkpoint = load_checkpoint(find_checkpoint(folder))
     model = MeloFormer(ModelConfig(**checkpoint.config))
     model.load_state_dict(checkpoint.weights)
-    return model.to(device).eval(), checkpoint.trainer
+    return model.to(device).eval(), checkpoint.trainer["identity"]["max_seq_len"]
 
 
 def parse_instruments(text: str) -> tuple[int, ...]:
@@ -245,14 +260,26 @@ def make_parser() -> cli.Parser:
     add("--bars", type=cli.positive_int, help="new bars to write; by default the model decides where to end")
     add("--max_tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, help="new tokens at most")
     add(
-        "--temperature", type=float, default=1.0, help="above 1 wilder, below 1 tamer, 0 always the likeliest"
+        "--temperature",
+        type=cli.number(0, 100),
+        default=1.0,
+        help="above 1 wilder, below 1 tamer, 0 always the likeliest",
     )
     add("--top_k", type=cli.positive_int, help="draw from the k likeliest tokens")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability")
-    add("--tempo", type=int, help=f"tempo of the new bars, {vocab.MIN_BPM}..{vocab.MAX_BPM} BPM")
+    add(
+        "--top_p",
+        type=cli.number(1e-6, 1),
+        default=1.0,
+        help="draw from the likeliest tokens of this total probability",
+    )
+    add(
+        "--tempo",
+        type=cli.integer(vocab.MIN_BPM, vocab.MAX_BPM),
+        help=f"tempo of the new bars, {vocab.MIN_BPM}..{vocab.MAX_BPM} BPM",
+    )
     add("--time_signature", help="time signature of the new bars, e.g. 3/4")
     add("--instruments", help="only these may play in the new bars: numbers, General MIDI names, drums")
-    add("--seed", type=int, default=0, help="another seed, another song")
+    add("--seed", type=cli.seed, default=0, help="another seed, another song")
     add("--attention", default="auto", choices=["auto", *BACKENDS], help="attention backend")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
@@ -260,12 +287,10 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if args.temperature < 0:
-        raise UserError("--temperature must not be negative")
-    if not 0 < args.top_p <= 1:
-        raise UserError("--top_p must be above 0 and at most 1")
-    if args.tempo is not None and not vocab.MIN_BPM <= args.tempo <= vocab.MAX_BPM:
-        raise UserError(f"--tempo must be in {vocab.MIN_BPM}..{vocab.MAX_BPM}")
+    if args.prompt_bars and not args.prompt:
+        raise UserError("--prompt_bars goes with --prompt")
+    if args.picture and not args.picture.lower().endswith(".png"):
+        raise UserError(f"--picture {args.picture}: must end in .png")
     wishes = Wishes(
         signature=None if args.time_signature is None else parse_signature(args.time_signature),
         bpm=args.tempo,
@@ -275,13 +300,13 @@ def main(argv: list[str] | None = None) -> None:
         if not Path(path).parent.is_dir():
             raise UserError(f"{path}: there is no folder {Path(path).parent}")
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
-    model, trainer = load_model(Path(args.checkpoint), pick_device(args.device))
+    model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
 
     bar = tqdm(total=args.bars or args.max_tokens, unit="bar" if args.bars else "token")
 
     def show(tokens: int, bars: int) -> None:
-        bar.n = max(0, bars - 1) if args.bars else tokens
-        bar.set_postfix(tokens=tokens, bars=bars)
+        bar.set_postfix(tokens=tokens, bars=bars, refresh=False)
+        bar.update((max(0, bars - 1) if args.bars else tokens) - bar.n)
 
     ids = generate(
         model,
@@ -291,23 +316,26 @@ def main(argv: list[str] | None = None) -> None:
         sampling=Sampling(args.temperature, args.top_k, args.top_p),
         wishes=wishes,
         seed=args.seed,
-        max_context=trainer["identity"]["max_seq_len"],
+        max_context=max_context,
         attention=args.attention,
         on_token=show,
     )
     bar.close()
     new = ids[0 if prompt is None else len(prompt) :]
-    new_bars = int(vocab.CHORD.mask(new).sum())
     if not vocab.P.mask(ids).any():
-        raise UserError(f"--max_tokens {args.max_tokens} leaves no room for a note")
+        raise UserError(f"the model wrote no note in {args.max_tokens} tokens: try more --max_tokens")
     midi = HIDTokenizer().decode(ids)
     try:
         write_midi(midi, args.output)
     except OSError as error:
         raise UserError(f"cannot write {args.output}: {error.strerror}") from None
+    new_bars = len(facts.cut_points(ids)) - (0 if prompt is None else len(facts.cut_points(prompt)))
     print(f"{args.output}: {new_bars} new bars, {int(vocab.P.mask(new).sum())} new notes")
     if args.bars and new_bars < args.bars:
-        print(f"stopped at --max_tokens {args.max_tokens}, before {args.bars} bars were full")
+        print(
+            f"stopped before {args.bars} bars were full: at --max_tokens {args.max_tokens}, or because one "
+            f"bar grew beyond the {max_context} tokens that the model was trained to see"
+        )
     if args.picture:
         from .plot import piano_roll  # matplotlib is slow to import, and only needed here
 

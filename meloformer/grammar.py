@@ -150,8 +150,21 @@ class Grammar:
         return None if self._bpm is None else self._bpm + vocab.MIN_BPM
 
     @property
+    def inside_bar(self) -> bool:
+        """Whether the part begun last goes on with a bar, where no bar line stands."""
+        return self._part > 0 and not self._after_cut
+
+    @property
+    def bar_ends(self) -> bool:
+        """Whether the next CHORD begins a bar, and not a further part of this one."""
+        if self._signature is None or self._cut:
+            return True
+        parts = -(-int(vocab.SIGNATURE_STEPS[self._signature]) // vocab.MAX_BAR_STEPS)
+        return (self._part + 1) % parts == 0
+
+    @property
     def bar_complete(self) -> bool:
-        """Whether the current bar may end here, so that CHORD or EOS may follow."""
+        """Whether the current bar, or part of a bar, may end here, so that CHORD or EOS may follow."""
         return any(low <= vocab.EOS < high for low, high in self.allowed_ranges())
 
 
@@ -162,7 +175,10 @@ def check(ids: np.ndarray) -> Grammar:
         ValueError: naming the index of the first token that may not stand where it does.
     """
     grammar = Grammar()
-    for index, token in enumerate(np.asarray(ids).tolist()):
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"token ids must be integers [n], got {ids.dtype} {list(ids.shape)}")
+    for index, token in enumerate(ids.tolist()):
         try:
             grammar.push(token)
         except ValueError as error:

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,6 +13,8 @@ SUFFIXES = (".mid", ".midi", ".kar", ".rmi")  # in any case
 
 def find_files(source: str) -> list[str]:
     """Paths named by `--input`: a folder (searched through, sorted) or a list file (in its order).
+
+    Links to folders are followed; a folder that can be reached in two ways is searched once.
 
     Every line of a list is taken literally, blank lines apart: a file may be called '# 1.mid'. A path
     that is not there is tried beside the list file.
@@ -26,25 +27,39 @@ def find_files(source: str) -> list[str]:
         if not files:
             raise UserError(f"{source}: holds no MIDI files ({', '.join(SUFFIXES)})")
         return files
+    beside = os.path.dirname(source)
     try:
-        data = Path(source).read_bytes()
+        with open(source, "rb") as lines:
+            files = [_beside(name, beside) for name in _names(source, lines)]
     except OSError as error:
         raise UserError(f"--input {source}: cannot be read ({error.strerror})") from None
-    if b"\0" in data:
-        raise UserError(f"--input {source}: is not a text file; give a folder or a list of paths")
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    names = [os.fsdecode(line.removesuffix(b"\r")) for line in lines if line.strip()]
-    if not names:
+    if not files:
         raise UserError(f"--input {source}: the list is empty")
-    beside = os.path.dirname(source)
-    return [_beside(name, beside) for name in names]
+    return files
+
+
+def _names(source: str, lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines):
+        if b"\0" in line:
+            raise UserError(f"--input {source}: is not a text file; give a folder or a list of paths")
+        if number == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
 
 
 def _walk(folder: str) -> Iterator[str]:
     def refuse(error: OSError):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    for parent, _, names in os.walk(folder, onerror=refuse):
+    walked = set()  # links may lead in circles, or to one folder twice
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in walked:
+            folders.clear()
+            continue
+        walked.add((status.st_dev, status.st_ino))
+        folders.sort()  # so that of two ways to a folder the same one is taken on every machine
         for name in names:
             if name.lower().endswith(SUFFIXES):
                 yield os.path.join(parent, name)
@@ -62,8 +77,8 @@ def in_order(files: list[str], seed: int, limit: int | None) -> list[str]:
 
 
 def hash_of_names(files: list[str]) -> str:
-    """SHA-256 (64 hex digits) of the names in their order."""
+    """SHA-256 (64 hex digits) of the absolute paths in their order: which files, seen from anywhere."""
     digest = hashlib.sha256()
     for name in files:
-        digest.update(os.fsencode(name) + b"\0")
+        digest.update(os.fsencode(os.path.abspath(name)) + b"\0")
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import os
 import stat
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from operator import itemgetter
 
 import miditoolkit
@@ -39,7 +40,7 @@ REASONS = {
     "format_2": "several independent songs share the file (format 2)",
     "bad_division": "the header gives no usable length of a tick",
     "no_notes": "no note could be found",
-    "too_long": f"a note starts more than {MAX_QUARTERS} quarter notes after the start",
+    "too_long": f"most notes start more than {MAX_QUARTERS} quarter notes in, or there are too many bars",
     "too_many_notes": f"there are more than {MAX_NOTES} notes",
     "too_many_parts": f"there are more than {MAX_PARTS} combinations of track, channel and program",
     "too_many_changes": f"there are more than {MAX_CHANGES} changes of tempo or time signature",
@@ -54,6 +55,7 @@ MENDS = {
     "junk": "bytes between tracks were skipped",
     "second_song": "another header followed; the file was read up to there",
     "bad_track_length": "the length of a track did not agree with its end mark, which was believed",
+    "early_end": "a track went on behind an end mark; its length was believed",
     "no_end_of_track": "a track had no end mark",
     "truncated": "a track broke off inside an event; all before it was kept",
     "stray_bytes": "data bytes before the first status byte of a track were skipped",
@@ -62,9 +64,9 @@ MENDS = {
     "bad_sysex": "a system-exclusive message without a valid length was read to its end byte",
     "long_number": "a number of more than 4 bytes was cut to its low 28 bits",
     "smpte": "the ticks were fractions of a second; tempi were ignored, and quarter notes made up",
-    "bad_tempo": "a tempo above 1000 BPM was lowered to it, or an incomplete one ignored",
+    "bad_tempo": "a tempo above 1000 BPM was lowered to it, a 4-byte one read, or an impossible one ignored",
     "bad_time_signature": "an incomplete time signature was completed, or an impossible one ignored",
-    "far_event": "a tempo, time signature or note-off beyond the longest song was ignored",
+    "far_event": "a note, tempo, time signature or note-off beyond the longest song was ignored",
     "other_track_off": "a note was ended by a note-off in another track",
     "channel_program": "a note with no program change before it in its track took the program of its channel",
     "unclosed": "a note without an end was ended with its track",
@@ -159,76 +161,128 @@ def _pair_notes(found: smf.Scan, limit: int, ticks_per_quarter: int) -> list[tup
     """
     mends = found.mends
     parts = defaultdict(list)
-    waiting = defaultdict(list)  # channel << 7 | pitch -> (start, velocity, part) of notes without an end
-    leftover_offs = defaultdict(list)  # channel << 7 | pitch -> ticks
-    shared_programs = _SharedPrograms(found.tracks)
-    count = stacked = last = 0
+    heard, last_ticks = _note_events(found, limit, ticks_per_quarter)
+    for key, by_track in heard.items():
+        channel, pitch = key >> 7, key & 0x7F
+        for pairing in _pair_tracks(by_track):
+            for (start, velocity, track, program), layer, (end, _, end_track, _) in pairing.ended:
+                across = track != end_track
+                if across:
+                    mends["other_track_off"] += 1
+                if start == end:
+                    mends["zero_length"] += 1
+                part = (track, channel, program, layer, across)
+                parts[part].append((start, max(end, start + 1), pitch, velocity))
+            for (start, velocity, track, program), layer in pairing.unended:
+                end = found.tracks[track].end
+                if end > limit:  # an end mark with a damaged time says nothing about the note
+                    end = max(last_ticks[track], start + ticks_per_quarter)
+                part = (track, channel, program, layer, False)
+                parts[part].append((start, max(end, start + 1), pitch, velocity))
+                mends["unclosed"] += 1
+    if len(parts) > MAX_PARTS:
+        raise MidiError("too_many_parts", f"{len(parts)} combinations of track, channel and program")
+    return sorted(parts.items(), key=itemgetter(0))
 
+
+# (tick, velocity, track, program) of a note-on; (tick, 0, track, 0) of a note-off.
+_NoteEvent = tuple[int, int, int, int]
+
+
+def _note_events(
+    found: smf.Scan, limit: int, ticks_per_quarter: int
+) -> tuple[dict[int, dict[int, list[_NoteEvent]]], list[int]]:
+    """The events up to `limit` by channel << 7 | pitch and by track; the tick of each track's last one."""
+    mends = found.mends
+    heard = defaultdict(lambda: defaultdict(list))
+    last_ticks = []
+    shared_programs = _SharedPrograms(found.tracks)
+    count = far = farthest = 0
     for index, track in enumerate(found.tracks):
         programs = {}
-        sounding = defaultdict(deque)  # the same for this track alone, first in first out
+        last = 0
         for tick, status, first, second in track.events:
             channel = status & 0x0F
             if status >= smf.PROGRAM:
                 programs[channel] = first
                 continue
-            key = channel << 7 | first
-            if status >= smf.NOTE_ON and second:
-                if tick > limit:
-                    raise MidiError("too_long", f"a note {tick // ticks_per_quarter} quarter notes in")
-                count += 1
-                if count > MAX_NOTES:
-                    raise MidiError("too_many_notes", f"more than {MAX_NOTES} notes")
-                program = programs.get(channel)
+            is_onset = status >= smf.NOTE_ON and second
+            if tick > limit:
+                mends["far_event"] += 1
+                if is_onset:
+                    far += 1
+                    farthest = max(farthest, tick)
+                continue
+            last = tick
+            events = heard[channel << 7 | first][index]
+            if not is_onset:
+                events.append((tick, 0, index, 0))
+                continue
+            count += 1
+            if count > MAX_NOTES:
+                raise MidiError("too_many_notes", f"more than {MAX_NOTES} notes")
+            program = programs.get(channel)
+            if program is None:
+                program = shared_programs.at(channel, tick)
                 if program is None:
-                    program = shared_programs.at(channel, tick)
-                    if program is None:
-                        program = 0
-                    else:
-                        mends["channel_program"] += 1
-                open_notes = sounding[key]
+                    program = 0
+                else:
+                    mends["channel_program"] += 1
+            events.append((tick, second, index, program))
+        last_ticks.append(last)
+    if far > count:
+        detail = f"{far} of {far + count} notes, up to {farthest // ticks_per_quarter} quarter notes in"
+        raise MidiError("too_long", detail)
+    if not count:
+        raise MidiError("no_notes", "no note-on in any track")
+    return heard, last_ticks
+
+
+class _Pairing:
+    """The note-ons and note-offs of one channel and pitch in time order, paired first in, first out.
+
+    Attributes:
+        ended: (note-on, layer, note-off).
+        unended: (note-on, layer).
+        unused: the note-offs that end nothing.
+    """
+
+    def __init__(self, events: Iterable[_NoteEvent]):
+        self.ended: list[tuple[_NoteEvent, int, _NoteEvent]] = []
+        self.unended: deque[tuple[_NoteEvent, int]] = deque()
+        self.unused: list[_NoteEvent] = []
+        stacked = 0
+        for event in events:
+            tick, velocity, track, _ = event
+            if velocity:
                 layer = 0
-                if len(open_notes) >= MAX_STACK:
+                if len(self.unended) >= MAX_STACK:
                     stacked += 1
                     layer = 1 + stacked // MAX_STACK
-                open_notes.append((tick, second, (index, channel, program, layer)))
-            elif tick > limit:
-                mends["far_event"] += 1
+                self.unended.append((event, layer))
                 continue
-            elif sounding[key]:
-                start, velocity, part = sounding[key].popleft()
-                if tick == start:
-                    mends["zero_length"] += 1
-                parts[(*part, False)].append((start, max(tick, start + 1), first, velocity))
-            else:
-                leftover_offs[key].append(tick)
-            last = max(last, tick)
-        for key, notes in sounding.items():
-            if notes:
-                waiting[key].extend(notes)
+            if self.unended:
+                (start, _, start_track, _), _ = self.unended[0]
+                # An off on the tick of an onset elsewhere is from before that onset.
+                if start < tick or start_track == track:
+                    self.ended.append((*self.unended.popleft(), event))
+                    continue
+            self.unused.append(event)
 
-    for key, notes in waiting.items():
-        notes.sort(key=itemgetter(0))
-        pitch, ended = key & 0x7F, 0
-        for tick in sorted(leftover_offs[key]):
-            # An off on the tick of an onset ends an earlier note, so it can only be from before.
-            if ended < len(notes) and notes[ended][0] < tick:
-                start, velocity, part = notes[ended]
-                parts[(*part, True)].append((start, tick, pitch, velocity))
-                mends["other_track_off"] += 1
-                ended += 1
-        for start, velocity, part in notes[ended:]:
-            end = found.tracks[part[0]].end
-            if end > limit:  # an end mark with a damaged time says nothing about the note
-                end = max(last, start + ticks_per_quarter)
-            parts[(*part, False)].append((start, max(end, start + 1), pitch, velocity))
-            mends["unclosed"] += 1
 
-    if not parts:
-        raise MidiError("no_notes", "no note-on in any track")
-    if len(parts) > MAX_PARTS:
-        raise MidiError("too_many_parts", f"{len(parts)} combinations of track, channel and program")
-    return sorted(parts.items(), key=itemgetter(0))
+def _pair_tracks(by_track: dict[int, list[_NoteEvent]]) -> list[_Pairing]:
+    """Pair each track alone; but those that lack offs together with the offs that others have to spare."""
+    alone = {track: _Pairing(events) for track, events in by_track.items()}
+    lacking = [track for track, pairing in alone.items() if pairing.unended]
+    complete = [pairing for pairing in alone.values() if not pairing.unended]
+    if lacking and any(pairing.unused for pairing in alone.values()):
+        pooled = [event for track in lacking for event in by_track[track]]
+        pooled += [event for pairing in complete for event in pairing.unused]
+        together = _Pairing(sorted(pooled, key=itemgetter(0)))
+        # A stray off that ends none of the unended notes must not cut short the others.
+        if len(together.unended) < sum(len(alone[track].unended) for track in lacking):
+            return [*complete, together]
+    return list(alone.values())
 
 
 class _SharedPrograms:
@@ -277,11 +331,13 @@ def _changes(
             if not possible or len(payload) < 4:
                 mends["bad_time_signature"] += 1
         elif fixed_tempo is None:
-            tempo = int.from_bytes(payload[:3], "big")
-            if len(payload) < 3 or tempo < MIN_MICROSECONDS_PER_QUARTER:
-                mends["bad_tempo"] += 1
-            if len(payload) >= 3:
+            padded = len(payload) == 4 and not payload[0]  # written as a number of 32 bits
+            tempo = int.from_bytes(payload[1:] if padded else payload[:3], "big")
+            possible = len(payload) >= 3 and tempo
+            if possible:
                 tempi[tick] = max(tempo, MIN_MICROSECONDS_PER_QUARTER)
+            if not possible or padded or tempo < MIN_MICROSECONDS_PER_QUARTER:
+                mends["bad_tempo"] += 1
     if fixed_tempo is not None:
         tempi[0] = fixed_tempo
 

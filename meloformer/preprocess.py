@@ -26,7 +26,7 @@ from .workers import Failure, Result, run_tasks
 
 RUN = "run.json"
 FAILED = "failed.tsv"
-ELSEWHERE = "use another --output, or --overwrite to delete them"
+ELSEWHERE = "use another --output, or --overwrite to delete what is there"
 ALL_REASONS = {**REASONS, **workers.REASONS, "duplicate": "same tokens as an earlier file"}
 
 _OURS = re.compile(
@@ -94,13 +94,32 @@ def write_shards(
             )
 
 
-def _records(folder: Path, count: int) -> Iterator[dict]:
+def _records(folder: Path, count: int, *, rehash: bool = False) -> Iterator[dict]:
     """Completion records of shards 0, 1, ..., up to the first that is not finished."""
     for number in range(count):
-        record = shards.read_record(folder, number)
+        record = shards.read_record(folder, number, rehash=rehash)
         if record is None:
             return
+        _check_report(folder / f"{shards.shard_name(number)}.json", record)
         yield record
+
+
+def _check_report(source: Path, record: dict) -> None:
+    """UserError if the counts in a completion record are missing or contradict each other."""
+    files, kept = (shards.field(source, record, key, int) for key in ("files", "kept"))
+    dropped, mends = (shards.field(source, record, key, dict) for key in ("dropped", "mends"))
+    failures = shards.field(source, record, "failures", list)
+    for cells in failures:
+        if not (isinstance(cells, list) and [type(cell) for cell in cells] == [str] * 3):
+            raise UserError(f"{source}: its list of failures is damaged")
+    agree = (
+        kept == record["shard"]["songs"]
+        and files == kept + len(failures)
+        and dropped == Counter(reason for _, reason, _ in failures)
+        and all(type(times) is int for times in mends.values())
+    )
+    if not agree:
+        raise UserError(f"{source}: its counts are damaged")
 
 
 @contextlib.contextmanager
@@ -108,10 +127,11 @@ def _only_process(folder: Path):
     """Holds off other runs on the same folder; the system lifts the lock if this process dies."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another preprocess is running there") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another preprocess is running there") from None
     finally:
         os.close(handle)
 
@@ -121,8 +141,8 @@ def _claim(folder: Path, run: dict, overwrite: bool) -> None:
     ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
     marker = folder / RUN
     if overwrite:
-        # The manifest first: without it, nobody takes what is left for a finished folder.
-        for path in sorted(ours, key=lambda path: path.name != shards.MANIFEST):
+        # These two first: without them, nobody takes what is left for a finished folder, or resumes it.
+        for path in sorted(ours, key=lambda path: path.name not in (shards.MANIFEST, RUN)):
             path.unlink()
         shards.sync_folder(folder)
     else:
@@ -176,14 +196,15 @@ def preprocess(
     folder.mkdir(parents=True, exist_ok=True)
     with _only_process(folder):
         _claim(folder, run, overwrite)
-        _run(folder, run, files, num_workers)
+        count = -(-len(files) // shard_size)
+        _run(folder, run, files, count, num_workers)
+        print_table(folder, count)
 
 
-def _run(folder: Path, run: dict, files: list[str], num_workers: int) -> None:
-    count = -(-len(files) // run["shard_size"])
+def _run(folder: Path, run: dict, files: list[str], count: int, num_workers: int) -> None:
     seen: set[bytes] = set()
     finished, counts = 0, Counter()
-    for record in _records(folder, count):
+    for record in _records(folder, count, rehash=True):
         index = shards.read_index(folder / record["shard"]["idx"]["name"], run["fingerprint"])
         seen.update(digest.tobytes() for digest in index.digests)
         counts.update(done=record["files"], kept=record["kept"])
@@ -207,7 +228,6 @@ def _run(folder: Path, run: dict, files: list[str], num_workers: int) -> None:
                 shown = _with_progress(results, len(files), counts)
                 write_shards(folder, shown, len(files), run["shard_size"], finished, seen)
         _finish(folder, run, count)
-    print_table(folder, count)
 
 
 def _with_progress(results: Iterator[Result], total: int, counts: Counter) -> Iterator[Result]:
@@ -222,12 +242,12 @@ def _with_progress(results: Iterator[Result], total: int, counts: Counter) -> It
 
 def _finish(folder: Path, run: dict, count: int) -> None:
     """Write `failed.tsv`, the tokenizer and, last, the manifest."""
-    entries, reasons = [], Counter()
+    songs, reasons = 0, Counter()
     temporary = folder / (FAILED + shards.TEMPORARY)
     with open(temporary, "wb") as table:
         table.write(b"path\treason\tdetail\n")
         for record in _records(folder, count):
-            entries.append(record["shard"])
+            songs += record["kept"]
             reasons.update(record["dropped"])
             for failure in record["failures"]:
                 table.write(b"\t".join(os.fsencode(_escape(cell)) for cell in failure) + b"\n")
@@ -235,26 +255,54 @@ def _finish(folder: Path, run: dict, count: int) -> None:
         os.fsync(table.fileno())
     os.replace(temporary, folder / FAILED)
     shards.sync_folder(folder)
-    songs = sum(entry["songs"] for entry in entries)
     if not songs:
         reason, times = reasons.most_common(1)[0]
         raise UserError(
             f"none of {run['files']} files became a song ({times} times {reason}: "
             f"{ALL_REASONS.get(reason, reason)}); see {folder / FAILED}"
         )
-    tokenizer = HIDTokenizer()
-    manifest = {
+    shards.write_json(folder / shards.TOKENIZER, _tokenizer().to_json())
+    shards.write_json(folder / shards.MANIFEST, _manifest(folder, run))
+
+
+def _manifest(folder: Path, run: dict) -> dict:
+    """The manifest of a folder whose other files are all there, made from them and from `run`."""
+    count = -(-run["files"] // run["shard_size"])
+    entries = [record["shard"] for record in _records(folder, count)]
+    return {
         "version": shards.VERSION,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": vocab.fingerprint(),
+        "vocab_size": vocab.VOCAB_SIZE,
         "val_split": run["val_split"],
-        "songs": songs,
+        "songs": sum(entry["songs"] for entry in entries),
         "tokens": sum(entry["tokens"] for entry in entries),
-        "run": run,
-        "tokenizer": shards.write_json(folder / shards.TOKENIZER, tokenizer.to_json()),
+        "run": shards.file_entry(folder / RUN),
+        "failed": shards.file_entry(folder / FAILED),
+        "tokenizer": shards.file_entry(folder / shards.TOKENIZER),
+        "records": [shards.file_entry(folder / f"{shards.shard_name(i)}.json") for i in range(count)],
         "shards": entries,
     }
-    shards.write_json(folder / shards.MANIFEST, manifest)
+
+
+def verify(folder: str | os.PathLike) -> shards.ShardSet:
+    """Compare every byte of a finished folder with its manifest, and the manifest with the run.
+
+    Raises:
+        UserError: the first thing found wrong, with the name of its file.
+    """
+    songs = shards.verify(folder)
+    source, marker = songs.folder / shards.MANIFEST, songs.folder / RUN
+    shards.intact_file(source, songs.manifest, "failed")
+    shards.intact_file(source, songs.manifest, "run")
+    run = shards.read_json(marker)
+    if min(shards.field(marker, run, key, int) for key in ("files", "shard_size")) < 1:
+        raise UserError(f"{marker}: is damaged")
+    shards.field(marker, run, "val_split", (int, float))
+    expected = _manifest(songs.folder, run)
+    wrong = [key for key in expected if songs.manifest.get(key) != expected[key]]
+    if wrong:
+        raise UserError(f"{source}: does not agree with the run and the shards ({', '.join(wrong)} differ)")
+    return songs
 
 
 def _escape(cell: str) -> str:
@@ -301,31 +349,28 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", metavar="LIST_OR_FOLDER", help="a text file with one path per line, or a folder")
     add("--output", metavar="DIR", help="where the shards go; the same command resumes there")
-    add("--workers", type=cli.positive_int, default=os.cpu_count() or 1, help="processes")
+    add("--workers", type=cli.integer(1, 10_000), default=os.cpu_count() or 1, help="processes")
     add("--shard-size", type=cli.positive_int, default=10_000, help="input files per shard")
     add("--limit", type=cli.positive_int, help="use only so many files, drawn by --seed")
-    add("--seed", type=int, default=0, help="of the order of the files")
+    add("--seed", type=cli.seed, default=0, help="of the order of the files")
     add("--val-split", type=cli.fraction, default=0.05, help="share of songs for validation")
-    add("--timeout", type=cli.positive_int, default=10, help="seconds per file")
-    add("--memory-mb", type=cli.positive_int, default=1024, help="MiB per file (enforced on Linux)")
-    add("--overwrite", action="store_true", help="delete what an earlier run left in --output")
-    add("--verify", metavar="DIR", help="check every byte of a finished folder; nothing else")
+    add("--timeout", type=cli.integer(1, 86_400), default=10, help="seconds per file")
+    add("--memory-mb", type=cli.integer(1, 2**30), default=1024, help="MiB per file (enforced on Linux)")
+    add("--overwrite", action="store_true", help="start anew: delete what earlier runs left in --output")
+    add("--verify", metavar="DIR", help="check every byte of a finished folder, and every song")
     args = parser.parse_args(argv)
     if args.verify and (args.input or args.output):
         parser.error("--verify goes without --input and --output")
     if not args.verify and not (args.input and args.output):
         parser.error("--input and --output are needed (or --verify DIR)")
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it: one thread each is enough
     try:
         if args.verify:
-            songs = shards.verify(args.verify)
+            songs = verify(args.verify)
             tokens = int(songs.lengths.sum())
             print(f"{args.verify}: {len(songs):,} songs, {tokens:,} tokens, all as written")
             return

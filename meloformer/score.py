@@ -17,6 +17,8 @@ from .errors import MidiError
 
 TICKS_PER_QUARTER = 480
 TICKS_PER_STEP = TICKS_PER_QUARTER // vocab.STEPS_PER_QUARTER
+MAX_TICK = 2**40  # keeps the arithmetic of steps inside 64 bits
+MAX_DRIFT = 0.05  # seconds; what a listener may notice between two players
 MAX_BARS = 20_000  # beyond any music; bounds the memory that a hostile file can ask for
 
 
@@ -53,8 +55,7 @@ def from_midi(midi: miditoolkit.MidiFile) -> Score:
         ValueError: a pitch, program, time or resolution outside what MIDI allows.
     """
     tpq = midi.ticks_per_beat
-    if tpq < 1:
-        raise ValueError(f"ticks_per_beat is {tpq}, must be at least 1")
+    _check(midi)
     notes = np.array(
         [
             (note.start, note.end, note.pitch, note.velocity, vocab.DRUMS if track.is_drum else track.program)
@@ -66,10 +67,10 @@ def from_midi(midi: miditoolkit.MidiFile) -> Score:
     if len(notes) == 0:
         raise MidiError("no_notes", "the file has no notes")
     start, end, pitch, velocity, inst = notes.T
-    if start.min() < 0 or not (
-        0 <= pitch.min() and pitch.max() < 128 and 0 <= inst.min() and inst.max() <= 128
-    ):
+    if min(start.min(), pitch.min(), inst.min()) < 0 or pitch.max() > 127 or inst.max() > vocab.DRUMS:
         raise ValueError("a note has a negative time, or a pitch or program outside 0..127")
+    if max(start.max(), end.max()) > MAX_TICK:
+        raise MidiError("too_long", f"a note lies beyond tick {MAX_TICK}")
 
     start, end = _to_steps(start, tpq), _to_steps(end, tpq)
     velocity = vocab.velocity_to_bin(np.clip(velocity, 1, 127))
@@ -77,6 +78,18 @@ def from_midi(midi: miditoolkit.MidiFile) -> Score:
     bar_start, bar_steps, signature, part = _bar_lines(midi, int((start + length).max()))
     bpm = _bar_tempo(midi, bar_start, bar_steps)
     return Score(start, length, pitch, velocity, inst, bar_start, bar_steps, signature, part, bpm)
+
+
+def _check(midi: miditoolkit.MidiFile) -> None:
+    """ValueError for what a MIDI file cannot hold but an object made by hand can."""
+    if midi.ticks_per_beat < 1:
+        raise ValueError(f"ticks_per_beat is {midi.ticks_per_beat}, must be at least 1")
+    for change in midi.tempo_changes:
+        if math.isnan(change.tempo):
+            raise ValueError(f"the tempo at tick {change.time} is not a number")
+    for ts in midi.time_signature_changes:
+        if ts.numerator != int(ts.numerator) or ts.denominator != int(ts.denominator):
+            raise ValueError(f"the time signature at tick {ts.time} is not made of integers")
 
 
 def resolve_overlaps(
@@ -88,6 +101,8 @@ def resolve_overlaps(
     the next of its pitch is cut there. Lengths become the nearest of `vocab.LENGTHS` that fits.
     Takes and returns int64 [n] arrays: start, length (steps), pitch, velocity, inst.
     """
+    if len(start) == 0:
+        return start, length, pitch, velocity, inst
     key = inst * 128 + pitch
     order = np.lexsort((-velocity, -length, start, key))
     key, start, length = key[order], start[order], np.maximum(length[order], 1)
@@ -162,7 +177,11 @@ def _sayable_signature(n: int, d: int) -> tuple[int, Fraction]:
 
 
 def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.ndarray) -> np.ndarray:
-    """Mean tempo of each bar, so that a bar lasts as many seconds as its tempo changes make it."""
+    """Tempo of each bar: the mean that makes it last as long as its tempo changes do, in whole BPM.
+
+    Rounding would make a song at 81.5 BPM drift by seconds. Once it is off by `MAX_DRIFT`, bars are
+    rounded the other way until it is on time again. An already rounded song is never off.
+    """
     changes = _last_per_time([(t.time, t.tempo) for t in midi.tempo_changes], default=(120.0,))
     change_at = np.array([time for time, _ in changes]) / midi.ticks_per_beat  # quarters
     bpm = np.clip([tempo for _, tempo in changes], 1e-3, 1e6)
@@ -172,8 +191,19 @@ def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.
     edges = np.append(bar_start, bar_start[-1] + bar_steps[-1]) / vocab.STEPS_PER_QUARTER  # quarters
     at = np.searchsorted(change_at, edges, side="right") - 1
     seconds = np.diff(elapsed[at] + (edges - change_at[at]) * seconds_per_quarter[at])
-    mean = 60.0 * np.diff(edges) / seconds
-    return np.clip(np.rint(mean), vocab.MIN_BPM, vocab.MAX_BPM).astype(np.int64)
+    quarters = np.diff(edges)
+    mean = np.clip(60.0 * quarters / seconds, vocab.MIN_BPM, vocab.MAX_BPM)
+    rounded = np.rint(mean)
+    drift, catching_up = 0.0, 0  # seconds behind the file; 1 while bars are played faster for it
+    for bar in range(len(mean)):
+        if abs(drift) > MAX_DRIFT:
+            catching_up = 1 if drift > 0 else -1
+        elif drift * catching_up <= 0:
+            catching_up = 0
+        if catching_up:
+            rounded[bar] = np.ceil(mean[bar]) if catching_up > 0 else np.floor(mean[bar])
+        drift += 60.0 * quarters[bar] * (1 / rounded[bar] - 1 / mean[bar])
+    return rounded.astype(np.int64)
 
 
 def to_midi(score: Score, chords: np.ndarray) -> miditoolkit.MidiFile:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from . import vocab
+from . import grammar, vocab
 from .errors import UserError
 
 MAGIC = b"MELOSHRD"
@@ -29,7 +29,7 @@ TOKENIZER = "tokenizer.json"
 TEMPORARY = ".tmp"
 
 _HEADER = struct.Struct("<8sII32sQQ")  # magic, version, bytes per token, fingerprint, songs, tokens
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def content_digest(ids: np.ndarray) -> bytes:
@@ -91,14 +91,15 @@ def read_json(path: Path) -> dict:
     try:
         with _open(path) as file:
             value = json.load(file)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: is not JSON") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: does not hold a JSON object")
     return value
 
 
-def _field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
+def field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
+    """The entry `key` of a record read from `source`; UserError if there is none of that type."""
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(f"{source}: the entry '{key}' is missing or of the wrong type")
@@ -107,8 +108,8 @@ def _field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
 
 def _listed_file(source: Path, record: dict, key: str) -> Path:
     """The file that entry `key` of a manifest names: a regular file of its own folder, of that size."""
-    entry = _field(source, record, key, dict)
-    name = _field(source, entry, "name", str)
+    entry = field(source, record, key, dict)
+    name = field(source, entry, "name", str)
     if not _PLAIN_NAME.fullmatch(name):
         raise UserError(f"{source}: refuses the file name {name!r}: not a plain name")
     path = source.parent / name
@@ -116,9 +117,27 @@ def _listed_file(source: Path, record: dict, key: str) -> Path:
         raise UserError(f"{path}: is missing, though {source.name} lists it")
     if path.resolve().parent != source.parent.resolve():
         raise UserError(f"{path}: leads outside its folder")
-    size, listed = path.stat().st_size, _field(source, entry, "bytes", int)
+    size, listed = path.stat().st_size, field(source, entry, "bytes", int)
     if size != listed:
         raise UserError(f"{path}: has {size} bytes where {source.name} lists {listed}")
+    return path
+
+
+def file_entry(path: Path) -> dict:
+    """What a manifest says of a file: name, bytes, SHA-256 (64 hex digits)."""
+    digest, size = hashlib.sha256(), 0
+    with _open(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def intact_file(source: Path, record: dict, key: str) -> Path:
+    """The file that entry `key` of a record read from `source` names; UserError unless it is as listed."""
+    path = _listed_file(source, record, key)
+    if file_entry(path) != record[key]:
+        raise UserError(f"{path}: its SHA-256 is not the one in {source.name}: the file is damaged")
     return path
 
 
@@ -226,15 +245,20 @@ class ShardWriter:
         return record
 
 
-def read_record(folder: Path, number: int) -> dict | None:
-    """The completion record of a shard, its files being there in full; None if it is not finished."""
+def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | None:
+    """The completion record of a shard, its files being there in full; None if it is not finished.
+
+    Sizes are compared, with `rehash` the content too.
+    """
     path = Path(folder) / f"{shard_name(number)}.json"
     if not path.exists():
         return None
     record = read_json(path)
-    shard = _field(path, record, "shard", dict)
-    _listed_file(path, shard, "bin")
-    _listed_file(path, shard, "idx")
+    shard = field(path, record, "shard", dict)
+    for key in ("songs", "tokens"):
+        field(path, shard, key, int)
+    for key in ("bin", "idx"):
+        (intact_file if rehash else _listed_file)(path, shard, key)
     return record
 
 
@@ -268,18 +292,19 @@ class ShardSet:
         if not source.is_file():
             raise UserError(f"{self.folder}: has no {MANIFEST}: preprocess has not finished there")
         self.manifest = read_json(source)
-        if _field(source, self.manifest, "version", int) != VERSION:
+        if field(source, self.manifest, "version", int) != VERSION:
             raise UserError(f"{source}: has another format version than {VERSION}")
         fingerprint = vocab.fingerprint() if fingerprint is None else fingerprint
-        if _field(source, self.manifest, "fingerprint", str) != fingerprint:
+        if field(source, self.manifest, "fingerprint", str) != fingerprint:
             raise UserError(f"{self.folder}: was written with another tokenizer; run preprocess again")
-        self.val_split = float(_field(source, self.manifest, "val_split", (int, float)))
-        if not 0 <= self.val_split < 1:
+        val_split = field(source, self.manifest, "val_split", (int, float))
+        if not 0 <= val_split < 1:
             raise UserError(f"{source}: val_split is not in [0, 1)")
+        self.val_split = float(val_split)
 
         self._tokens, self._offsets, self._first = [], [], [0]
         indexes = []
-        for shard in _field(source, self.manifest, "shards", list):
+        for shard in field(source, self.manifest, "shards", list):
             if not isinstance(shard, dict):
                 raise UserError(f"{source}: its list of shards is damaged")
             index_path = _listed_file(source, shard, "idx")
@@ -325,17 +350,19 @@ def _map(path: Path) -> np.ndarray:
 
 
 def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSet:
-    """Read a whole folder and compare it with its manifest: hashes, digests, tokens and bar counts.
+    """Read all shards and the tokenizer: hashes, digests, bar counts, and the grammar of every song.
+
+    What else the folder of a run holds is compared by `preprocess.verify`.
 
     Raises:
         UserError: the first thing found wrong, with the name of its file.
     """
     songs = ShardSet(folder, fingerprint)
     source = songs.folder / MANIFEST
-    _check_hash(source, songs.manifest, "tokenizer")
+    intact_file(source, songs.manifest, "tokenizer")
     for number, shard in enumerate(songs.manifest["shards"]):
-        path = _check_hash(source, shard, "bin")
-        index_path = _check_hash(source, shard, "idx")
+        path = intact_file(source, shard, "bin")
+        index_path = intact_file(source, shard, "idx")
         record = read_record(songs.folder, number)
         if record is None or record["shard"] != shard:
             raise UserError(f"{songs.folder / shard_name(number)}.json: does not agree with {MANIFEST}")
@@ -347,20 +374,11 @@ def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSe
     return songs
 
 
-def _check_hash(source: Path, record: dict, key: str) -> Path:
-    path = _listed_file(source, record, key)
-    digest = hashlib.sha256()
-    with _open(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != record[key].get("sha256"):
-        raise UserError(f"{path}: its SHA-256 is not the one in {source.name}: the file is damaged")
-    return path
-
-
 def _song_problem(ids: np.ndarray, digest: np.ndarray, bars: int) -> str | None:
-    if ids.max() >= vocab.VOCAB_SIZE:
-        return "holds ids beyond the vocabulary"
+    try:
+        grammar.check(ids)
+    except ValueError as error:
+        return f"is no song: {error}"
     if ids[0] != vocab.BOS or ids[-1] != vocab.EOS:
         return "does not run from BOS to EOS"
     if np.count_nonzero(vocab.CHORD.mask(ids)) != bars:

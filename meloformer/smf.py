@@ -135,10 +135,14 @@ def _read_chunk(data: bytes, pos: int, size: int, found: Scan) -> int:
     """Read the MTrk chunk at `pos` into `found`; return where the next chunk should start."""
     start, stop = pos + 8, _chunk_end(data, pos)
     limit = stop
+    believed_from = start
     if stop != size and not _chunk_starts(data, stop, size):
         limit = _find(data, b"MTrk", start, size)
+    elif _find(data, b"MTrk", start, stop) == stop:
+        # The length is right, so an end mark with more than padding behind it is not the end.
+        believed_from = start + len(data[start:stop].rstrip(b"\0")) + 1
     track = Track()
-    pos, ended = _read_events(data, start, limit, track, found)
+    pos, ended = _read_events(data, start, limit, believed_from, track, found)
     if track.events:
         found.tracks.append(track)
     if not ended:
@@ -151,8 +155,10 @@ def _read_chunk(data: bytes, pos: int, size: int, found: Scan) -> int:
     return _find(data, b"MTrk", pos, limit) if limit == stop else pos
 
 
-def _read_events(data: bytes, pos: int, limit: int, track: Track, found: Scan) -> tuple[int, bool]:
-    """Read events from `pos` until the end-of-track mark or `limit`.
+def _read_events(
+    data: bytes, pos: int, limit: int, believed_from: int, track: Track, found: Scan
+) -> tuple[int, bool]:
+    """Read events from `pos` until `limit` or an end-of-track mark that ends at `believed_from` or later.
 
     Returns the position behind the last event and whether the mark was found. The position is beyond `limit`
     if the last event did not fit; that event is dropped.
@@ -180,8 +186,10 @@ def _read_events(data: bytes, pos: int, limit: int, track: Track, found: Scan) -
             if pos > limit:
                 break
             if kind == END_OF_TRACK and not payload:
-                ended = True
-                break
+                if pos >= believed_from:
+                    ended = True
+                    break
+                mends["early_end"] += 1
             if kind == TEMPO or kind == TIME_SIGNATURE:
                 metas.append((tick, kind, payload))
             continue

@@ -50,17 +50,25 @@ class HIDTokenizer:
         return encode_score(score.from_midi(song)), frozenset(mends)
 
     def decode(self, ids: Iterable[int]) -> miditoolkit.MidiFile:
-        """The song that token ids spell. A fragment (any run of whole bars) is decoded alike.
+        """The song that token ids spell: int [n]. A fragment that ends with a note is decoded alike.
+
+        Each program has a track of its own. From 16 melodic programs on they share channels, and
+        then only `midi_writer.write_midi` writes a file that plays right.
 
         Raises:
-            ValueError: the ids break the grammar; the message names the first bad token.
+            ValueError: the ids break the grammar (the message names the first bad token), hold no
+                bar, or end inside a header or a note.
         """
         ids = np.asarray(ids)
-        grammar.check(ids)
+        state = grammar.check(ids)
+        if not (state.bar_complete or (len(ids) and ids[-1] == vocab.EOS)):
+            raise ValueError("the ids end where no song may end")
         return score.to_midi(*decode_score(ids))
 
     def token_name(self, token: int) -> str:
-        """Name of an id, e.g. 'CHORD_A:min7'."""
+        """Name of an id, e.g. 'CHORD_A:min7'; IndexError if there is none."""
+        if token < 0:
+            raise IndexError(f"no token has the id {token}")
         return vocab.names()[token]
 
     def token_id(self, name: str) -> int:

@@ -30,13 +30,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import Batch, PackedSongs, State, prefetch
-from .device import pick_device
+from .device import pick_attention, pick_device
 from .errors import UserError
-from .kernels import BACKENDS, resolve_backend
+from .kernels import BACKENDS
 from .model import SIZES, MeloFormer, ModelConfig, next_token_loss
 from .shards import ShardSet
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+DIVERGED = "lower --learning_rate, or try --precision fp32"
 MIN_LR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
 MAX_WARMUP_SHARE = 0.1  # a short run warms up for at most this share of its steps
 
@@ -98,7 +99,11 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     add("--model_size", default=default.model_size, choices=SIZES, help="size of the model")
     add("--max_seq_len", type=cli.positive_int, default=default.max_seq_len, help="tokens per row")
     add("--max_bars", type=cli.positive_int, default=default.max_bars, help="skip songs with more bars")
-    add("--max_samples", type=cli.positive_int, help="train on so many samples only (a random choice)")
+    add(
+        "--max_samples",
+        type=cli.positive_int,
+        help="use only so many samples of each split",
+    )
     add("--batch_size", type=cli.positive_int, default=default.batch_size, help="rows per process")
     add(
         "--gradient_accumulation_steps",
@@ -107,16 +112,29 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         help="batches per optimizer step",
     )
     add(
-        "--learning_rate", type=cli.positive_float, default=default.learning_rate, help="peak of the schedule"
+        "--learning_rate",
+        type=cli.number(1e-9, 10),
+        default=default.learning_rate,
+        help="peak of the schedule",
     )
     add(
         "--warmup_steps",
-        type=int,
+        type=cli.integer(0),
         default=default.warmup_steps,
         help="steps of linear warm-up, at most a tenth of the run; a cosine follows",
     )
-    add("--weight_decay", type=float, default=default.weight_decay, help="of AdamW, on matrices only")
-    add("--max_grad_norm", type=cli.positive_float, default=default.max_grad_norm, help="clip gradients here")
+    add(
+        "--weight_decay",
+        type=cli.number(0, 10),
+        default=default.weight_decay,
+        help="of AdamW, on matrices only",
+    )
+    add(
+        "--max_grad_norm",
+        type=cli.number(1e-9, 1e9),
+        default=default.max_grad_norm,
+        help="clip gradients here",
+    )
     add("--epochs", type=cli.positive_int, default=default.epochs, help="passes over the data")
     add("--max_steps", type=cli.positive_int, help="stop after so many optimizer steps")
     add(
@@ -132,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         choices=["auto", *PRECISIONS],
         help="auto is bf16 on CUDA and fp32 elsewhere",
     )
-    add("--seed", type=int, default=default.seed, help="of the weights and the order of the data")
+    add("--seed", type=cli.seed, default=default.seed, help="of the weights and the order of the data")
     add("--save_every", type=cli.positive_int, help="save every so many steps besides after each epoch")
     add("--keep_last", type=cli.positive_int, default=default.keep_last, help="checkpoints to keep")
     add(
@@ -198,14 +216,14 @@ class Log:
                 try:
                     if json.loads(line)["step"] <= last_step:
                         kept.append(line)
-                except ValueError:
+                except (ValueError, TypeError, KeyError):
                     break  # the line a killed process was writing
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self._path)
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():
@@ -224,14 +242,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, model_config: ModelConfig, job: Job):
         self.config, self.job = config, job
         self.output = Path(config.output_dir)
+        self.output.mkdir(parents=True, exist_ok=True)
         precision = config.precision
         if precision == "auto":
             precision = "bf16" if job.device.type == "cuda" else "fp32"
         self.autocast_dtype = PRECISIONS[precision]
-        try:
-            self.attention = resolve_backend(config.attention, job.device)
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
+        self.attention = pick_attention(config.attention, job.device)
 
         shards = ShardSet(config.data_dir)
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars, "seed": config.seed}
@@ -246,8 +262,12 @@ class Trainer:
             "val_split": shards.val_split,
             **{
                 name: getattr(config, name)
-                for name in ("max_seq_len", "max_bars", "max_samples", "learning_rate", "seed", "epochs")
+                for name in (
+                    *("seed", "max_seq_len", "max_bars", "max_samples", "epochs", "max_steps"),
+                    *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"),
+                )
             },
+            "precision": precision,
             "rows_per_step": job.world * config.batch_size * config.gradient_accumulation_steps,
         }
 
@@ -262,9 +282,10 @@ class Trainer:
                 self.model, device_ids=[job.device.index] if job.device.type == "cuda" else None
             )
 
+        # For the schedule and the progress bar. Epochs are packed anew each, so one may take a step more
+        # or less than the first; the run ends by the epochs themselves.
         rows = self.data.rows_per_epoch(0)
-        steps_per_epoch = math.ceil(rows / self.identity["rows_per_step"])
-        self.total_steps = steps_per_epoch * config.epochs
+        self.total_steps = math.ceil(rows / self.identity["rows_per_step"]) * config.epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
 
@@ -282,7 +303,12 @@ class Trainer:
                 )
             return
         if self.config.resume != "auto":
-            found = find_checkpoint(Path(self.config.resume))
+            newest, found = found, find_checkpoint(Path(self.config.resume))
+            if newest is not None and newest.resolve() != found.resolve():
+                raise UserError(
+                    f"{self.output} holds another checkpoint, {newest.name}: to go on from {found}, choose "
+                    "another --output_dir"
+                )
         if found is None:
             return
         checkpoint = load_checkpoint(found)
@@ -342,6 +368,8 @@ class Trainer:
             nats, count = nats + batch_nats.item(), count + batch_count.item()
         self.model.train()
         nats, count = self.job.sum([nats, count])
+        if not math.isfinite(nats):
+            raise UserError(f"the validation loss is {nats} after step {self.step}: {DIVERGED}")
         return nats / count
 
     def train_step(self, batches: list[tuple[Batch, bool]], lr: float) -> dict[str, float]:
@@ -356,13 +384,13 @@ class Trainer:
             tokens += batch.tokens
         nats, count, tokens = self.job.sum([nats, count, tokens])
         if not math.isfinite(nats):
-            raise UserError(
-                f"the loss is {nats} at step {self.step + 1}: lower --learning_rate, or try --precision fp32"
-            )
+            raise UserError(f"the loss is {nats} at step {self.step + 1}: {DIVERGED}")
         # DistributedDataParallel has averaged sums over processes: make that the mean over targets.
         gradients = [p.grad for p in self.model.parameters()]
         torch._foreach_mul_(gradients, self.job.world / count)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if not math.isfinite(norm.item()):
+            raise UserError(f"the gradient is {norm.item()} at step {self.step + 1}: {DIVERGED}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -371,7 +399,6 @@ class Trainer:
 
     def run(self) -> None:
         config, job = self.config, self.job
-        self.output.mkdir(parents=True, exist_ok=True)
         log = Log(self.output, self.step) if job.leads else None
         if job.leads:
             self._describe()
@@ -382,7 +409,8 @@ class Trainer:
         batches = self.data.batches(
             self.state, config.batch_size, rank=job.rank, world=job.world, stop_epoch=config.epochs
         )
-        for batch, after in prefetch(batches if self.step < self.total_steps else []):
+        done = config.max_steps is not None and self.step >= config.max_steps
+        for batch, after in prefetch([] if done else batches):
             epoch_ends = after.epoch != self.state.epoch
             last = epoch_ends or len(pending) + 1 == config.gradient_accumulation_steps
             pending.append((batch, last))
@@ -447,6 +475,8 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> None:
     job = start_job(config.device)
     try:
         Trainer(config, model_config or SIZES[config.model_size], job).run()
+    except OSError as error:  # no permission, a full disk, a file where a folder should be
+        raise UserError(f"{error.filename or config.output_dir}: {error.strerror or error}") from error
     finally:
         if job.world > 1:
             dist.destroy_process_group()

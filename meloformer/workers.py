@@ -3,6 +3,7 @@
 It protects from accidents, not from attackers: a worker has all rights of its parent.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ def run_tasks(
     A worker past `timeout_s` seconds on one item is killed; a dead worker is replaced. At most 32 items
     per worker are taken from `items` ahead of the one to be yielded next, so memory stays bounded.
     Closing the generator (or Ctrl-C in it) kills the workers; they also leave when this process dies.
+    NumPy and torch in a worker use one thread, unless OMP_NUM_THREADS says otherwise.
 
     Args:
         function: importable by name; its values travel by pickle. The module that holds it, and the
@@ -107,6 +109,22 @@ def run_tasks(
         pool.kill()
 
 
+@contextlib.contextmanager
+def _single_threaded():
+    """Processes started inside compute with one thread.
+
+    They have to find that in their environment: when their first own line runs, NumPy has its threads.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
 class _Worker:
     """One child process and the item it is busy with."""
 
@@ -118,7 +136,8 @@ class _Worker:
         # The child inherits the mask, so Ctrl-C, which reaches the whole group, is the parent's alone.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process.start()
+            with _single_threaded():
+                self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         child.close()  # so that the child's death reads as end of file here

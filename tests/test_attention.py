@@ -170,8 +170,17 @@ def test_wrong_arguments_are_refused(phase, index, change, message):
 class TestCompiledFlex:
     pytestmark = gpu
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-    @pytest.mark.parametrize("name", ["documents", "rows", "127_tokens", "128_tokens", "257_tokens"])
+    # Few cases: each compiles for a quarter of a minute.
+    @pytest.mark.parametrize(
+        "name, dtype",
+        [
+            ("documents", torch.bfloat16),
+            ("rows", torch.float32),
+            ("rows", torch.bfloat16),
+            ("257_tokens", torch.bfloat16),
+        ],
+        ids=["documents-bf16", "rows-fp32", "rows-bf16", "257_tokens-bf16"],
+    )
     def test_error(self, name, phase, dtype):
         masks = case(name)
         attention = make_attention(masks.structure.to("cuda"), "flex")
@@ -179,7 +188,7 @@ class TestCompiledFlex:
         function = getattr(attention, phase)
         check_low_precision(function, plain_phase(phase, masks), inputs, ("o", *INPUTS[phase]))
 
-    @pytest.mark.parametrize("name", ["1_token", "one_visible_key", "padding_row", "empty_bars"])
+    @pytest.mark.parametrize("name", ["1_token", "padding_row"])
     def test_degenerate_cases(self, name, phase):
         masks = case(name)
         attention = make_attention(masks.structure.to("cuda"), "flex")

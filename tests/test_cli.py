@@ -20,7 +20,10 @@ def test_flags_are_taken_with_hyphens_and_underscores(parser, args):
     assert (found.max_bars, found.shard_size) == (7, 9)
 
 
-@pytest.mark.parametrize("args", [["--max_bars", "0"], ["--max_bars", "x"], ["--nothing"], ["--max", "3"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--max_bars", "0"], ["--max_bars", "x"], ["--nothing"], ["--max", "3"], ["--max_bars", "9" * 30]],
+)
 def test_bad_arguments_end_in_one_line_and_code_two(parser, args, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(args)

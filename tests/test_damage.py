@@ -1,4 +1,4 @@
-"""Damaged and hostile files: a song or a known reason, in bounded time and memory; nothing else."""
+"""Damaged and hostile files: a song and its tokens, or a known reason, in bounded time and memory."""
 
 import io
 import multiprocessing
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import miditoolkit
 import mido
+import numpy as np
 import pytest
 import smf_bytes as smf
 from miditoolkit.midi.utils import example_midi_file
@@ -25,6 +26,7 @@ from meloformer.midi_reader import (
     REASONS,
     read_midi_with_mends,
 )
+from meloformer.tokenizer import HIDTokenizer
 
 from midi_mutations import mutants
 
@@ -34,13 +36,22 @@ VARIANTS = 100  # per case
 
 
 def outcome(data: bytes) -> str:
-    """Read `data`; return "song" or the reason why not. Fails if the reader breaks a promise."""
+    """Read and encode `data`; return "song" or the reason why not. Fails if a promise is broken."""
     try:
         midi, mends = read_midi_with_mends(data)
+        check_song(midi, mends)
+        tokenizer = HIDTokenizer()
+        ids = tokenizer.encode(midi)
     except MidiError as error:
         assert error.reason in REASONS, error
         assert len(str(error).splitlines()) == 1, error
         return error.reason
+    assert np.array_equal(tokenizer.encode(tokenizer.decode(ids)), ids)
+    return "song"
+
+
+def check_song(midi: miditoolkit.MidiFile, mends: Counter[str]) -> None:
+    """What `read_midi` promises of every song."""
     assert set(mends) <= set(MENDS) and all(mends.values()), mends
     notes = [note for instrument in midi.instruments for note in instrument.notes]
     assert 0 < len(notes) <= MAX_NOTES
@@ -54,7 +65,6 @@ def outcome(data: bytes) -> str:
     for events in (tempi, signatures):
         ticks = [event.time for event in events]
         assert ticks == sorted(set(ticks))
-    return "song"
 
 
 def outcomes_within_limits(files: list[tuple[str, bytes]]) -> tuple[list[str], float, int]:
@@ -221,12 +231,31 @@ HOSTILE = {
         lambda: smf.song(smf.track(NOTE * MAX_NOTES), smf.track(b"\1\x80\x3c\0" * MAX_NOTES)),
         "song",
     ),
+    "most_notes_closed_late_for_want_of_offs": (
+        lambda: smf.song(
+            smf.track(NOTE * (MAX_NOTES // 2)),
+            smf.track((NOTE + b"\1\x80\x3c\0") * (MAX_NOTES // 2)),
+            smf.track(b"\1\x80\x3c\0" * MAX_NOTES),
+        ),
+        "song",
+    ),
+    "most_notes_waiting_for_the_offs_of_others": (
+        lambda: smf.song(
+            smf.track(NOTE * (MAX_NOTES // 2)),
+            smf.track((b"\1" + NOTE[1:] + b"\0\x80\x3c\0") * (MAX_NOTES // 2 - 1), NOTE),
+            smf.track(smf.off(2**20, 60)),
+        ),
+        "song",
+    ),
     "one_note_too_many": (lambda: repeated(NOTE * (MAX_NOTES + 1)), "too_many_notes"),
     "note_ons_only": (lambda: repeated(b"\0\x90" + b"\x3c\x40\0" * (ROOM // 3)), "too_many_notes"),
     "note_offs_only": (lambda: repeated(b"\0\x80" + b"\x3c\x40\0" * (ROOM // 3)), "no_notes"),
     "programs_only": (lambda: repeated(b"\0\xc0" + b"\x3c\0" * (ROOM // 2)), "no_notes"),
     "sysex_only": (lambda: repeated(b"\0\xf0\1\xf7" * (ROOM // 4)), "no_notes"),
     "realtime_only": (lambda: repeated(b"\0\xf8" * (ROOM // 2)), "no_notes"),
+    "end_marks_only": (lambda: repeated(smf.END * (ROOM // 4)), "no_notes"),
+    "end_marks_around_notes": (lambda: repeated((smf.END + NOTE) * 99_999), "song"),
+    "far_notes_only": (lambda: repeated(smf.on(2**28 - 1, 60), NOTE * (ROOM // 4)), "too_long"),
     "tempi_only": (lambda: tempo_of_each_tick(ROOM // 8), "too_many_changes"),
     "many_tempi": (lambda: tempo_of_each_tick(49_000), "song"),
     "empty_tracks": (lambda: smf.header() + b"MTrk\0\0\0\0" * (ROOM // 8), "no_notes"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.fidelity import notes_by_key
+from meloformer import facts, grammar, vocab
 from meloformer import generate as module
-from meloformer import grammar, vocab
 from meloformer.checkpoint import save_checkpoint
 from meloformer.compose import compose
 from meloformer.errors import UserError
@@ -44,7 +44,8 @@ def test_the_same_seed_gives_the_same_song(model):
 def test_as_many_bars_as_asked_for(model):
     sampling = Sampling(temperature=3.0)  # an untrained model must be shaken to end its bars
     for bars in (1, 2, 5):
-        assert bars_of(generate(model, bars=bars, max_tokens=5000, sampling=sampling)) == bars
+        ids = generate(model, bars=bars, max_tokens=5000, sampling=sampling)
+        assert len(facts.cut_points(ids)) == bars
 
 
 def test_the_last_token_allowed_ends_the_song_at_a_complete_note(model):
@@ -76,15 +77,17 @@ def test_wishes_are_kept_from_the_first_new_bar(model, prompt_seed):
     assert {name for name in names if name.startswith("INST")} <= {"INST_33", "INST_drums"}
 
 
-def test_a_bar_in_parts_is_not_broken_by_a_wish(model):
+def test_bars_in_parts_are_counted_whole_and_not_broken_by_a_wish(model):
     wishes = Wishes(signature=vocab.SIGNATURE_INDEX[20, 4])
-    ids = generate(model, bars=4, max_tokens=3000, wishes=wishes, sampling=Sampling(temperature=3.0))
+    ids = generate(model, bars=2, max_tokens=5000, wishes=wishes, sampling=Sampling(temperature=3.0))
     assert vocab.TS.mask(ids).sum() == 1
+    assert bars_of(ids) == 2 * 3 and len(facts.cut_points(ids)) == 2
 
 
 def test_greedy_takes_the_likeliest_token():
     logits = torch.tensor([0.0, 3.0, 1.0])
     assert Sampling(temperature=0).pick(logits, torch.Generator()) == 1
+    assert Sampling(temperature=1e-45).pick(logits, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,8 @@ def test_draws_follow_the_probabilities():
 def test_a_long_past_is_left_out_at_a_bar_line():
     ids = TOKENIZER.encode(compose(2, bars=60))[:-1]
     kept = context(ids, 600)
-    assert 100 < len(kept) <= 600
+    longest_bar = np.diff(facts.cut_points(ids)).max()
+    assert 600 - longest_bar - 4 <= len(kept) <= 600
     grammar.check(kept)
     assert kept[0] in vocab.CHORD and kept[1] in vocab.TS
     np.testing.assert_array_equal(kept[-90:], ids[-90:])
@@ -127,6 +131,24 @@ def test_a_song_longer_than_the_context_goes_on(model):
     ids = generate(model, prompt, bars=2, max_tokens=60, max_context=600)
     grammar.check(ids)
     assert len(ids) > len(prompt)
+
+
+def test_a_bar_that_outgrows_the_context_ends_the_song(model):
+    prompt = TOKENIZER.encode(compose(1, bars=4))
+    ids = generate(model, prompt, bars=50, max_tokens=500, max_context=10)
+    grammar.check(ids)
+    np.testing.assert_array_equal(ids[: len(prompt) - 1], prompt[:-1])
+    assert len(ids) < len(prompt) + 60
+
+
+@pytest.mark.parametrize(
+    "flag", ["--temperature=nan", "--temperature=-1", "--top_p=0", "--tempo=5", "--seed=-1"]
+)
+def test_numbers_out_of_range_end_in_one_line(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--checkpoint", "c", "--output", "x.mid", flag])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -172,14 +194,13 @@ def test_the_command_writes_a_song_and_its_picture(checkpoint, tmp_path, capsys)
     "args, says",
     [
         (["--time_signature", "4/5"], "--time_signature"),
-        (["--tempo", "5"], "--tempo"),
         (["--instruments", "violine"], "did you mean violin"),
-        (["--temperature", "-1"], "--temperature"),
-        (["--top_p", "0"], "--top_p"),
+        (["--prompt_bars", "2"], "goes with --prompt"),
+        (["--picture", "roll.gif"], "end in .png"),
         (["--prompt", "none.mid"], "unreadable"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--output", "no/such/folder/x.mid"], "no folder"),
-        (["--max_tokens", "3"], "no room for a note"),
+        (["--max_tokens", "3"], "wrote no note in 3 tokens"),
     ],
 )
 def test_mistakes_are_named(checkpoint, tmp_path, args, says):

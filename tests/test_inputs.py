@@ -17,6 +17,18 @@ def test_folder_is_searched_through_and_sorted(tmp_path):
     assert find_files(str(tmp_path)) == sorted(str(tmp_path / name) for name in names)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    """A link out, one to a brother, one to itself, one to its parent, one to nothing."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for path in (outside / "a.mid", folder / "deep" / "b.mid"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    links = {"z out": outside, "z twice": folder / "deep", "self": folder / "self", "none": tmp_path / "none"}
+    for name, target in {**links, "deep/up": folder}.items():
+        (folder / name).symlink_to(target)
+    assert find_files(str(folder)) == [str(folder / "deep" / "b.mid"), str(folder / "z out" / "a.mid")]
+
+
 def test_lines_of_a_list_are_literal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["# 1.mid", " padded .mid", "caf\udce9.mid", "twice.mid", "twice.mid"]
@@ -73,3 +85,12 @@ def test_order_is_a_permutation_fixed_by_the_seed():
 def test_hash_tells_names_and_order_apart():
     lists = [["a", "b"], ["b", "a"], ["ab"], ["a"], ["a", "b", "c"]]
     assert len({hash_of_names(names) for names in lists}) == len(lists)
+
+
+def test_hash_is_of_absolute_paths(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = hash_of_names(["a.mid"])
+    assert here == hash_of_names([str(tmp_path / "a.mid")])
+    monkeypatch.chdir(tmp_path / "other")
+    assert here == hash_of_names(["../a.mid"]) != hash_of_names(["a.mid"])

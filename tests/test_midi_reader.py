@@ -129,7 +129,22 @@ FILES = {
     ),
     "offs_in_another_track_cross": (
         song(track(on(0, 60), on(10, 60, 65), off(90, 60)), track(off(50, 60))),
-        [(0, False, 60, 0, 100, 64), (0, False, 60, 10, 50, 65)],
+        [(0, False, 60, 0, 50, 64), (0, False, 60, 10, 100, 65)],
+        {"other_track_off": 1},
+    ),
+    "off_in_another_track_before_an_own_one": (
+        song(track(on(0, 60), on(96, 60, 65), off(96, 60)), track(off(48, 60))),
+        [(0, False, 60, 0, 48, 64), (0, False, 60, 96, 192, 65)],
+        {"other_track_off": 1},
+    ),
+    "spare_off_elsewhere_ends_no_more_notes": (
+        song(track(on(0, 60), off(100, 60), on(100, 60, 65), end=9), track(off(50, 60))),
+        [(0, False, 60, 0, 100, 64), (0, False, 60, 200, 209, 65)],
+        {"unclosed": 1},
+    ),
+    "complete_tracks_lend_only_spare_offs": (
+        song(track(on(0, 60, 65), end=5), track(on(10, 60), off(100, 60), off(100, 60))),
+        [(0, False, 60, 0, 210, 65), (0, False, 60, 10, 110, 64)],
         {"other_track_off": 1},
     ),
     # programs
@@ -209,6 +224,27 @@ FILES = {
         [C4, C4],
         {"bad_track_length": 1},
     ),
+    "early_end_mark": (
+        song(track(NOTE, END, NOTE, NOTE), track(NOTE)),
+        [C4, C4, (0, False, 60, 480, 960, 64), (0, False, 60, 960, 1440, 64)],
+        {"early_end": 1},
+    ),
+    "early_end_mark_in_the_last_track": (
+        song(track(NOTE, END, END, NOTE)),
+        [C4, (0, False, 60, 480, 960, 64)],
+        {"early_end": 2},
+    ),
+    "early_end_mark_and_none_at_the_end": (
+        song(chunk(NOTE + END + NOTE), track(NOTE)),
+        [C4, C4, (0, False, 60, 480, 960, 64)],
+        {"early_end": 1, "no_end_of_track": 1},
+    ),
+    "end_mark_twice": (song(track(NOTE, END)), [C4], {"early_end": 1}),
+    "padding_behind_the_end_mark": (
+        song(chunk(NOTE + END + bytes(9)), track(NOTE)),
+        [C4, C4],
+        {"bad_track_length": 1},
+    ),
     "no_end_mark": (song(chunk(NOTE), track(NOTE)), [C4, C4], {"no_end_of_track": 1}),
     "cut_inside_an_event": (song(track(NOTE, on(0, 62)))[:-5], [C4], {"truncated": 1}),
     "cut_between_events": (song(track(NOTE, on(0, 62)))[:-8], [C4], {"truncated": 1}),
@@ -255,10 +291,25 @@ FILES = {
         [C4, (0, False, 62, 480, 960, 64)],
         {"unclosed": 1},
     ),
+    "far_end_mark_after_an_overlap": (
+        song(track(on(0, 60), on(10, 60, 65), off(5000, 60), end=2**28 - 1)),
+        [(0, False, 60, 0, 5010, 64), (0, False, 60, 10, 5010, 65)],
+        {"unclosed": 1},
+    ),
     "far_off": (
         song(track(NOTE, on(0, 62), off(2**28 - 1, 62))),
         [C4, (0, False, 62, 480, 960, 64)],
         {"unclosed": 1, "far_event": 1},
+    ),
+    "far_note": (
+        song(track(NOTE, on(480 * 20_000, 60), off(1, 60))),
+        [C4],
+        {"far_event": 2},
+    ),
+    "far_note_while_others_sound": (
+        song(track(on(0, 60), off(480 * 20_001, 60), on(0, 60)), track(NOTE, NOTE)),
+        [C4, C4, (0, False, 60, 480, 960, 64)],
+        {"far_event": 2, "unclosed": 1},
     ),
     "far_tempo": (song(track(NOTE), track(tempo(2**28 - 1, 400_000))), [C4], {"far_event": 1}),
 }
@@ -292,7 +343,8 @@ REFUSED = {
     "smpte_without_ticks": (song(track(NOTE), division=0xE700), "bad_division"),
     "smpte_of_23_frames": (song(track(NOTE), division=0xE928), "bad_division"),
     "smpte_of_128_frames": (song(track(NOTE), division=0x8028), "bad_division"),
-    "far_note": (song(track(NOTE, on(480 * 20_000, 60))), "too_long"),
+    "only_far_notes": (song(track(on(480 * 20_001, 60))), "too_long"),
+    "mostly_far_notes": (song(track(NOTE, on(480 * 20_000, 60), on(1, 60))), "too_long"),
     "too_big": (song(track(NOTE)) + bytes(midi_reader.MAX_FILE_BYTES), "too_big"),
 }
 
@@ -374,10 +426,13 @@ def test_changes_of_all_tracks_are_in_time_order():
         pytest.param([tempo(0, 400_000)], [(0, 150.0)], 0, id="one"),
         pytest.param([tempo(0, 400_000), tempo(0, 300_000)], [(0, 200.0)], 0, id="last_on_a_tick_wins"),
         pytest.param([tempo(0, 400_000), tempo(9, 400_000)], [(0, 150.0)], 0, id="restated"),
-        pytest.param([tempo(0, 0)], [(0, 1000.0)], 1, id="0"),
+        pytest.param([tempo(0, 0)], [(0, 120.0)], 1, id="0"),
+        pytest.param([tempo(0, 400_000), tempo(9, 0)], [(0, 150.0)], 1, id="0_keeps_the_one_before"),
         pytest.param([tempo(0, 59_999)], [(0, 1000.0)], 1, id="above_1000_bpm"),
         pytest.param([tempo(0, 60_000)], [(0, 1000.0)], 0, id="1000_bpm"),
         pytest.param([tempo(0, 2**24 - 1)], [(0, 3.576)], 0, id="slowest"),
+        pytest.param([smf.meta(0, 0x51, b"\0\6\x1a\x80")], [(0, 150.0)], 1, id="32_bits"),
+        pytest.param([smf.meta(0, 0x51, b"\6\x1a\x80\0")], [(0, 150.0)], 0, id="a_byte_behind"),
         pytest.param([smf.meta(0, 0x51, b"\7")], [(0, 120.0)], 1, id="one_byte"),
     ],
 )

@@ -338,6 +338,43 @@ def test_overwrite(corpus, processed, tmp_path, in_process):
     shards.verify(folder)
 
 
+def test_overwrite_killed_at_any_step(corpus, processed, tmp_path, monkeypatch, in_process, capsys):
+    """What it was deleting is never resumed; what it wrote anew is, by the command without the flag."""
+    folder = Path(shutil.copytree(processed, tmp_path / "data"))
+    deletions, unlink = 3, Path.unlink
+
+    def die_later(path, **options):
+        nonlocal deletions
+        deletions -= 1
+        if deletions == 0:
+            raise Crash
+        unlink(path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(Path, "unlink", die_later)
+        preprocess.main(command(corpus, folder, "--overwrite"))
+    assert len(list(folder.glob("shard-*.json"))) >= 7
+    assert "unknown run" in fails(command(corpus, folder), capsys)
+
+    def die_at_song_01(path):
+        if path.endswith("song 01.mid"):
+            raise Crash
+        return encoded(path)
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(
+            preprocess,
+            "run_tasks",
+            lambda _, items, **__: (Result(item, die_at_song_01(item)) for item in items),
+        )
+        preprocess.main(command(corpus, folder, "--overwrite"))
+    stamps = finished_shards(folder)
+    assert stamps
+    preprocess.main(command(corpus, folder))
+    assert stamps.items() <= finished_shards(folder).items()
+    assert contents(folder) == contents(processed)
+
+
 def test_shards_of_unknown_origin_are_kept(corpus, processed, tmp_path, capsys):
     folder = Path(shutil.copytree(processed, tmp_path / "data"))
     (folder / preprocess.RUN).unlink()
@@ -350,10 +387,73 @@ def test_one_run_at_a_time(corpus, tmp_path, capsys):
         assert "another preprocess" in fails(command(corpus, tmp_path), capsys)
 
 
+def test_other_trouble_is_not_taken_for_another_run(tmp_path):
+    with pytest.raises(BlockingIOError), preprocess._only_process(tmp_path):
+        raise BlockingIOError
+
+
+def test_the_same_names_elsewhere_are_another_run(corpus, processed, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (corpus, other):
+        (folder / "names.txt").write_text("song 00.mid\n")
+    shutil.copy(corpus / "song 01.mid", other / "song 00.mid")
+    arguments = command(Path("names.txt"), tmp_path / "data")
+    monkeypatch.chdir(corpus)
+    preprocess.main(arguments)
+    monkeypatch.chdir(other)
+    assert "another run (input differ)" in fails(arguments, capsys)
+    monkeypatch.chdir(tmp_path)
+    preprocess.main(command(corpus / "names.txt", tmp_path / "data"))
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_damaged_shard_is_told_on_resume(corpus, processed, tmp_path, capsys):
     folder = Path(shutil.copytree(processed, tmp_path / "data"))
     (folder / "shard-00001.bin").write_bytes(b"")
     assert "shard-00001.bin" in fails(command(corpus, folder), capsys)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_flipped_bit_is_told_on_resume_and_mended_by_removing_the_record(
+    corpus, processed, tmp_path, capsys, in_process, suffix
+):
+    folder = Path(shutil.copytree(processed, tmp_path / "data"))
+    (folder / shards.MANIFEST).unlink()
+    path = folder / f"shard-00001.{suffix}"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    assert f"{path.name}: its SHA-256" in fails(command(corpus, folder), capsys)
+    (folder / "shard-00001.json").unlink()
+    preprocess.main(command(corpus, folder))
+    assert contents(folder) == contents(processed)
+
+
+def change_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+RECORD_DAMAGE = {
+    "no files": lambda record: record.pop("files"),
+    "files a text": lambda record: record.update(files="3"),
+    "another count": lambda record: record.update(files=4),
+    "no failures": lambda record: record.pop("failures"),
+    "odd failures": lambda record: record.update(failures=[None]),
+    "odd reasons": lambda record: record.update(dropped={"x": 1}),
+    "odd mends": lambda record: record.update(mends={"x": "y"}),
+    "no songs": lambda record: record["shard"].pop("songs"),
+    "tokens a text": lambda record: record["shard"].update(tokens="1"),
+    "no shard": lambda record: record.update(shard=[]),
+}
+
+
+@pytest.mark.parametrize("case", RECORD_DAMAGE)
+def test_damaged_record_is_told_on_resume(corpus, processed, tmp_path, capsys, case):
+    folder = Path(shutil.copytree(processed, tmp_path / "data"))
+    (folder / shards.MANIFEST).unlink()
+    change_json(folder / "shard-00001.json", RECORD_DAMAGE[case])
+    assert "shard-00001.json: " in fails(command(corpus, folder), capsys)
 
 
 def test_no_song_at_all(tmp_path, capsys):
@@ -371,9 +471,11 @@ def test_no_song_at_all(tmp_path, capsys):
 BAD_ARGUMENTS = {
     "nothing": ([], "--input and --output are needed"),
     "no output": (["--input", "x"], "--input and --output are needed"),
-    "no workers": (["--input", "x", "--output", "y", "--workers", "0"], "positive"),
+    "no workers": (["--input", "x", "--output", "y", "--workers", "0"], "not at least 1"),
+    "endless timeout": (["--input", "x", "--output", "y", "--timeout", "1" + "0" * 20], "--timeout"),
+    "endless memory": (["--input", "x", "--output", "y", "--memory-mb", "9" * 14], "--memory-mb"),
     "negative seed": (["--input", "x", "--output", "y", "--seed", "-1"], "--seed"),
-    "val_split 1": (["--input", "x", "--output", "y", "--val_split", "1"], "[0, 1)"),
+    "val_split 1": (["--input", "x", "--output", "y", "--val_split", "1"], "not below 1"),
     "no such input": (["--input", "nowhere", "--output", "y"], "No such file"),
     "verify and input": (["--input", "x", "--verify", "y"], "--verify goes without"),
     "verify nothing": (["--verify", "nowhere"], "nowhere: is not a folder"),
@@ -408,31 +510,74 @@ def test_verify_command(processed, tmp_path, capsys):
     assert "SHA-256" in fails(["--verify", str(folder)], capsys)
 
 
+def falsify(name: str, change):
+    return lambda folder: change_json(folder / name, change)
+
+
+def append(name: str, text: str):
+    return lambda folder: (folder / name).write_text((folder / name).read_text("latin-1") + text, "latin-1")
+
+
+MANIFEST, RUN = shards.MANIFEST, preprocess.RUN
+FALSIFIED = {
+    "val_split": (falsify(MANIFEST, lambda m: m.update(val_split=0.9)), "val_split"),
+    "songs": (falsify(MANIFEST, lambda m: m.update(songs=1)), "songs"),
+    "no tokens": (falsify(MANIFEST, lambda m: m.pop("tokens")), "tokens"),
+    "vocab_size": (falsify(MANIFEST, lambda m: m.update(vocab_size=1)), "vocab_size"),
+    "first shard dropped": (falsify(MANIFEST, lambda m: m["shards"].pop(0)), "manifest.json"),
+    "last shard dropped": (falsify(MANIFEST, lambda m: m["shards"].pop()), "shards"),
+    "run of another val_split": (falsify(RUN, lambda run: run.update(val_split=0.9)), "run.json"),
+    "junk after the run": (append(RUN, " "), "run.json"),
+    "junk in the failures": (append(preprocess.FAILED, "junk"), "failed.tsv"),
+    "failures gone": (lambda folder: (folder / preprocess.FAILED).unlink(), "failed.tsv"),
+    "mends": (falsify("shard-00000.json", lambda r: r["mends"].update(x=1)), "records"),
+}
+
+
+@pytest.mark.parametrize("case", FALSIFIED)
+def test_verify_compares_the_manifest_with_the_run(processed, tmp_path, capsys, case):
+    damage, message = FALSIFIED[case]
+    folder = Path(shutil.copytree(processed, tmp_path / "data"))
+    damage(folder)
+    assert message in fails(["--verify", str(folder)], capsys)
+
+
+def test_verify_needs_a_sane_run(processed, tmp_path, capsys):
+    """A manifest that lists the damaged run.json as it is."""
+    folder = Path(shutil.copytree(processed, tmp_path / "data"))
+    change_json(folder / RUN, lambda run: run.update(shard_size=0))
+    change_json(folder / MANIFEST, lambda manifest: manifest.update(run=shards.file_entry(folder / RUN)))
+    assert "run.json: is damaged" in fails(["--verify", str(folder)], capsys)
+
+
 def test_workers_need_no_torch():
     code = "import sys, meloformer.preprocess; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-MAX_BYTES_PER_FILE = 300  # paths of 44 characters included
+MAX_BYTES_PER_FILE = 500  # paths of 88 characters included
 
 
 @pytest.mark.parametrize("length", [10, 1000])
-def test_memory_per_file(tmp_path, length):
+def test_memory_per_file(tmp_path, monkeypatch, length):
     """The parent keeps of each file its path and a digest, and nothing that grows with the song."""
 
+    def run_tasks(function, items, **_):
+        for i, path in enumerate(items):
+            ids = np.full(length, vocab.P.start, np.uint16)
+            ids[:2] = i % 65536, i // 65536
+            yield Result(path, (ids, 1, []))
+
+    monkeypatch.setattr(preprocess, "run_tasks", run_tasks)
+
     def peak(count):
+        names = tmp_path / f"{count}.txt"
+        with open(names, "w") as file:
+            file.writelines(
+                f"/collections/a-large-one/full/{i % 256:02x}/{i:050d}.mid\n" for i in range(count)
+            )
         tracemalloc.start()
-        files = [f"/some/folder/of/a/collection/{i:011d}.mid" for i in range(count)]
-
-        def results():
-            for i, path in enumerate(files):
-                ids = np.full(length, vocab.P.start, np.uint16)
-                ids[:2] = i % 65536, i // 65536
-                yield Result(path, (ids, 1, []))
-
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        preprocess.write_shards(folder, results(), count, 500, 0, set())
+        preprocess.preprocess(str(names), str(tmp_path / str(count)), num_workers=1, shard_size=500)
         bytes_at_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return bytes_at_peak

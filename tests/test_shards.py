@@ -20,14 +20,15 @@ OTHER_FINGERPRINT = "ab" * 32
 
 
 def song(generator: np.random.Generator, bars: int) -> np.ndarray:
-    body = [
-        np.append(
-            generator.integers(vocab.CHORD.start, vocab.CHORD.stop),
-            generator.integers(vocab.P.start, vocab.V.stop, generator.integers(1, 30)),
-        )
-        for _ in range(bars)
-    ]
-    return np.concatenate([[vocab.BOS], *body, [vocab.EOS]]).astype(np.uint16)
+    """A song of the grammar: one chord of notes per bar."""
+    first = vocab.INST.start, vocab.T.start, vocab.P.start, vocab.L.start, vocab.V.start
+    ids = [vocab.BOS]
+    for bar in range(bars):
+        ids.append(generator.integers(vocab.CHORD.start, vocab.CHORD.stop))
+        ids += [vocab.TS.start, vocab.BPM.start] if bar == 0 else []
+        pitches = generator.choice(np.arange(1, 100), generator.integers(1, 30), replace=False)
+        ids += [*first, *(vocab.P.start + np.sort(pitches))]
+    return np.array([*ids, vocab.EOS], dtype=np.uint16)
 
 
 PER_SHARD = (15, 0, 25)
@@ -195,10 +196,10 @@ def test_other_tokenizer_is_refused(tmp_path):
     assert len(ShardSet(folder, OTHER_FINGERPRINT)) == len(SONGS)
 
 
-NAMES = ["../shard-00000.bin", "/etc/hostname", "a/b.bin", "..", ".", "", "a\0b", "a\\b", "-x"]
+NAMES = ["x" * 300, "../shard-00000.bin", "/etc/hostname", "a/b.bin", "..", ".", "", "a\0b", "a\\b", "-x"]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=repr)
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:20]))
 def test_names_that_leave_the_folder_are_refused(folder, name):
     patch_manifest(folder, lambda manifest: manifest["shards"][0]["bin"].update(name=name))
     with pytest.raises(UserError, match="not a plain name"):
@@ -216,6 +217,7 @@ def test_link_out_of_the_folder_is_refused(folder, tmp_path):
 MANIFEST_DAMAGE = {
     "no JSON": (lambda path: path.write_text("{"), "is not JSON"),
     "binary": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+    "deep": (lambda path: path.write_text("[" * 200_000), "is not JSON"),
     "a list": (lambda path: path.write_text("[]"), "JSON object"),
     "empty object": (lambda path: path.write_text("{}"), "'version'"),
 }
@@ -234,6 +236,8 @@ FIELD_DAMAGE = {
     "version not a number": ("version", "1"),
     "no fingerprint": ("fingerprint", None),
     "val_split 1": ("val_split", 1.0),
+    "val_split beyond all floats": ("val_split", 10**400),
+    "val_split not a number": ("val_split", float("nan")),
     "val_split true": ("val_split", True),
     "no shards": ("shards", []),
     "shards of strings": ("shards", ["x"]),
@@ -274,10 +278,12 @@ def test_verify_sees_a_changed_digest(folder):
         verify(folder)
 
 
+BAR = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
 BAD_SONGS = {
-    "beyond the vocabulary": ([vocab.BOS, vocab.CHORD.start, vocab.VOCAB_SIZE, vocab.EOS], 1),
-    "from BOS to EOS": ([vocab.CHORD.start, vocab.EOS], 1),
-    "number of bars": ([vocab.BOS, vocab.CHORD.start, vocab.EOS], 2),
+    "token 2: id": ([vocab.BOS, vocab.CHORD.start, vocab.VOCAB_SIZE, vocab.EOS], 1),
+    "token 2: EOS may not follow": ([vocab.BOS, vocab.CHORD.start, vocab.EOS], 1),
+    "from BOS to EOS": ([*BAR, vocab.EOS], 1),
+    "number of bars": ([vocab.BOS, *BAR, vocab.EOS], 2),
 }
 
 

@@ -164,6 +164,9 @@ def test_two_processes_train_as_one_with_the_same_rows(data, tmp_path):
     settings += ["--data_dir", data, "--attention", "reference", "--gradient_accumulation_steps", 2]
     one = command(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2)
     two = command(*settings, "--output_dir", tmp_path / "two", "--batch_size", 1, processes=2)
+    wrong = command("--data_dir", tmp_path / "none", "--device", "cpu", processes=2)
+    assert wrong.returncode != 0
+    assert "error: " in wrong.stderr and "error in process 1: " in wrong.stderr
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
@@ -183,10 +186,58 @@ def test_a_run_is_not_begun_over_another(data, tmp_path):
         train.train(config(data, tmp_path), TINY)
 
 
-def test_a_run_is_not_resumed_as_another(data, tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"weight_decay": 0.5}, {"batch_size": 2}, {"epochs": 3}], ids=str
+)
+def test_a_run_is_not_resumed_as_another(data, tmp_path, change):
     train.train(config(data, tmp_path, max_steps=1), TINY)
-    with pytest.raises(UserError, match=r"cannot resume from .*: seed was 0 there and is 1 now"):
-        train.train(config(data, tmp_path, seed=1, resume="auto"), TINY)
+    with pytest.raises(UserError, match=r"cannot resume from .*: \w+ was .* there and is .* now"):
+        train.train(config(data, tmp_path, max_steps=1, resume="auto", **change), TINY)
+
+
+def test_a_damaged_run_is_not_begun_anew(data, tmp_path):
+    train.train(config(data, tmp_path, max_steps=1), TINY)
+    (latest_checkpoint(tmp_path / "checkpoints") / "config.json").unlink()
+    log = (tmp_path / "log.jsonl").read_text()
+    for resume in ("auto", None):
+        with pytest.raises(UserError, match=r"no whole checkpoint .* config.json"):
+            train.train(config(data, tmp_path, max_steps=1, resume=resume), TINY)
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_an_older_checkpoint_is_not_resumed_beside_a_newer_one(data, tmp_path):
+    settings = config(data, tmp_path, max_steps=2, save_every=1)
+    train.train(settings, TINY)
+    older = tmp_path / "checkpoints" / "step-00000001"
+    with pytest.raises(UserError, match="holds another checkpoint, step-00000002"):
+        train.train(dataclasses.replace(settings, resume=str(older)), TINY)
+    elsewhere = dataclasses.replace(settings, resume=str(older), output_dir=str(tmp_path / "branch"))
+    train.train(elsewhere, TINY)
+    assert losses(tmp_path / "branch") == losses(tmp_path)[1:]
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing(data, tmp_path):
+    with pytest.raises(UserError, match="lower --learning_rate"):
+        train.train(config(data, tmp_path, learning_rate=1e30, epochs=20), TINY)
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        weights = load_checkpoint(path).weights
+        assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_epochs_of_different_length_are_all_trained(data, tmp_path, monkeypatch):
+    rows_of_epoch = train.PackedSongs.rows
+
+    def fewer_at_first(self, epoch):
+        return rows_of_epoch(self, epoch)[: 4 if epoch == 0 else None]
+
+    monkeypatch.setattr(train.PackedSongs, "rows", fewer_at_first)
+    settings = config(data, tmp_path, gradient_accumulation_steps=1, save_every=1)
+    train.train(settings, TINY)
+    assert [record["epoch"] for record in records(tmp_path, "val_loss")] == [0, 1]
+    before = losses(tmp_path)
+    assert len(before) > 2 * 4
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    assert losses(tmp_path) == before
 
 
 def test_a_finished_run_is_resumed_to_nothing(data, tmp_path):
@@ -221,6 +272,11 @@ def mistakes(data, tmp_path):
         ),
         "a bad number": (["--data_dir", data, "--batch_size", "0"], "--batch_size"),
         "an unknown flag": (["--data_dir", data, "--wings", "2"], "--wings"),
+        "a file for a folder": (
+            ["--data_dir", data, "--output_dir", data / "manifest.json"],
+            "manifest.json",
+        ),
+        "a seed below 0": (["--data_dir", data, "--seed", "-1"], "--seed"),
         "an unknown device": (["--data_dir", data, "--device", "warp"], "--device warp"),
         "rows too short for a bar": (["--data_dir", data, "--max_seq_len", "4"], "too long"),
     }
@@ -235,6 +291,8 @@ def mistakes(data, tmp_path):
         "a damaged checkpoint",
         "a bad number",
         "an unknown flag",
+        "a file for a folder",
+        "a seed below 0",
         "an unknown device",
         "rows too short for a bar",
     ],
@@ -266,11 +324,10 @@ def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
         tmp_path / "run",
         max_seq_len=2304,
         gradient_accumulation_steps=1,
-        epochs=400,
+        epochs=220,
         learning_rate=3e-3,
         warmup_steps=20,
         weight_decay=0.0,
-        save_every=400,
     )
     train.train(settings, ModelConfig(layers=2, dim=128, heads=2, ffn=256))
     assert losses(tmp_path / "run")[-1] < 0.05

@@ -45,6 +45,8 @@ def act(item):
         return lambda: None
     if what == "big":
         return np.zeros(argument, dtype=np.uint8)
+    if what == "environment":
+        return os.environ.get(argument)
     if what == "pid":
         return os.getpid()
     raise AssertionError(what)
@@ -140,6 +142,20 @@ def test_a_slow_item_does_not_pile_up_results():
 def test_ctrl_c_is_left_to_the_parent():
     """Every worker, the first one too, takes no notice of the SIGINT that a terminal sends to all."""
     assert [result.value for result in results([("interrupt", None)] * 4)] == ["unmoved"] * 4
+
+
+@pytest.mark.parametrize("outside", [None, "3"])
+def test_threads_are_limited_in_the_workers_only(outside, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if outside is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", outside)
+    before = dict(os.environ)
+    stream = run_tasks(
+        act, [("environment", "OMP_NUM_THREADS")], workers=1, timeout_s=20, memory_bytes=512 * MIB
+    )
+    assert next(stream).value == (outside or "1")
+    assert dict(os.environ) == before
+    stream.close()
 
 
 def test_closing_ends_the_workers():

@@ -7,9 +7,9 @@ package looks there for its modules. In an installed wheel they lie beside this 
 
 from pathlib import Path
 
-_checkout = Path(__file__).resolve().parents[2] / "kernels"
-if (_checkout / "structure.py").is_file():
-    __path__.append(str(_checkout))
+_here = Path(__file__).resolve().parent
+if not (_here / "structure.py").is_file():  # a checkout, or an editable install of one
+    __path__.append(str(_here.parents[1] / "kernels"))
 
 from .attention import BACKENDS, make_attention, resolve_backend  # noqa: E402
 from .structure import Kind, Structure  # noqa: E402

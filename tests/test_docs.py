@@ -1,0 +1,34 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from meloformer import generate, midi_reader, preprocess, train, workers
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_mend_and_reason_is_explained():
+    page = (ROOT / "docs" / "midi.md").read_text()
+    for code, text in (midi_reader.MENDS | midi_reader.REASONS | workers.REASONS).items():
+        assert re.search(rf"^\| `{code}` \| .*{re.escape(text)} \|$", page, re.M), code
+
+
+@pytest.mark.parametrize("command", [preprocess, train, generate], ids=lambda module: module.__name__)
+def test_the_readme_uses_flags_that_exist(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    flags = capsys.readouterr().out
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(rf"-m {command.__name__} (.*)", readme)
+    assert lines
+    for line in lines:
+        for flag in re.findall(r"--\w[\w-]*", line):
+            assert flag in flags, flag
