@@ -1,5 +1,6 @@
 """Where a figure was measured: every result file carries this."""
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -25,13 +26,16 @@ def describe() -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """The checked-out commit, with '+' if tracked files differ from it; None outside a checkout."""
+    """The checked-out commit, with '+' if tracked files differ from it.
+
+    Outside a checkout, as on a machine that got a copy, what the variable GIT_COMMIT says, or None.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
     return commit.stdout.strip() + ("+" if changed else "")
 
 

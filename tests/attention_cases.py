@@ -206,4 +206,5 @@ def check_low_precision(function, plain, inputs, names):
         assert got.dtype == inputs[0].dtype and got.isfinite().all(), name
         allowed = (2 if name == "o" else 3) * (low - exact).abs().max()
         allowed += torch.finfo(got.dtype).eps * exact.abs().max()
-        assert (got - exact).abs().max() <= allowed, name
+        error = (got - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

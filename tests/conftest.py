@@ -5,7 +5,7 @@ from pathlib import Path
 # Two test processes on two cores: more threads would only wait for each other. Inherited by commands.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers beside the tests; meloformer and benchmarks

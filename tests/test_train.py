@@ -200,7 +200,7 @@ def test_a_damaged_run_is_not_begun_anew(data, tmp_path):
     (latest_checkpoint(tmp_path / "checkpoints") / "config.json").unlink()
     log = (tmp_path / "log.jsonl").read_text()
     for resume in ("auto", None):
-        with pytest.raises(UserError, match=r"no whole checkpoint .* config.json"):
+        with pytest.raises(UserError, match=r"no whole checkpoint .*config.json"):
             train.train(config(data, tmp_path, max_steps=1, resume=resume), TINY)
     assert (tmp_path / "log.jsonl").read_text() == log
 
