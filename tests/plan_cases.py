@@ -6,6 +6,8 @@ from torch import Tensor
 from meloformer.kernels.plan import Lines, Lists, Pass
 from meloformer.kernels.tiling import PassTiles
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run: compiled or interpreted
+
 
 def unpack(words: Tensor, columns: int) -> Tensor:
     """int32 [words, side] -> bool [side, columns], column c in bit c % 32 of word c / 32."""
@@ -75,13 +77,13 @@ def pass_of_mask(
     blocked = laid_out.unflatten(2, (-1, n)).unflatten(1, (-1, m)).transpose(2, 3)  # [B, qb, kb, m, n]
     types = blocked.flatten(-2).any(-1).to(torch.int8) + blocked.flatten(-2).all(-1).to(torch.int8)
 
-    lists = Lists(types, split, first)
+    lists = Lists(types.to(DEVICE), split, first)
     partial, *work = lists.counts.tolist()
     bits, key_bits = lists.empty_bits(partial, tiles)
     for b, i, j in (types == 1).nonzero().tolist():
-        earlier = (types[b, i, :j] == 1).sum()
-        bits[lists.start[b * types.shape[1] + i] + earlier] = pack(blocked[b, i, j])
-        earlier = (types[b, :i, j] == 1).sum()
-        key_bits[lists.key_start[b * types.shape[2] + j] + earlier] = pack(blocked[b, i, j].T)
-    orders = (queries.int(), keys.int())
+        earlier = int((types[b, i, :j] == 1).sum())
+        bits[lists.start[b * types.shape[1] + i] + earlier] = pack(blocked[b, i, j]).to(DEVICE)
+        earlier = int((types[b, :i, j] == 1).sum())
+        key_bits[lists.key_start[b * types.shape[2] + j] + earlier] = pack(blocked[b, i, j].T).to(DEVICE)
+    orders = (queries.int().to(DEVICE), keys.int().to(DEVICE))
     return lists.finish(*orders, num_summaries > 0, bits, key_bits, tuple(work), tiles)

@@ -10,9 +10,8 @@ from meloformer.kernels.structure import Facts, Structure, regular_sees
 from meloformer.kernels.tiling import Launch, PassTiles, Tiles, fitting
 
 from attention_cases import CASES, case, facts, oracle_masks, song
-from plan_cases import coverage
+from plan_cases import DEVICE, coverage
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = ((16, 32), (32, 16), (64, 64))
 
 

@@ -1,6 +1,5 @@
 """The Triton backend against the float64 oracle: interpreted on CPU in float32, compiled on a GPU."""
 
-from dataclasses import fields, replace
 from random import Random
 
 import pytest
@@ -27,9 +26,8 @@ from attention_cases import (
     song,
     structure,
 )
-from plan_cases import pass_of_mask
+from plan_cases import DEVICE, pass_of_mask
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = PassTiles(16, 32)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")]
 
@@ -96,9 +94,6 @@ class TestAnyMask:
             q, torch.cat([ks, kr], 2), torch.cat([vs, vr], 2), mask.to(DEVICE)
         )
 
-    def placed(self, *passes):
-        return tuple(on_device(p) for p in passes)
-
     @pytest.mark.parametrize("size", [(16, 16), (32, 16), (16, 64), (64, 128)], ids=str)
     @pytest.mark.parametrize("density", [0, 0.01, 0.5, 1])
     def test_random_masks(self, density, size):
@@ -108,7 +103,7 @@ class TestAnyMask:
         mask[1, :, 40] = False  # a key that nobody sees
         p = pass_of_mask(mask, 13, PassTiles(*size), split=2)
         names = ("o", "q", "k_s", "v_s", "k_r", "v_r")
-        passes = self.placed(p)
+        passes = (p,)
         check(lambda *x: sparse_attention(*x, passes), self.plain(mask), self.inputs(mask, 13), names)
 
     def test_two_passes_continue_each_other(self):
@@ -118,22 +113,12 @@ class TestAnyMask:
         far[:, :, :13] = False
         near[:, 5:9], far[:, 8:12] = False, False
         mask = near | far
-        passes = self.placed(
+        passes = (
             pass_of_mask(near, 13, PassTiles(32, 16), split=2),
             pass_of_mask(far, 13, PassTiles(16, 32), split=2, first=False, seed=1),
         )
         names = ("o", "q", "k_s", "v_s", "k_r", "v_r")
         check(lambda *x: sparse_attention(*x, passes), self.plain(mask), self.inputs(mask, 13), names)
-
-
-def on_device(p):
-    """A pass with its tensors on DEVICE."""
-
-    def moved(x):
-        tensors = {f.name: getattr(x, f.name) for f in fields(x)}
-        return replace(x, **{k: v.to(DEVICE) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
-
-    return replace(moved(p), queries=moved(p.queries), keys=moved(p.keys))
 
 
 @pytest.mark.parametrize("phase", PHASES)
