@@ -12,7 +12,8 @@ from meloformer.errors import UserError
 
 HEADER = (
     "| row | tokens | visible | dense cuDNN | dense flash | triton update | forward + backward | "
-    "over cuDNN | x the limit | summarize | plan | worst error |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "over cuDNN | x the limit | summarize | plan | worst error |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 

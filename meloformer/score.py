@@ -19,6 +19,7 @@ TICKS_PER_QUARTER = 480
 TICKS_PER_STEP = TICKS_PER_QUARTER // vocab.STEPS_PER_QUARTER
 MAX_TICK = 2**40  # keeps the arithmetic of steps inside 64 bits
 MAX_DRIFT = 0.05  # seconds; what a listener may notice between two players
+MAX_TEMPO_ERROR = 0.95  # BPM that a bar may be off to catch up
 MAX_BARS = 20_000  # beyond any music; bounds the memory that a hostile file can ask for
 
 
@@ -200,8 +201,9 @@ def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.
             catching_up = 1 if drift > 0 else -1
         elif drift * catching_up <= 0:
             catching_up = 0
-        if catching_up:
-            rounded[bar] = np.ceil(mean[bar]) if catching_up > 0 else np.floor(mean[bar])
+        other = np.ceil(mean[bar]) if catching_up > 0 else np.floor(mean[bar])
+        if catching_up and abs(other - mean[bar]) < MAX_TEMPO_ERROR:
+            rounded[bar] = other
         drift += 60.0 * quarters[bar] * (1 / rounded[bar] - 1 / mean[bar])
     return rounded.astype(np.int64)
 
