@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.machine import provenance
 from meloformer import cli
 from meloformer.errors import UserError
 
@@ -35,8 +36,7 @@ def line(name: str, row: dict) -> str:
 
 
 def page(results: list[dict]) -> str:
-    machine, arguments = results[0]["machine"], results[0]["arguments"]
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    arguments = results[0]["arguments"]
     rows = "".join(line(name, row) for result in results for name, row in result["rows"].items())
     return (
         "# Attention of one layer, forward and backward\n\n"
@@ -49,8 +49,7 @@ def page(results: list[dict]) -> str:
         "  the dense reference in the same precision.\n"
         "- The plan is made once per batch and serves all layers.\n\n"
         f"Made by `python -m benchmarks.attention` and `python -m benchmarks.attention_page` on "
-        f"{machine['date']}, commit {machine['commit']}, {machine['gpu']}, CUDA {machine['cuda']}, "
-        f"Python {machine['python']}, {packages}.\n"
+        f"{provenance(results[0]['machine'])}.\n"
     )
 
 

@@ -12,7 +12,7 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, provenance
 from meloformer import cli
 from meloformer.errors import MidiError, UserError
 from meloformer.inputs import find_files
@@ -168,8 +168,6 @@ MEANINGS = {
 
 def page(result: dict) -> str:
     """The figures as a Markdown page."""
-    machine = result["machine"]
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     refused = ", ".join(f"{reason} {count}" for reason, count in result["refused"].items()) or "none"
     rows = "".join(
         f"| {MEANINGS[key]} | {low:.4g} | {median:.4g} | {high:.4g} |\n"
@@ -179,8 +177,8 @@ def page(result: dict) -> str:
         f"# What encoding and decoding keep of {result['songs']} songs\n\n"
         f"Files refused: {refused}. A program's tracks are compared as one player would play them, see "
         "docs/tokens.md.\n\n| figure, per song | min | median | max |\n|---|---|---|---|\n"
-        f"{rows}\nMade by `python -m benchmarks.fidelity FOLDER --json FILE` on {machine['date']}, "
-        f"commit {machine['commit']}, {machine['processor']}, Python {machine['python']}, {packages}.\n"
+        f"{rows}\nMade by `python -m benchmarks.fidelity FOLDER --json FILE` on "
+        f"{provenance(result['machine'])}.\n"
     )
 
 

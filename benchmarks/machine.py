@@ -7,13 +7,13 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 PACKAGES = ("torch", "triton", "numpy", "miditoolkit")
 
 
 def describe() -> dict[str, object]:
     """Date, commit, Python and package versions, processor and GPU, as JSON values."""
+    import torch  # here, for it must not count as memory where memory is measured
+
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
@@ -23,6 +23,14 @@ def describe() -> dict[str, object]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
     }
+
+
+def provenance(machine: dict) -> str:
+    """What `describe` found, as the end of a sentence under a table."""
+    gpu = machine["gpu"]
+    chip = f"{gpu}, CUDA {machine['cuda']}" if gpu else machine["processor"]
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    return f"{machine['date']}, commit {machine['commit']}, {chip}, Python {machine['python']}, {packages}"
 
 
 def _commit() -> str | None:

@@ -12,6 +12,7 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.machine import describe, provenance
 from meloformer import cli, grammar, preprocess, vocab
 from meloformer.errors import UserError
 from meloformer.inputs import find_files
@@ -98,8 +99,7 @@ def speed(folder: str) -> dict[str, float]:
 
 def page(result: dict) -> str:
     """The figures as a Markdown page."""
-    machine, memory, speed = result["machine"], result["memory"], result["speed"]
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    memory, speed = result["memory"], result["speed"]
     return (
         "# What preprocess takes\n\n"
         "| figure | value |\n|---|---|\n"
@@ -113,8 +113,8 @@ def page(result: dict) -> str:
         f"| beyond that parse | {speed['ms_per_file_beyond_the_parse']:.1f} ms per file |\n"
         f"| `--verify`, tokens per second | {speed['tokens_per_s_of_verify']:,.0f} |\n\n"
         "Memory is peak resident memory of the whole process: Python, libraries, all that the run keeps. "
-        f"Made by `python -m benchmarks.preprocess FOLDER --json FILE` on {machine['date']}, commit "
-        f"{machine['commit']}, {machine['processor']}, Python {machine['python']}, {packages}.\n"
+        f"Made by `python -m benchmarks.preprocess FOLDER --json FILE` on "
+        f"{provenance(result['machine'])}.\n"
     )
 
 
@@ -124,9 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there, and a page beside it")
     args = parser.parse_args(argv)
     result = {"memory": memory(), "speed": speed(args.folder)}
-    from benchmarks.machine import describe  # imports torch, which must not count as memory of the runs
-
-    result["machine"] = describe()
+    result["machine"] = describe()  # last, since it imports torch
     print(page(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
