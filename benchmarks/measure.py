@@ -25,7 +25,7 @@ CHECKED_TOKENS = 4096
 ALLOWED_ERROR = {"output": 2.0, "gradient": 3.0}
 # FlexAttention compiles for every length: beyond that many tokens rows are padded to a multiple of it.
 FLEX_LENGTH = 8192
-_SHORT_FLEX_LENGTH = 2048
+SHORT_FLEX_LENGTH = 2048
 
 BACKENDS = {
     "triton": "triton",
@@ -121,7 +121,7 @@ def _measure_sparse(column: str, structure: Structure, shape: Shape, timer: Time
 def _as_column_wants(column: str, structure: Structure) -> Structure:
     if BACKENDS[column] == "flex":
         length = structure.doc.shape[1]
-        structure = padded(structure, FLEX_LENGTH if length > FLEX_LENGTH else _SHORT_FLEX_LENGTH)
+        structure = padded(structure, FLEX_LENGTH if length > FLEX_LENGTH else SHORT_FLEX_LENGTH)
     if column == "flex_sorted":
         structure = reordered(structure, instrument_order(structure))
     return structure
