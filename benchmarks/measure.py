@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -216,10 +217,11 @@ def _errors(phase: str, ours: Attend, dense: Attend, inputs: list[Tensor]) -> di
     found = {}
     for name, gold, plain, mine in zip(names, exact, low, got):
         rounding = torch.finfo(inputs[0].dtype).eps * gold.abs().max()
-        error = (mine - gold).abs().max() / ((plain - gold).abs().max() + rounding)
-        if not error.isfinite():
-            raise WrongResult(f"{phase} {name} is not finite")
-        found[f"{phase} {name}"] = float(error)
+        error = (mine - gold).abs().max()
+        ratio = float(error / ((plain - gold).abs().max() + rounding)) if error != 0 else 0.0
+        if not isfinite(ratio):
+            raise WrongResult(f"{phase} {name} is not finite, or not 0 where it must be")
+        found[f"{phase} {name}"] = ratio
     return found
 
 

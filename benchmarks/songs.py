@@ -34,7 +34,10 @@ def read_songs(sources: list[str]) -> dict[str, np.ndarray]:
     songs: dict[str, np.ndarray] = {}
     for source in map(Path, sources):
         if not source.is_dir():
-            songs[_free(source.stem, songs)] = _read(source)
+            try:
+                songs[_free(source.stem, songs)] = _read(source)
+            except MidiError as error:
+                raise UserError(f"{source}: {error}") from None
             continue
         token_files = sorted(source.rglob("*.npy"))
         for file in token_files or map(Path, find_files(str(source))):
