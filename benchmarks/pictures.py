@@ -167,7 +167,9 @@ def _legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
 
 def _save(figure: Figure, page: Path, what: str) -> str:
     path = page.with_name(f"{page.stem}_{what}.png")
-    try:  # the default metadata names the version of matplotlib
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The default metadata names the version of matplotlib.
         figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None

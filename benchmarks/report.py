@@ -8,6 +8,7 @@ import argparse
 import gc
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def attempt(column: str, structure, shape: measure.Shape, timer: Timer) -> dict:
         reason = one_line(error)
     gc.collect()  # the frames of the error held tensors
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a GPU that is lost is told after the row: see `_check_gpu`
+            torch.cuda.empty_cache()
     return {"failed": reason}
 
 
@@ -131,20 +133,22 @@ def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Pat
     if find_spec("matplotlib"):
         from benchmarks.pictures import draw
 
-        target.parent.mkdir(parents=True, exist_ok=True)
         drawn = draw(result, target)
     else:
         print("no pictures: matplotlib is not installed; --from draws them where it is", file=sys.stderr)
-    text = page(result, drawn, [source.name for source in sources])
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    write(target, page(result, drawn, [source.name for source in sources]))
     print(f"wrote {', '.join([str(target), *drawn])}")
     if args.readme:
         picture = target.with_name(drawn[0]) if drawn else None
         update_readme(args.readme, result, sources, target, picture)
+
+
+def write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def numbers(text: str) -> list[int]:
@@ -232,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         text = compare(*map(load, args.compare))
         print(text, end="")
         if args.output:
-            args.output.write_text(text, encoding="utf-8")
+            write(args.output, text)
         return
     target = args.output or Path("runs/attention.md")
     if target.suffix != ".md":
@@ -250,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     path = target.with_suffix(".json")
     result = measure_all(args, path)
     write_pages(args, [result], [path], target)
-    print((target).read_text(encoding="utf-8"))
+    print(target.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from benchmarks.measure import Shape, WrongResult
 from benchmarks.timing import Timer
 from meloformer.errors import UserError
 from meloformer.kernels import make_attention
-from meloformer.kernels.structure import Kind, is_global
 
 from attention_cases import PHASES, case, outputs_and_gradients, random_inputs
 
@@ -83,16 +82,15 @@ class TestSongs:
         structure = case(name).structure
         order = songs.instrument_order(structure)
         assert torch.equal(order.sort(dim=1).values, torch.arange(order.shape[1]).expand_as(order))
-        classes = {Kind.STRUCTURAL: 1, Kind.T: 2, Kind.P: 2, Kind.L: 3, Kind.V: 4}
         for row, moved in enumerate(order):
             facts = structure.tokens.at(row, moved)
             keys = [
-                (doc if doc >= 0 else 10**9, inst, 0 if global_ else classes[kind], position)
-                for doc, inst, kind, position, global_ in zip(
-                    *(x.tolist() for x in (facts.doc, facts.inst, facts.kind, facts.position)),
-                    is_global(facts).tolist(),
+                (doc if doc >= 0 else 10**9, inst, "STTLV"[kind], position)
+                for doc, inst, kind, position in zip(
+                    *(x.tolist() for x in (facts.doc, facts.inst, facts.kind, facts.position))
                 )
             ]
+            keys = [(doc, inst, "STLV".index(kind), position) for doc, inst, kind, position in keys]
             assert keys == sorted(keys)
 
     @pytest.mark.parametrize("phase", PHASES)
