@@ -242,7 +242,7 @@ def readme_part(result: dict, sources: list[str], page_path: str, picture: str |
     settings, machine = result["settings"], result["machines"][0]
     parts = [
         _BEGIN.format(" ".join(sources)),
-        *([f"![Attention: time by song and length]({picture})\n"] if picture else []),
+        *([f"![Attention: time of one layer by song]({picture})\n"] if picture else []),
         _table([head for head, _ in columns], lines),
         f"One layer, {settings['heads']} heads of {settings['dim']}, {settings['dtype']}, "
         f"{machine['gpu']}, {machine['date']}: [all figures and what they mean]({page_path}).",

@@ -337,6 +337,13 @@ class TestCommand:
             report.main([])
 
 
+@pytest.mark.parametrize("name", ["docs/benchmarks.md", "CONTRIBUTING.md"])
+def test_documents_use_flags_that_exist(name):
+    lines = re.findall(r"-m benchmarks\.report (.*)", (ROOT / name).read_text())
+    flags = {flag for line in lines for flag in re.findall(r"--\w[\w-]*", line)}
+    assert flags and flags <= set(report.parser()._option_string_actions)
+
+
 def test_results_are_json(tmp_path):
     (path,) = written(tmp_path, result(song()))
     assert json.loads(path.read_text()) == result(song())
