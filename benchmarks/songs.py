@@ -12,13 +12,13 @@ from meloformer import facts
 from meloformer.errors import MidiError, UserError
 from meloformer.inputs import find_files
 from meloformer.kernels import Structure
-from meloformer.kernels.structure import NEAR_BARS, Facts, Kind, is_global, regular_sees
+from meloformer.kernels.structure import NEAR_BARS, Facts, Kind, regular_sees
 
 COMPOSED = 8
 COMPOSED_BARS = 150
 MIN_SUMMARIES = 128
 _PAIRS_AT_ONCE = 2**25
-_KIND_CLASS = {Kind.STRUCTURAL: 1, Kind.T: 2, Kind.P: 2, Kind.L: 3, Kind.V: 4}  # 0: global
+_KIND_CLASS = {Kind.STRUCTURAL: 0, Kind.T: 1, Kind.P: 1, Kind.L: 2, Kind.V: 3}
 
 
 def read_songs(sources: list[str]) -> dict[str, np.ndarray]:
@@ -121,11 +121,11 @@ def padded(structure: Structure, multiple: int) -> Structure:
 def instrument_order(structure: Structure) -> Tensor:
     """Token indices [B, N] sorted by document, instrument, kind class and position; padding last.
 
-    Kind classes: global, other structural, T and P, L, V.
+    Kind classes: structural, T and P, L, V. Global tokens are by themselves: they have no instrument.
     """
     tokens = structure.tokens
     classes = torch.tensor([_KIND_CLASS[kind] for kind in sorted(Kind)], device=structure.device)
-    kind_class = torch.where(is_global(tokens), 0, classes[tokens.kind.long()])
+    kind_class = classes[tokens.kind.long()]
     documents = torch.where(tokens.doc >= 0, tokens.doc, 2**31 - 1).long()
     order = tokens.position.long().argsort(dim=1, stable=True)
     for fact in (kind_class, tokens.inst, documents):

@@ -31,7 +31,7 @@ from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
 
 KERNELS = tuple(field.name for field in fields(Launches))
-ROWS, COLUMNS, WARPS, STAGES = (64,), (64, 128), (4, 8), (1, 2, 3, 4)
+ROWS, COLUMNS, WARPS, STAGES, REGISTERS = (64,), (32, 64, 128), (4,), (1, 2, 3, 4), (None, 128, 168)
 WARPS_FP32 = (4, 8, 16)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TUNED = Path(ops.__file__).with_name("tuned.py")
@@ -39,7 +39,7 @@ TUNED = Path(ops.__file__).with_name("tuned.py")
 
 def candidates(dtype: torch.dtype) -> list[Launch]:
     warps = WARPS_FP32 if dtype == torch.float32 else WARPS
-    return [Launch(*values) for values in product(ROWS, COLUMNS, warps, STAGES)]
+    return [Launch(*values) for values in product(ROWS, COLUMNS, warps, STAGES, REGISTERS)]
 
 
 class Row:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Launch:
-    """Rows of a line that a program takes, columns it takes at a time, warps, depth of the pipeline."""
+    """Rows of a line that a program takes, columns it takes at a time, warps, depth of the pipeline, and
+    the most registers a thread may have (fewer let more programs run at once), None to leave it open."""
 
     rows: int = 64
     columns: int = 64
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
 
     def __post_init__(self):
         if self.rows not in (16, 32, 64):

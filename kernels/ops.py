@@ -24,7 +24,10 @@ _STATS_BLOCK = 64
 _TILE = 2048  # elements that a program of the summarize phase takes at a time
 _INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
 _BARS = "Tensor bars, Tensor slot"
-_PLAN = "Tensor order, Tensor table, Tensor tokens, Tensor bits, Tensor work, Tensor items, Tensor splits, Tensor needs"
+_PLAN = (
+    "Tensor order, Tensor table, Tensor tokens, Tensor bits, "
+    "Tensor work, Tensor items, Tensor splits, Tensor needs"
+)
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 _library = torch.library.Library("meloformer", "DEF")
@@ -158,7 +161,7 @@ def _first(q: Tensor, k_s: Tensor, far: bool, by_keys: bool) -> tuple[int, int]:
 
 
 def _constants(launch: Launch, dim: int) -> dict:
-    return {
+    constants = {
         "BM": launch.rows,
         "BN": launch.columns,
         "D": dim,
@@ -166,6 +169,7 @@ def _constants(launch: Launch, dim: int) -> dict:
         "STAGES": launch.stages,
         "num_warps": launch.warps,
     }
+    return constants if launch.registers is None else constants | {"maxnreg": launch.registers}
 
 
 def _addressable(x: Tensor) -> Tensor:

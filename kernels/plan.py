@@ -29,7 +29,6 @@ from torch import Tensor
 from .plan_kernels import (
     BLOCK,
     CANDIDATES,
-    ITEMS,
     MASKED,
     NEEDS,
     SLOTS,
@@ -51,10 +50,11 @@ SPLIT = 48  # most tiles that one program of the key-gradient kernel reads, unle
 
 _NEVER = 2**30  # a distance between bars that does not occur
 _FIRST_GUESS = 24  # tiles per line, before anything is known
-_SLACK = 1.5
-_ROUND = 256
+_SLACK = 1.25
+_ROUND = 32
 
-# What plans of one (device, B, M, N, split) have needed, with slack.
+# What plans of one (device, B, M, N, split) have needed, with slack: of candidates, tiles, tiles with a
+# mask, and slots.
 _capacities: dict[tuple, "tuple[int, ...]"] = {}
 
 
@@ -95,7 +95,7 @@ class Plan:
         self.lines = self.rows * (3 * self.q_blocks + self.k_blocks)
         self._key = (structure.device, self.rows, self.summaries, self.regular, split)
         guess = self.lines * _FIRST_GUESS
-        self._make(_capacities.get(self._key, (2 * guess, guess, guess, guess // 4, guess // 4)))
+        self._make(_capacities.get(self._key, (2 * guess, guess, guess, self.lines)))
 
     def _make(self, capacity: "tuple[int, ...]") -> None:
         structure, device = self.structure, self.structure.device
@@ -103,7 +103,7 @@ class Plan:
         q_blocks, k_blocks, lines = self.q_blocks, self.k_blocks, self.lines
         tokens, blocks = summaries + regular, rows * (2 * q_blocks + k_blocks)
         near_bars = tuple(sorted(set(structure.near_bars))) or (_NEVER,)
-        candidates, tiles, masked, items, slots = self.capacity = capacity
+        candidates, tiles, masked, slots = self.capacity = capacity
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -154,6 +154,7 @@ class Plan:
         )  # fmt: skip
 
         self.query_work, self.needs = empty(2 * rows * q_blocks), empty(NEEDS)
+        items = rows * k_blocks + slots  # a line that is split has an item for every slot
         self.items, self.splits = empty(2, items, 4), empty(2, slots, 3)
         work_kernel[triton.cdiv(rows * k_blocks, 32), 4](
             sizes, ends, end, self.query_work, self.items, self.splits, self.needs,
@@ -181,16 +182,14 @@ class Plan:
                 self._answered.synchronize()
             needs = self._answer.tolist()
             self._answer = self._answered = None
-            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], max(needs[ITEMS : ITEMS + 2]))
-            needed += (max(needs[SLOTS : SLOTS + 2]),)
-            fits = all(n <= c for n, c in zip(needed, self.capacity))
-            if not fits or self._key not in _capacities:
-                known = _capacities.get(self._key, (0,) * len(needed))
+            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], max(needs[SLOTS : SLOTS + 2]))
+            known = _capacities.get(self._key)
+            if known is None or any(n > c for n, c in zip(needed, self.capacity)):
+                # The first guess is generous, and every kernel has a program for all that might be there.
                 _capacities[self._key] = tuple(
-                    max(k, triton.cdiv(int(n * _SLACK) + 1, _ROUND) * _ROUND) if n > k else k
-                    for n, k in zip(needed, known)
+                    k if n <= k else triton.cdiv(int(n * _SLACK) + 1, _ROUND) * _ROUND
+                    for n, k in zip(needed, known or (-1,) * len(needed))
                 )
-            if not fits:
                 self._make(_capacities[self._key])
         return self
 

@@ -33,7 +33,7 @@ def test_every_visible_pair_is_covered_once(name):
 
 def test_full_tiles():
     """One instrument that plays on: far columns that whole lines see."""
-    batch = [[song(Random(2), 60, (0,), resting=0)], [song(Random(3), 50, (0, 33), resting=0)]]
+    batch = [[song(Random(2), 45, (0,), resting=0)], [song(Random(3), 20, (0, 33), resting=0)]]
     plan = Plan(structure(batch).to(DEVICE))
     _, mask = oracle_masks(batch)
     check_coverage(plan, mask)
@@ -69,7 +69,7 @@ def test_tokens_without_any_grammar(seed):
 
 @pytest.mark.parametrize("split", [1, 2, 48])
 def test_work_is_complete_and_longest_first(split):
-    batch = [[song(Random(4), 40, (0, 33), resting=0.1)], [song(Random(5), 3)]]
+    batch = [[song(Random(4), 24, (0, 33), resting=0.1)], [song(Random(5), 3)]]
     plan = Plan(structure(batch).to(DEVICE), split=split).settle()
     totals = plan.table[:, 3].cpu()
     q, k = plan.rows * plan.q_blocks, plan.rows * plan.k_blocks
@@ -123,18 +123,18 @@ class TestCapacity:
         plan = self.plan()
         first = plan.capacity
         plan.settle()
-        assert all(a < b for a, b in zip(first, plan.capacity))
+        assert all(a < b for a, b in zip(first[1:3], plan.capacity[1:3]))
         needs = plan.needs.tolist()
         assert all(needs[i] <= plan.capacity[i] for i in range(3))
 
-    @pytest.mark.parametrize("short", range(5), ids=["candidates", "tiles", "masked", "items", "slots"])
+    @pytest.mark.parametrize("short", range(4), ids=["candidates", "tiles", "masked", "slots"])
     def test_each_shortage_is_noticed(self, short):
         """A capacity that is a little too small in one respect gives the plan of one that is not."""
         batch = [[song(Random(6), 30, (0, 33))]]
         packed = structure(batch).to(DEVICE)
         good = Plan(packed, split=1).settle()
         needs = good.needs.tolist()
-        needed = [needs[0], needs[1], needs[2], max(needs[3:5]), max(needs[5:7])]
+        needed = [*needs[:3], max(needs[5:7])]
         needed[short] -= 1
         plan_module._capacities[good._key] = tuple(needed)
         plan = Plan(packed, split=1)
