@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,8 +59,9 @@ class Row:
         self.do = draw(n)
         with override(Launches.all(Launch(rows=32, columns=32, stages=1))):
             self.o, self.lse = ops.update(*self.inputs, *self.plan)
-        self.stats = ops.row_stats(self.o, self.lse, self.do)
-        self.gradients = [torch.zeros_like(x) for x in self.inputs]
+            self.stats = self.lse.new_empty(*self.lse.shape, 2)
+            self.gradients = [torch.zeros_like(x) for x in self.inputs]
+            self.run("dq_near")
 
     def run(self, kernel: str) -> None:
         """The kernel `kernel`, a field of `Launches`, once."""
@@ -67,7 +69,9 @@ class Row:
         if name == "forward":
             ops.add_forward(self.o, self.lse, *self.inputs, self.plan, far)
         elif name == "dq":
-            ops.add_query_gradient(self.gradients[0], *self.inputs, self.do, self.stats, self.plan, far)
+            ops.add_query_gradient(
+                self.gradients[0], *self.inputs, self.o, self.lse, self.do, self.stats, self.plan, far
+            )
         else:
             ops.add_key_gradients(self.gradients[1:], *self.inputs, self.do, self.stats, self.plan, far)
 
@@ -115,7 +119,7 @@ def search(
             results.append(result | {"failed": failed[kernel, launch]})
             continue
         with override(replace(Launches(), **{kernel: launch})):
-            ms = {name: _median_ms(lambda row=row: row.run(kernel), repeats) for name, row in placed.items()}
+            ms = {name: _median_ms(partial(row.run, kernel), repeats) for name, row in placed.items()}
         results.append(result | {"ms": ms})
     return results
 

@@ -15,32 +15,6 @@ import triton.language as tl
 from .forward import LINE, key_pointers, tile_mask
 
 
-@triton.jit(do_not_specialize=["heads", "queries"])
-def stats_kernel(
-    o_ptr, do_ptr, lse_ptr, stats_ptr, o_b, o_h, o_n, do_b, do_h, do_n, heads, queries,
-    BLOCK: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """lse and delta side by side, float32 [B, H, N, 2].
-
-    As a pair they are loaded by tiles of twice the rows, which Triton (3.6) copies once per program;
-    a vector shorter than the program's threads it would load once in every thread that needs it.
-    """
-    row, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, D)
-    there = query < queries
-    o = tl.load(
-        o_ptr + row * o_b + h * o_h + query[:, None] * o_n + offs_d[None, :], mask=there[:, None], other=0
-    )
-    do = tl.load(
-        do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :], mask=there[:, None], other=0
-    )
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    at = (row * heads + h) * queries + query
-    tl.store(stats_ptr + at * 2, tl.load(lse_ptr + at, mask=there), mask=there)
-    tl.store(stats_ptr + at * 2 + 1, delta, mask=there)
-
-
 @triton.jit
 def _query_gradient(
     dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
@@ -71,14 +45,20 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["heads", "queries", "blocks", "summaries", "first_block", "first_line"])
 def query_gradient_kernel(
-    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr, dq_ptr,
+    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr,
+    order_ptr, table_ptr, tokens_ptr, bits_ptr, work_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
-    do_b, do_h, do_n, dq_b, dq_h, dq_n, order_ptr, table_ptr, tokens_ptr, bits_ptr, work_ptr,
+    do_b, do_h, do_n, dq_b, dq_h, dq_n,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_line,
     FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM queries of one line of one head; see `forward.forward_kernel`."""
+    """dq of BM queries of one line of one head; see `forward.forward_kernel`. o has the strides of dq.
+
+    The near pass also writes down lse and delta = rowsum(dO * O) side by side, float32 [B, H, N, 2]. As a
+    pair the other kernels load them by tiles of twice the rows, which Triton (3.6) copies once per
+    program; a vector shorter than the program's threads it would load once in every thread that needs it.
+    """
     PARTS: tl.constexpr = LINE // BM
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
@@ -94,8 +74,15 @@ def query_gradient_kernel(
         query = tl.maximum(query - summaries, 0)
         q = tl.load(q_ptr + row * q_b + h * q_h + query[:, None] * q_n + offs_d[None, :])  # [BM, D]
         do = tl.load(do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :])  # [BM, D]
-        stats = stats_ptr + ((row * heads + h) * queries + query) * 2
-        lse, delta = tl.load(stats), tl.load(stats + 1)
+        dq_at = row * dq_b + h * dq_h + query[:, None] * dq_n + offs_d[None, :]
+        stats = (row * heads + h) * queries + query
+        if FIRST:
+            lse = tl.load(lse_ptr + stats)
+            delta = tl.sum(tl.load(o_ptr + dq_at).to(tl.float32) * do.to(tl.float32), 1)
+            tl.store(stats_ptr + stats * 2, lse, mask=there)
+            tl.store(stats_ptr + stats * 2 + 1, delta, mask=there)
+        else:
+            lse, delta = tl.load(stats_ptr + stats * 2), tl.load(stats_ptr + stats * 2 + 1)
 
         k_s, v_s = k_s_ptr + row * k_s_b + h * k_s_h, v_s_ptr + row * v_s_b + h * v_s_h
         k_r, v_r = k_r_ptr + row * k_r_b + h * k_r_h, v_r_ptr + row * v_r_b + h * v_r_h
@@ -111,10 +98,9 @@ def query_gradient_kernel(
             summaries, scale, offs_row, offs_n, offs_d, False, FIRST, BN, PRECISION, STAGES,
         )  # fmt: skip
         dq *= softmax_scale
-        dq_ptrs = dq_ptr + row * dq_b + h * dq_h + query[:, None] * dq_n + offs_d[None, :]
         if not FIRST:
-            dq += tl.load(dq_ptrs).to(tl.float32)
-        tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=there[:, None])
+            dq += tl.load(dq_ptr + dq_at).to(tl.float32)
+        tl.store(dq_ptr + dq_at, dq.to(dq_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
@@ -162,21 +148,22 @@ def _store_key_gradients(
 def key_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr,
     dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, parts_ptr,
+    order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needed_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
-    order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needed_ptr,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_line,
     FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BM keys of one item of one head, or a part of them to its slot in `parts`.
 
-    `parts` is float32 [slots, H, 2, 64, D]: dk, then dv. There are `needed` items.
+    `parts` is float32 [slots, H, 2, 64, D]: dk, then dv. The near pass has `needed` items, the far one as
+    many as programs.
     """
     PARTS: tl.constexpr = LINE // BM
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
-    if work // PARTS < tl.load(needed_ptr):
+    if not FIRST or work // PARTS < tl.load(needed_ptr):
         item = items_ptr + work // PARTS * 4
         line, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
         table = table_ptr + (first_line + line) * 4
@@ -226,9 +213,9 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=["heads", "blocks", "summaries", "first_block"])
 def sum_parts_kernel(
-    parts_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
-    order_ptr, splits_ptr, needed_ptr, heads, summaries, blocks, first_block,
-    FIRST: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+    parts_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, order_ptr, splits_ptr, needed_ptr,
+    d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n, heads, summaries, blocks, first_block,
+    BM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums the parts of BM keys of one split line of one head, in order. There are `needed` such lines."""
     PARTS: tl.constexpr = LINE // BM
@@ -254,7 +241,7 @@ def sum_parts_kernel(
         there = token >= 0
         if in_s:
             base = row * d_s_b + h * d_s_h
-            _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, there, offs_d, FIRST)
+            _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, there, offs_d, True)
         else:
             base = row * d_r_b + h * d_r_h
-            _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, there, offs_d, FIRST)
+            _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, there, offs_d, True)

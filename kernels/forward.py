@@ -94,9 +94,9 @@ def _attend(
 @triton.jit(do_not_specialize=["heads", "queries", "blocks", "summaries", "first_block", "first_line"])
 def forward_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr,
+    order_ptr, table_ptr, tokens_ptr, bits_ptr, work_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
-    o_b, o_h, o_n, order_ptr, table_ptr, tokens_ptr, bits_ptr, work_ptr,
-    scale, heads, queries, summaries, blocks, first_block, first_line,
+    o_b, o_h, o_n, scale, heads, queries, summaries, blocks, first_block, first_line,
     FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -11,17 +11,23 @@ from math import log2
 import torch
 from torch import Tensor
 
-from .backward import key_gradient_kernel, query_gradient_kernel, stats_kernel, sum_parts_kernel
+from .backward import key_gradient_kernel, query_gradient_kernel, sum_parts_kernel
 from .forward import forward_kernel
 from .launch import Launch
+from .launcher import Launcher
 from .plan import LINE
 from .plan_kernels import ITEMS, SPLIT
 from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
 from .tuning import launches_for
 
 _LOG2_E = log2(2.718281828459045)
-_STATS_BLOCK = 64
 _TILE = 2048  # elements that a program of the summarize phase takes at a time
+_SUM_ROWS = 16  # rows of a line that one program sums
+_forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
+_key_gradient, _sum_parts = Launcher(key_gradient_kernel), Launcher(sum_parts_kernel)
+_summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
+_token_gradient = Launcher(token_gradient_kernel)
+
 _INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
 _BARS = "Tensor bars, Tensor slot"
 _PLAN = (
@@ -42,9 +48,11 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     q, k_s, v_s, k_r, v_r = map(_addressable, (q, k_s, v_s, k_r, v_r))
     rows, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
-    summarize_kernel[summaries * heads, rows](
-        q, k_s, v_s, k_r, v_r, o, lse, bars, *_strides(q, k_s, v_s, k_r, v_r, o),
-        dim**-0.5 * _LOG2_E, heads, summaries, BN=_TILE // dim, D=dim, num_warps=2,
+    _summarize(
+        (summaries * heads, rows),
+        (q, k_s, v_s, k_r, v_r, o, lse, bars),
+        (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * _LOG2_E, heads, summaries),
+        BN=_TILE // dim, D=dim, num_warps=2,
     )  # fmt: skip
     return o, lse
 
@@ -53,16 +61,19 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     q, k_s, v_s, k_r, v_r, do = map(_addressable, (q, k_s, v_s, k_r, v_r, do))
     rows, heads, summaries, dim = q.shape
     regular = k_r.shape[2]
-    stats = row_stats(o, lse, do)
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
     scales = (dim**-0.5 * _LOG2_E, dim**-0.5, heads, summaries)
-    summary_gradient_kernel[summaries * heads, rows](
-        q, k_s, v_s, k_r, v_r, do, stats, dq, dk_s, dv_s, bars,
-        *_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales, BN=_TILE // dim, D=dim, num_warps=2,
+    _summary_gradient(
+        (summaries * heads, rows),
+        (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, bars),
+        (*_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales),
+        BN=_TILE // dim, D=dim, num_warps=4,
     )  # fmt: skip
-    token_gradient_kernel[-(-regular // (_TILE // dim)) * heads, rows](
-        q, k_r, v_r, do, stats, dk_r, dv_r, slot,
-        *_strides(q, k_r, v_r, do, dk_r), *scales, regular, BN=_TILE // dim, D=dim,
+    _token_gradient(
+        (-(-regular // (_TILE // dim)) * heads, rows),
+        (q, k_r, v_r, o, lse, do, dk_r, dv_r, slot),
+        (*_strides(q, k_r, v_r, o, do, dk_r), *scales, regular),
+        BN=_TILE // dim, D=dim,
     )  # fmt: skip
     return dq, dk_s, dv_s, dk_r, dv_r
 
@@ -79,10 +90,10 @@ def update(q, k_s, v_s, k_r, v_r, *plan):
 def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     *plan, o, lse, do = rest
     inputs, do = tuple(map(_addressable, (q, k_s, v_s, k_r, v_r))), _addressable(do)
-    stats = row_stats(o, lse, do)
     gradients = tuple(map(_empty_like, inputs))
+    stats = lse.new_empty(*lse.shape, 2)
     for far in (False, True):
-        add_query_gradient(gradients[0], *inputs, do, stats, plan, far)
+        add_query_gradient(gradients[0], *inputs, o, lse, do, stats, plan, far)
         add_key_gradients(gradients[1:], *inputs, do, stats, plan, far)
     return gradients
 
@@ -93,62 +104,70 @@ def add_forward(o, lse, q, k_s, v_s, k_r, v_r, plan, far: bool) -> None:
     rows, heads, queries, dim = q.shape
     tuned = launches_for(q.device, q.dtype, dim)
     launch = tuned.forward_far if far else tuned.forward_near
-    blocks, lines = -(-queries // LINE), rows * -(-queries // LINE)
-    forward_kernel[(lines * (LINE // launch.rows) * heads,)](
-        q, k_s, v_s, k_r, v_r, o, lse, *_strides(q, k_s, v_s, k_r, v_r, o),
-        order, table, tokens, bits, work[lines:] if far else work,
-        dim**-0.5 * _LOG2_E, heads, queries, k_s.shape[2], blocks, *_first(q, k_s, far, by_keys=False),
-        FIRST=not far, **_constants(launch, dim),
-    )  # fmt: skip
-
-
-def row_stats(o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
-    """What the gradients need of every query: lse and delta = rowsum(dO * O), float32 [B, H, length, 2]."""
-    rows, heads, queries, dim = o.shape
-    stats = torch.empty(rows, heads, queries, 2, dtype=torch.float32, device=o.device)
-    stats_kernel[-(-queries // _STATS_BLOCK), rows * heads](
-        o, do, lse, stats, *_strides(o, do), heads, queries, BLOCK=_STATS_BLOCK, D=dim
+    blocks = -(-queries // LINE)
+    lines = rows * blocks
+    _forward(
+        (lines * (LINE // launch.rows) * heads,),
+        (q, k_s, v_s, k_r, v_r, o, lse, order, table, tokens, bits, work[lines:] if far else work),
+        (
+            *_strides(q, k_s, v_s, k_r, v_r, o),
+            *(dim**-0.5 * _LOG2_E, heads, queries, k_s.shape[2], blocks),
+            *_first(q, k_s, far, by_keys=False),
+        ),
+        **_constants(launch, dim, not far),
     )
-    return stats
 
 
-def add_query_gradient(dq, q, k_s, v_s, k_r, v_r, do, stats, plan, far: bool) -> None:
-    """One pass of dq: written by the near pass, added to by the far one."""
+def add_query_gradient(dq, q, k_s, v_s, k_r, v_r, o, lse, do, stats, plan, far: bool) -> None:
+    """One pass of dq: written by the near pass, added to by the far one. The near pass also writes
+    `stats`, float32 [B, H, N, 2], which all later kernels of the backward need."""
     order, table, tokens, bits, work, *_ = plan
     rows, heads, queries, dim = q.shape
     tuned = launches_for(q.device, q.dtype, dim)
     launch = tuned.dq_far if far else tuned.dq_near
-    blocks, lines = -(-queries // LINE), rows * -(-queries // LINE)
-    query_gradient_kernel[(lines * (LINE // launch.rows) * heads,)](
-        q, k_s, v_s, k_r, v_r, do, stats, dq, *_strides(q, k_s, v_s, k_r, v_r, do, dq),
-        order, table, tokens, bits, work[lines:] if far else work,
-        dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, k_s.shape[2], blocks,
-        *_first(q, k_s, far, by_keys=False), FIRST=not far, **_constants(launch, dim),
-    )  # fmt: skip
+    blocks = -(-queries // LINE)
+    lines = rows * blocks
+    work = work[lines:] if far else work
+    _query_gradient(
+        (lines * (LINE // launch.rows) * heads,),
+        (q, k_s, v_s, k_r, v_r, o, lse, do, stats, dq, order, table, tokens, bits, work),
+        (
+            *_strides(q, k_s, v_s, k_r, v_r, do, dq),
+            *(dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, k_s.shape[2], blocks),
+            *_first(q, k_s, far, by_keys=False),
+        ),
+        **_constants(launch, dim, not far),
+    )
 
 
 def add_key_gradients(gradients, q, k_s, v_s, k_r, v_r, do, stats, plan, far: bool) -> None:
     """One pass of dk_s, dv_s, dk_r and dv_r: written by the near pass, added to by the far one."""
     order, table, tokens, bits, _, items, splits, needs = plan
-    _, heads, queries, dim = q.shape
+    rows, heads, queries, dim = q.shape
     tuned = launches_for(q.device, q.dtype, dim)
     launch = tuned.dkv_far if far else tuned.dkv_near
-    parts_of_line = LINE // launch.rows
     dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
-    blocks = -(-queries // LINE) + (0 if far else -(-k_s.shape[2] // LINE))
+    q_blocks, slots = -(-queries // LINE), splits.shape[0]
+    blocks = q_blocks + (0 if far else -(-k_s.shape[2] // LINE))
+    parts = q.new_empty((0 if far else slots, heads, 2, LINE, dim), dtype=torch.float32)
     first_block, first_line = _first(q, k_s, far, by_keys=True)
-    parts = torch.empty(splits.shape[1], heads, 2, LINE, dim, dtype=torch.float32, device=q.device)
-    key_gradient_kernel[(items.shape[1] * parts_of_line * heads,)](
-        q, k_s, v_s, k_r, v_r, do, stats, *gradients, parts,
-        *_strides(q, k_s, v_s, k_r, v_r, do, dk_s, dk_r),
-        order, table, tokens, bits, items[int(far)], needs[ITEMS.value + far :],
-        dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, k_s.shape[2], blocks, first_block, first_line,
-        FIRST=not far, **_constants(launch, dim),
-    )  # fmt: skip
-    sum_parts_kernel[(splits.shape[1] // 2 * heads * 2,)](
-        parts, *gradients, *_strides(dk_s, dk_r), order, splits[int(far)], needs[SPLIT.value + far :],
-        heads, k_s.shape[2], blocks, first_block, FIRST=not far, BM=LINE // 2, D=dim,
-    )  # fmt: skip
+    needed, numbers = needs[ITEMS.value :], (heads, queries, k_s.shape[2], blocks, first_block, first_line)
+    _key_gradient(
+        ((rows * q_blocks if far else items.shape[1]) * (LINE // launch.rows) * heads,),
+        (
+            *(q, k_s, v_s, k_r, v_r, do, stats, *gradients, stats if far else parts),
+            *(order, table, tokens, bits, items[int(far)], needed),
+        ),
+        (*_strides(q, k_s, v_s, k_r, v_r, do, dk_s, dk_r), dim**-0.5 * _LOG2_E, dim**-0.5, *numbers),
+        **_constants(launch, dim, not far),
+    )
+    if not far:
+        _sum_parts(
+            (slots // 2 * (LINE // _SUM_ROWS) * heads,),
+            (parts, *gradients, order, splits, needs[SPLIT.value :]),
+            (*_strides(dk_s, dk_r), heads, k_s.shape[2], blocks, first_block),
+            BM=_SUM_ROWS, D=dim,
+        )  # fmt: skip
 
 
 def _first(q: Tensor, k_s: Tensor, far: bool, by_keys: bool) -> tuple[int, int]:
@@ -160,8 +179,9 @@ def _first(q: Tensor, k_s: Tensor, far: bool, by_keys: bool) -> tuple[int, int]:
     return (rows * q_blocks, 2 * rows * q_blocks) if by_keys else (0, 0)
 
 
-def _constants(launch: Launch, dim: int) -> dict:
+def _constants(launch: Launch, dim: int, first: bool) -> dict:
     constants = {
+        "FIRST": first,
         "BM": launch.rows,
         "BN": launch.columns,
         "D": dim,

@@ -75,16 +75,16 @@ class Plan:
         query_work: [lines by queries], the lines of each group by queries, longest first.
         items: [2, items, 4], of each pass its lines by keys, longest first: (line, first and end tile
             within the line, slot of its partial gradient, -1 if it is the whole line).
-        splits: [2, slots, 3], of each pass the lines in several items: (line, first and end slot).
-        needs: [9], what was needed of each capacity, and how many entries of `items` and `splits` mean
-            something; see `plan_kernels`.
+        splits: [slots, 3], the near lines by keys in several items: (line, first and end slot).
+        needs: [6], what was needed of each capacity, and how many entries of `items` (near) and `splits`
+            mean something; see `plan_kernels`.
     """
 
     def __init__(self, structure: Structure, split: int = SPLIT):
         """
         Args:
-            split: most tiles of an item; lines by keys that are longer (of summaries, of chords: keys
-                that everybody reads) go to several programs.
+            split: most tiles of a near item; lines by keys that are longer (of summaries, of chords:
+                keys that everybody reads) go to several programs.
         """
         self.structure, self.split = structure, split
         self.rows, self.regular = structure.doc.shape
@@ -122,8 +122,10 @@ class Plan:
 
         count, line, column = empty(lines), empty(candidates), empty(candidates)
         geometry = (rows, q_blocks, k_blocks, blocks)
-        look = dict(NEAR_BARS=near_bars)
-        find = dict(CHUNK=128, num_warps=1, **look)
+        find = dict(CHUNK=128, num_warps=1, NEAR_BARS=near_bars)
+        bits = sum(1 << distance for distance in near_bars) if near_bars[-1] < 31 else None
+        step = 8 if device.type == "cuda" else LINE // 2  # registers are few, interpreted steps are slow
+        look = dict(NEAR_BARS=near_bars, BITS=bits, STEP=step, num_warps=1)
         candidates_kernel[(lines,)](
             ranges, count, count, line, column, candidates, *geometry, FILL=False, **find
         )
@@ -135,7 +137,7 @@ class Plan:
         number = empty(candidates)
         look_kernel[(candidates,)](
             facts, self.order, line, column, end, some, every, number,
-            lines, rows, tokens, q_blocks, k_blocks, num_warps=8, **look,
+            lines, rows, tokens, q_blocks, k_blocks, **look,
         )  # fmt: skip
 
         sizes = empty(3, lines)
@@ -150,12 +152,12 @@ class Plan:
         self.bits = empty(masked, 2, LINE)
         bits_kernel[(masked,)](
             facts, self.order, self.tokens, tile_line, sizes, ends, self.table, self.bits,
-            lines, tiles, rows, summaries, regular, q_blocks, k_blocks, num_warps=8, **look,
+            lines, tiles, rows, summaries, regular, q_blocks, k_blocks, **look,
         )  # fmt: skip
 
         self.query_work, self.needs = empty(2 * rows * q_blocks), empty(NEEDS)
         items = rows * k_blocks + slots  # a line that is split has an item for every slot
-        self.items, self.splits = empty(2, items, 4), empty(2, slots, 3)
+        self.items, self.splits = empty(2, items, 4), empty(slots, 3)
         work_kernel[triton.cdiv(rows * k_blocks, 32), 4](
             sizes, ends, end, self.query_work, self.items, self.splits, self.needs,
             lines, items, slots, rows, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
@@ -182,7 +184,7 @@ class Plan:
                 self._answered.synchronize()
             needs = self._answer.tolist()
             self._answer = self._answered = None
-            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], max(needs[SLOTS : SLOTS + 2]))
+            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], needs[SLOTS])
             known = _capacities.get(self._key)
             if known is None or any(n > c for n, c in zip(needed, self.capacity)):
                 # The first guess is generous, and every kernel has a program for all that might be there.

@@ -29,8 +29,8 @@ FULL_UNIT = tl.constexpr(128)  # full columns are taken by so many, the most tha
 
 # Entries of `needs`.
 CANDIDATES, TILES, MASKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ITEMS, SLOTS, SPLIT = tl.constexpr(3), tl.constexpr(5), tl.constexpr(7)  # of the near, then the far pass
-NEEDS = 9
+ITEMS, SLOTS, SPLIT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # of the near pass by keys
+NEEDS = 6
 
 
 @triton.jit(do_not_specialize=["rows", "summaries", "regular"])
@@ -174,7 +174,8 @@ def candidates_kernel(
 @triton.jit(do_not_specialize=["lines", "rows", "tokens", "q_blocks", "k_blocks"])
 def look_kernel(
     facts_ptr, order_ptr, line_ptr, column_ptr, end_ptr, any_ptr, all_ptr, number_ptr,
-    lines, rows, tokens, q_blocks, k_blocks, NEAR_BARS: tl.constexpr,
+    lines, rows, tokens, q_blocks, k_blocks,
+    NEAR_BARS: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Which columns of a candidate any, and which all tokens of the line see: 64 bits each, and numbers.
 
@@ -185,24 +186,18 @@ def look_kernel(
         line, column = tl.load(line_ptr + candidate), tl.load(column_ptr + candidate)
         by_keys, far, row, block, _, _ = _decode(line, rows, q_blocks, k_blocks)
         offs = tl.arange(0, BLOCK)
-        q_block, k_block = tl.where(by_keys, column, block), tl.where(by_keys, block, column)
-        t = load_facts(facts_ptr, rows, tokens, row, tl.load(order_ptr + q_block * BLOCK + offs))
-        u = load_facts(facts_ptr, rows, tokens, row, tl.load(order_ptr + k_block * BLOCK + offs))
-        seen = sees(t, u, far, NEAR_BARS).to(tl.int32)
-        if by_keys:
-            some, every = tl.max(seen, 1), tl.min(tl.where((u[0] == ABSENT)[None, :], 1, seen), 1)
-            _store_flags(some, every & some, any_ptr, all_ptr, number_ptr, candidate)
-        else:
-            some, every = tl.max(seen, 0), tl.min(tl.where((t[0] == ABSENT)[:, None], 1, seen), 0)
-            _store_flags(some, every & some, any_ptr, all_ptr, number_ptr, candidate)
-
-
-@triton.jit
-def _store_flags(some, every, any_ptr, all_ptr, number_ptr, candidate):
-    offs = tl.arange(0, BLOCK).to(tl.int64)
-    tl.store(any_ptr + candidate, tl.sum(some.to(tl.int64) << offs, 0))
-    tl.store(all_ptr + candidate, tl.sum(every.to(tl.int64) << offs, 0))
-    tl.store(number_ptr + candidate, tl.sum(some, 0) + (tl.sum(every, 0) << 16))
+        y = load_facts(facts_ptr, rows, tokens, row, tl.load(order_ptr + column * BLOCK + offs))
+        some, every = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], 1, tl.int32)
+        for start in range(0, BLOCK, STEP):  # a few tokens of the line against all columns
+            slot = block * BLOCK + start + tl.arange(0, STEP)
+            x = load_facts(facts_ptr, rows, tokens, row, tl.load(order_ptr + slot))
+            seen = sees(x, y, by_keys == 0, far, NEAR_BARS, BITS).to(tl.int32)
+            some |= tl.max(seen, 0)
+            every &= tl.min(tl.where((x[0] == ABSENT)[:, None], 1, seen), 0)
+        every &= some
+        tl.store(any_ptr + candidate, tl.sum(some.to(tl.int64) << offs.to(tl.int64), 0))
+        tl.store(all_ptr + candidate, tl.sum(every.to(tl.int64) << offs.to(tl.int64), 0))
+        tl.store(number_ptr + candidate, tl.sum(some, 0) + (tl.sum(every, 0) << 16))
 
 
 @triton.jit(do_not_specialize=["lines", "capacity"])
@@ -288,32 +283,32 @@ def fill_kernel(
 @triton.jit(do_not_specialize=["lines", "tiles", "rows", "summaries", "regular", "q_blocks", "k_blocks"])
 def bits_kernel(
     facts_ptr, order_ptr, tokens_ptr, tile_line_ptr, tiles_ptr, ends_ptr, table_ptr, bits_ptr,
-    lines, tiles, rows, summaries, regular, q_blocks, k_blocks, NEAR_BARS: tl.constexpr,
+    lines, tiles, rows, summaries, regular, q_blocks, k_blocks,
+    NEAR_BARS: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The bits of one tile with a mask, int32 [2, 64]; see `forward.tile_mask`."""
     tile = tl.program_id(0)
     if tile < tl.load(ends_ptr + 2 * lines - 1):
         line = tl.load(tile_line_ptr + tile)
         by_keys, far, row, block, _, _ = _decode(line, rows, q_blocks, k_blocks)
-        offs = tl.arange(0, BLOCK)
         nth = tile - tl.load(table_ptr + line * 4 + 1)
-        at = (tl.load(table_ptr + line * 4) + nth) * BLOCK + offs
-        real = (nth * BLOCK + offs < tl.load(tiles_ptr + 2 * lines + line)) & (at < tiles * BLOCK)
-        column = tl.load(tokens_ptr + at, mask=real, other=0) + tl.where(by_keys, summaries, 0)
-        column = tl.where(real, column, -1)
+        first = (tl.load(table_ptr + line * 4) + nth) * BLOCK
+        real_columns = tl.load(tiles_ptr + 2 * lines + line) - nth * BLOCK
+        shift = tl.where(by_keys, summaries, 0)
+        offs = tl.arange(0, BLOCK)
         own = tl.load(order_ptr + block * BLOCK + offs)
-        t = load_facts(facts_ptr, rows, summaries + regular, row, tl.where(by_keys, column, own))
-        u = load_facts(facts_ptr, rows, summaries + regular, row, tl.where(by_keys, own, column))
-        seen = sees(t, u, far, NEAR_BARS).to(tl.int32)
-        bit = 4 * (offs % 8) + offs % 32 // 8
-        low, high = tl.where(offs < 32, 1 << bit, 0), tl.where(offs < 32, 0, 1 << bit)
-        out = bits_ptr + tile * (2 * BLOCK) + offs
-        if by_keys:
-            tl.store(out, tl.sum(seen * low[:, None], 0))
-            tl.store(out + BLOCK, tl.sum(seen * high[:, None], 0))
-        else:
-            tl.store(out, tl.sum(seen * low[None, :], 1))
-            tl.store(out + BLOCK, tl.sum(seen * high[None, :], 1))
+        y = load_facts(facts_ptr, rows, summaries + regular, row, own)
+        for word in range(2):
+            bits = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, 32, STEP):  # a few columns against all tokens of the line
+                column = start + tl.arange(0, STEP)
+                at = first + word * 32 + column
+                real = (word * 32 + column < real_columns) & (at < tiles * BLOCK)
+                token = tl.where(real, tl.load(tokens_ptr + at, mask=real, other=0) + shift, -1)
+                x = load_facts(facts_ptr, rows, summaries + regular, row, token)
+                seen = sees(x, y, by_keys, far, NEAR_BARS, BITS).to(tl.int32)
+                bits |= tl.sum(seen << (4 * (column % 8) + column // 8)[:, None], 0)
+            tl.store(bits_ptr + (tile * 2 + word) * BLOCK + offs, bits)
 
 
 @triton.jit(do_not_specialize=["lines", "items", "slots", "rows", "q_blocks", "k_blocks", "split"])
@@ -325,16 +320,17 @@ def work_kernel(
 
     An item is (line, first tile, end tile, slot) with tiles counted within the line; the slot is -1 if
     the item is the whole line. A split line is (line, first slot, end slot). Lines are counted within
-    their group. A line by keys has an item even if it is empty in the near pass, which writes its zeros.
+    their group. Only the near pass splits lines: some keys are read by everybody there, so that a few
+    lines would take longer than all others together.
     """
     group, chunk = tl.program_id(1), tl.program_id(0)
     q_lines, k_lines = rows * q_blocks, rows * k_blocks
     first = tl.where(group < 2, group * q_lines, tl.where(group == 2, 2 * q_lines, 2 * q_lines + k_lines))
     number = tl.where(group == 2, k_lines, q_lines)
-    least = (group == 2).to(tl.int32)
+    most = tl.where(group == 2, split, 2**30)
     mine = chunk * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(tiles_ptr + first + mine, mask=mine < number, other=0)
-    parts = tl.maximum((total + split - 1) // split, least)
+    parts = tl.maximum((total + most - 1) // most, 1)
     rank = tl.zeros([CHUNK], tl.int32)
     item = tl.zeros([CHUNK], tl.int32)
     all_items, all_slots, all_splits = 0, 0, 0
@@ -342,7 +338,7 @@ def work_kernel(
         other = start + tl.arange(0, ACROSS)
         there = other < number
         other_total = tl.load(tiles_ptr + first + other, mask=there, other=-1)
-        other_parts = tl.where(there, tl.maximum((other_total + split - 1) // split, least), 0)
+        other_parts = tl.where(there, tl.maximum((other_total + most - 1) // most, 1), 0)
         before = other_total[None, :] > total[:, None]
         before |= (other_total[None, :] == total[:, None]) & (other[None, :] < mine[:, None])
         before &= there[None, :]
@@ -362,18 +358,18 @@ def work_kernel(
             keep = there & (part < parts) & (item + part < items)
             at = out + part * 4
             tl.store(at, mine, mask=keep)
-            tl.store(at + 1, part * total // tl.maximum(parts, 1), mask=keep)
-            tl.store(at + 2, (part + 1) * total // tl.maximum(parts, 1), mask=keep)
+            tl.store(at + 1, part * total // parts, mask=keep)
+            tl.store(at + 2, (part + 1) * total // parts, mask=keep)
             tl.store(at + 3, tl.where(parts > 1, item + part, -1), mask=keep)
         keep = there & (parts > 1) & (rank < slots)
-        at = splits_ptr + (far * slots + rank) * 3
+        at = splits_ptr + rank * 3
         tl.store(at, mine, mask=keep)
         tl.store(at + 1, item, mask=keep)
         tl.store(at + 2, item + parts, mask=keep)
-        if chunk == 0:
-            tl.store(needs_ptr + ITEMS + far, all_items)
-            tl.store(needs_ptr + SLOTS + far, all_slots)
-            tl.store(needs_ptr + SPLIT + far, all_splits)
+        if (chunk == 0) & (group == 2):
+            tl.store(needs_ptr + ITEMS, all_items)
+            tl.store(needs_ptr + SLOTS, all_slots)
+            tl.store(needs_ptr + SPLIT, all_splits)
     if (group == 0) & (chunk == 0):
         tl.store(needs_ptr + CANDIDATES, tl.load(end_ptr + lines - 1))
         tl.store(needs_ptr + TILES, tl.load(ends_ptr + lines - 1))

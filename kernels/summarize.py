@@ -137,12 +137,15 @@ def _query_gradient(dq, q, do, lse, delta, k_ptr, v_ptr, k_n, v_n, first, end, s
 
 @triton.jit(do_not_specialize=["heads", "summaries"])
 def summary_gradient_kernel(
-    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr, dq_ptr, dk_ptr, dv_ptr, bars_ptr,
+    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, bars_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, d_b, d_h, d_n, scale, softmax_scale, heads, summaries,
     BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Of one summary of one head: dq, and what the summaries after it give to its dk and dv."""
+    """Of one summary of one head: dq, and what the summaries after it give to its dk and dv.
+
+    o, dq, dk and dv have the same strides.
+    """
     head, summary, row = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.program_id(1)
     bars = bars_ptr + (row * summaries + summary) * 4
     first_s, last_s, first_r, end_r = tl.load(bars), tl.load(bars + 1), tl.load(bars + 2), tl.load(bars + 3)
@@ -151,14 +154,16 @@ def summary_gradient_kernel(
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
     q_ptr += b * q_b + h * q_h
     do_ptr += b * do_b + h * do_h
+    o_ptr += b * d_b + h * d_h
     k_s_ptr += b * k_s_b + h * k_s_h
     v_s_ptr += b * v_s_b + h * v_s_h
-    stats_ptr += (b * heads + h) * summaries * 2
+    lse_ptr += (b * heads + h) * summaries
     out = b * d_b + h * d_h + summary * d_n + offs_d
 
     q = tl.load(q_ptr + summary * q_n + offs_d).to(tl.float32)
     do = tl.load(do_ptr + summary * do_n + offs_d).to(tl.float32)
-    lse, delta = tl.load(stats_ptr + summary * 2), tl.load(stats_ptr + summary * 2 + 1)
+    lse = tl.load(lse_ptr + summary)
+    delta = tl.sum(tl.load(o_ptr + summary * d_n + offs_d).to(tl.float32) * do, 0)
     dq = tl.zeros([D], tl.float32)
     end_s = tl.where(there, summary + 1, first_s)
     dq = _query_gradient(
@@ -177,23 +182,32 @@ def summary_gradient_kernel(
     for start in range(summary, tl.where(there, last_s, summary), BN):
         query = start + offs_n
         real = query < last_s
-        qs = tl.load(q_ptr + query[:, None] * q_n + offs_d[None, :], mask=real[:, None], other=0)  # [BN, D]
-        dos = tl.load(do_ptr + query[:, None] * do_n + offs_d[None, :], mask=real[:, None], other=0)
-        qs, dos = qs.to(tl.float32), dos.to(tl.float32)
-        lses = tl.load(stats_ptr + query * 2, mask=real, other=0)
-        deltas = tl.load(stats_ptr + query * 2 + 1, mask=real, other=0)
-        p = tl.where(real, tl.exp2(tl.sum(qs * k[None, :], 1) * scale - lses), 0.0)
-        ds = p * (tl.sum(dos * v[None, :], 1) - deltas)
+        qs, dos, p, ds = _probabilities(
+            q_ptr, do_ptr, o_ptr, lse_ptr, q_n, do_n, d_n, query, real, k[None, :], v[None, :], scale, offs_d
+        )
         dv += tl.sum(p[:, None] * dos, 0)
         dk += tl.sum(ds[:, None] * qs, 0)
     tl.store(dk_ptr + out, (dk * softmax_scale).to(dk_ptr.dtype.element_ty))
     tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _probabilities(q_ptr, do_ptr, o_ptr, lse_ptr, q_n, do_n, o_n, query, real, k, v, scale, offs_d):
+    """q and dO of some queries [BN, D], and P and dS of each with its key, k and v [1 or BN, D]: [BN]."""
+    at, mask = query[:, None], real[:, None]
+    q = tl.load(q_ptr + at * q_n + offs_d[None, :], mask=mask, other=0).to(tl.float32)
+    do = tl.load(do_ptr + at * do_n + offs_d[None, :], mask=mask, other=0).to(tl.float32)
+    o = tl.load(o_ptr + at * o_n + offs_d[None, :], mask=mask, other=0).to(tl.float32)
+    lse = tl.load(lse_ptr + query, mask=real, other=0)
+    p = tl.where(real, tl.exp2(tl.sum(q * k, 1) * scale - lse), 0.0)
+    ds = p * (tl.sum(do * v, 1) - tl.sum(do * o, 1))
+    return q, do, p, ds
+
+
 @triton.jit(do_not_specialize=["heads", "summaries", "regular"])
 def token_gradient_kernel(
-    q_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, slot_ptr,
-    q_b, q_h, q_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n, do_b, do_h, do_n, d_b, d_h, d_n,
+    q_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr, slot_ptr,
+    q_b, q_h, q_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n, o_b, o_h, o_n, do_b, do_h, do_n, d_b, d_h, d_n,
     scale, softmax_scale, heads, summaries, regular, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN regular tokens of one head, each from the summary of its bar alone."""
@@ -202,21 +216,16 @@ def token_gradient_kernel(
     token, offs_d = tl.program_id(0) // heads * BN + tl.arange(0, BN), tl.arange(0, D)
     there = token < regular
     slot = tl.load(slot_ptr + row * regular + token, mask=there, other=-1)
-    real = slot >= 0
-    stats = stats_ptr + ((b * heads + h) * summaries + slot) * 2
-    lse, delta = tl.load(stats, mask=real, other=0), tl.load(stats + 1, mask=real, other=0)
-    at, real = slot[:, None], real[:, None]
-    q = tl.load(q_ptr + b * q_b + h * q_h + at * q_n + offs_d[None, :], mask=real, other=0).to(tl.float32)
-    do = tl.load(do_ptr + b * do_b + h * do_h + at * do_n + offs_d[None, :], mask=real, other=0).to(
-        tl.float32
-    )
-    at, there = token[:, None], there[:, None]
+    at, there, real = token[:, None], there[:, None], (slot >= 0)[:, None]
     k = tl.load(k_r_ptr + b * k_r_b + h * k_r_h + at * k_r_n + offs_d[None, :], mask=real, other=0)
     v = tl.load(v_r_ptr + b * v_r_b + h * v_r_h + at * v_r_n + offs_d[None, :], mask=real, other=0)
-    p = tl.exp2(tl.sum(k.to(tl.float32) * q, 1) * scale - lse)
-    ds = p * (tl.sum(v.to(tl.float32) * do, 1) - delta) * softmax_scale
-    out = b * d_b + h * d_h + at * d_n + offs_d[None, :]  # a token of no bar has q = do = 0: it gets 0
-    tl.store(dk_ptr + out, (ds[:, None] * q).to(dk_ptr.dtype.element_ty), mask=there)
+    q, do, p, ds = _probabilities(
+        q_ptr + b * q_b + h * q_h, do_ptr + b * do_b + h * do_h, o_ptr + b * o_b + h * o_h,
+        lse_ptr + (b * heads + h) * summaries, q_n, do_n, o_n, slot, slot >= 0,
+        k.to(tl.float32), v.to(tl.float32), scale, offs_d,
+    )  # fmt: skip
+    out = b * d_b + h * d_h + at * d_n + offs_d[None, :]
+    tl.store(dk_ptr + out, ((ds * softmax_scale)[:, None] * q).to(dk_ptr.dtype.element_ty), mask=there)
     tl.store(dv_ptr + out, (p[:, None] * do).to(dv_ptr.dtype.element_ty), mask=there)
 
 

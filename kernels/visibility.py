@@ -41,26 +41,38 @@ def code_of(kind, inst):
 
 
 @triton.jit
-def is_near(distance, NEAR_BARS: tl.constexpr):
-    near = distance == NEAR_BARS[0]
-    for i in tl.static_range(1, len(NEAR_BARS)):
-        near |= distance == NEAR_BARS[i]
-    return near
+def _is_near(distance, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
+    if BITS is None:
+        near = distance == NEAR_BARS[0]
+        for i in tl.static_range(1, len(NEAR_BARS)):
+            near |= distance == NEAR_BARS[i]
+        return near
+    else:  # one bit per distance; a negative one is very far as an unsigned number
+        beyond = tl.minimum(distance.to(tl.uint32, bitcast=True), 31)
+        return ((BITS >> beyond) & 1) != 0
 
 
 @triton.jit
-def sees(t, u, far, NEAR_BARS: tl.constexpr):
-    """Facts of BT queries and BU keys -> bool [BT, BU]: visible, and the near (or `far`) pass's own."""
-    t_doc, t_bar, t_inst, t_code, t_onset, t_position = t
-    u_doc, u_bar, u_inst, u_code, u_onset, u_position = u
-    distance = t_bar[:, None] - u_bar[None, :]
-    same_doc = (t_doc[:, None] == u_doc[None, :]) & (u_doc >= 0)[None, :]
-    kind_rule = ((t_code >> _SEES)[:, None] & (u_code & _KEY)[None, :]) != 0
-    kind_rule |= t_onset[:, None] == u_onset[None, :]
-    causal = u_position[None, :] <= t_position[:, None]
-    near = ((u_code & _GLOBAL) != 0)[None, :] | is_near(distance, NEAR_BARS)
-    own = tl.where(far, (t_inst[:, None] == u_inst[None, :]) & (near == 0), near)
-    rs = (u_code == _SUMMARY)[None, :] & (distance > 0)
+def sees(x, y, x_is_query, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
+    """Facts of BX and of BY tokens -> bool [BX, BY]: visible, and the near (or `far`) pass's own pair.
+
+    The queries are x or y, as told by the scalar `x_is_query`; the other are the keys.
+    """
+    x_doc, x_bar, x_inst, x_code, x_onset, x_position = x
+    y_doc, y_bar, y_inst, y_code, y_onset, y_position = y
+    sign = tl.where(x_is_query, 1, -1)
+    x_kind = tl.where(x_is_query, x_code >> _SEES, x_code & _KEY)
+    y_kind = tl.where(x_is_query, y_code & _KEY, y_code >> _SEES)
+    x_key, y_key = tl.where(x_is_query, 0, x_code), tl.where(x_is_query, y_code, 0)
+    distance = (x_bar * sign)[:, None] - (y_bar * sign)[None, :]
+    causal = (x_position * sign)[:, None] >= (y_position * sign)[None, :]
+    same_doc = (x_doc[:, None] == y_doc[None, :]) & (y_doc >= 0)[None, :]
+    kind_rule = (x_kind[:, None] & y_kind[None, :]) != 0
+    kind_rule |= x_onset[:, None] == y_onset[None, :]
+    near = ((x_key & _GLOBAL) != 0)[:, None] | ((y_key & _GLOBAL) != 0)[None, :]
+    near |= _is_near(distance, NEAR_BARS, BITS)
+    own = tl.where(far, (x_inst[:, None] == y_inst[None, :]) & (near == 0), near)
+    rs = ((x_key == _SUMMARY)[:, None] | (y_key == _SUMMARY)[None, :]) & (distance > 0)
     return same_doc & ((own & kind_rule & causal) | rs)
 
 

@@ -85,7 +85,7 @@ class PlanOfMasks:
             (keys, near.transpose(1, 2), True),
             (far_order, far.transpose(1, 2), True),
         ]
-        table, tokens, bits, work, items, splits, needs = [], [], [], [], [], [], [0] * 9
+        table, tokens, bits, work, items, splits, needs = [], [], [], [], [], [], [0] * 6
         for group, (order, mask, by_keys) in enumerate(groups):
             totals = []
             for row, slots in enumerate(order):
@@ -103,23 +103,24 @@ class PlanOfMasks:
             far_pass = group - 2
             own_items, own_splits = [], []
             for i in longest:
-                parts = max(-(-totals[i] // split), 1 - far_pass)
+                parts = 1 if far_pass else max(-(-totals[i] // split), 1)
                 if parts > 1:
                     own_splits.append([i, len(own_items), len(own_items) + parts])
                 for part in range(parts):
                     bounds = [part * totals[i] // parts, (part + 1) * totals[i] // parts]
                     own_items.append([i, *bounds, len(own_items) if parts > 1 else -1])
             items.append(own_items)
-            splits.append(own_splits)
-            needs[3 + far_pass], needs[7 + far_pass] = len(own_items), len(own_splits)
+            if not far_pass:
+                splits = own_splits
+                needs[3], needs[5] = len(own_items), len(own_splits)
 
         def table_of(lists: list[list[list[int]]], width: int, length: int) -> Tensor:
-            out = torch.full((2, length, width), 10**6)
+            out = torch.full((len(lists), length, width), 10**6)
             for one, entries in zip(out, lists):
                 one[: len(entries)] = torch.tensor(entries).reshape(-1, width)
             return out
 
-        slots = max(sum(end - first for _, first, end in own) for own in splits)
+        slots = sum(end - first for _, first, end in splits)
         self.tensors = tuple(
             x.to(torch.int32).to(DEVICE)
             for x in (
@@ -129,7 +130,7 @@ class PlanOfMasks:
                 torch.stack([*bits, torch.zeros(2, LINE, dtype=torch.int32)]),
                 torch.tensor(work),
                 table_of(items, 4, max(map(len, items)) + 1),
-                table_of(splits, 3, max(2, slots)),
+                table_of([splits], 3, max(2, slots))[0],
                 torch.tensor(needs),
             )
         )

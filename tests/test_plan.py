@@ -77,31 +77,27 @@ def test_work_is_complete_and_longest_first(split):
         assert torch.equal(work.sort().values, torch.arange(q, dtype=torch.int32))
         assert torch.equal(total[work.long()], total.sort(descending=True).values)
     needs = plan.needs.tolist()
+    splits = plan.splits[: needs[5]].tolist()
     for far, total in enumerate(totals[2 * q :].split([k, q])):
-        items, splits = (
-            plan.items[far, : needs[3 + far]].tolist(),
-            plan.splits[far, : needs[7 + far]].tolist(),
-        )
-        taken = {}
+        most, number = (10**9, q) if far else (split, needs[3])
+        items, taken = plan.items[far, :number].tolist(), {}
         for line, first, end, slot in items:
             taken.setdefault(line, []).append((first, end, slot))
         lengths = [total[line] for line in taken]
         assert lengths == sorted(lengths, reverse=True)
         for line, length in enumerate(total.tolist()):
-            parts = taken.pop(line, [])
-            if length == 0 and far:
-                assert not parts
-                continue
+            parts = taken.pop(line)
             assert [first for first, _, _ in parts] + [length] == [0] + [end for _, end, _ in parts]
-            assert all(end - first <= split for first, end, _ in parts)
+            assert all(end - first <= most for first, end, _ in parts)
             if len(parts) == 1:
                 assert parts[0][2] == -1
             else:
                 slots = [slot for _, _, slot in parts]
                 assert slots == list(range(slots[0], slots[0] + len(parts)))
                 splits.remove([line, slots[0], slots[-1] + 1])
-        assert not taken and not splits
-        assert needs[5 + far] == sum(slot >= 0 for *_, slot in items)
+        assert not taken
+        assert far or needs[4] == sum(slot >= 0 for *_, slot in items)
+    assert not splits
 
 
 def test_two_plans_are_equal():
@@ -134,7 +130,7 @@ class TestCapacity:
         packed = structure(batch).to(DEVICE)
         good = Plan(packed, split=1).settle()
         needs = good.needs.tolist()
-        needed = [*needs[:3], max(needs[5:7])]
+        needed = [*needs[:3], needs[4]]
         needed[short] -= 1
         plan_module._capacities[good._key] = tuple(needed)
         plan = Plan(packed, split=1)
