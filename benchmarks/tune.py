@@ -66,14 +66,13 @@ class Row:
     def run(self, kernel: str) -> None:
         """The kernel `kernel`, a field of `Launches`, once."""
         name, far = kernel.split("_")[0], kernel.endswith("far")
+        update = ops.Update(self.inputs, self.plan, kernels=1)
         if name == "forward":
-            ops.add_forward(self.o, self.lse, *self.inputs, self.plan, far)
+            update.forward(self.o, self.lse, far)
         elif name == "dq":
-            ops.add_query_gradient(
-                self.gradients[0], *self.inputs, self.o, self.lse, self.do, self.stats, self.plan, far
-            )
+            update.query_gradient(self.gradients[0], self.o, self.lse, self.do, self.stats, far)
         else:
-            ops.add_key_gradients(self.gradients[1:], *self.inputs, self.do, self.stats, self.plan, far)
+            update.key_gradients(self.gradients[1:], self.do, self.stats, far)
 
 
 _rows: list[Row] = []  # of a process that compiles

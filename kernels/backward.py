@@ -2,8 +2,8 @@
 
 With P = exp2(S - lse) and delta = rowsum(dO * O): dV = P^T dO, dS = P * (dO V^T - delta),
 dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D). Both passes use the lse of the whole row, so that their
-gradients simply add up. Nothing is added by atomics: a line of queries and a line of keys each belong
-to one program, except the longest lines of keys, whose parts a further kernel sums in order.
+gradients simply add up. No gradient is added by atomics: a line of queries or of keys belongs to one
+program, or to several, the last of which sums their parts in the order of the line.
 
 Tiles of the key side are computed transposed from the start, keys x queries: `tl.dot(tl.trans(x), ...)`
 with x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper.
@@ -12,7 +12,7 @@ with x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper
 import triton
 import triton.language as tl
 
-from .forward import LINE, key_pointers, tile_mask
+from .forward import GEOMETRY, ITEMS, LINE, all_parts_done, key_pointers, tile_mask
 
 
 @triton.jit
@@ -43,14 +43,14 @@ def _query_gradient(
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "blocks", "summaries", "first_block", "first_line"])
+@triton.jit(do_not_specialize=GEOMETRY)
 def query_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr,
-    order_ptr, table_ptr, tokens_ptr, bits_ptr, work_ptr,
+    parts_ptr, counters_ptr, order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needs_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, dq_b, dq_h, dq_n,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_line,
-    FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    group, items, first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one line of one head; see `forward.forward_kernel`. o has the strides of dq.
@@ -59,48 +59,68 @@ def query_gradient_kernel(
     pair the other kernels load them by tiles of twice the rows, which Triton (3.6) copies once per
     program; a vector shorter than the program's threads it would load once in every thread that needs it.
     """
-    PARTS: tl.constexpr = LINE // BM
+    SUBS: tl.constexpr = LINE // BM
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
-    line = tl.load(work_ptr + work // PARTS)
-    table = table_ptr + (first_line + line) * 4
-    first, first_masked = tl.load(table), tl.load(table + 1)
-    masked, tiles = tl.load(table + 2), tl.load(table + 3)
-    if FIRST or tiles > 0:
-        row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
-        offs_row, offs_n, offs_d = work % PARTS * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-        query = tl.load(order_ptr + (first_block + line) * LINE + offs_row)  # [BM]
-        there = query >= 0
-        query = tl.maximum(query - summaries, 0)
-        q = tl.load(q_ptr + row * q_b + h * q_h + query[:, None] * q_n + offs_d[None, :])  # [BM, D]
-        do = tl.load(do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :])  # [BM, D]
-        dq_at = row * dq_b + h * dq_h + query[:, None] * dq_n + offs_d[None, :]
-        stats = (row * heads + h) * queries + query
-        if FIRST:
-            lse = tl.load(lse_ptr + stats)
-            delta = tl.sum(tl.load(o_ptr + dq_at).to(tl.float32) * do.to(tl.float32), 1)
-            tl.store(stats_ptr + stats * 2, lse, mask=there)
-            tl.store(stats_ptr + stats * 2 + 1, delta, mask=there)
-        else:
-            lse, delta = tl.load(stats_ptr + stats * 2), tl.load(stats_ptr + stats * 2 + 1)
+    sub = work % SUBS
+    if work // SUBS < tl.load(needs_ptr + ITEMS + group):
+        item = items_ptr + (group * items + work // SUBS) * 8
+        line, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+        table = table_ptr + (first_line + line) * 4
+        first, first_masked, masked = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+        if FIRST or end > 0:
+            row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
+            offs_row, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+            query = tl.load(order_ptr + (first_block + line) * LINE + offs_row)  # [BM]
+            there = query >= 0
+            query = tl.maximum(query - summaries, 0)
+            q = tl.load(q_ptr + row * q_b + h * q_h + query[:, None] * q_n + offs_d[None, :])  # [BM, D]
+            do = tl.load(do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :])  # [BM, D]
+            dq_at = row * dq_b + h * dq_h + query[:, None] * dq_n + offs_d[None, :]
+            stats = (row * heads + h) * queries + query
+            if FIRST:
+                lse = tl.load(lse_ptr + stats)
+                delta = tl.sum(tl.load(o_ptr + dq_at).to(tl.float32) * do.to(tl.float32), 1)
+                if begin == 0:
+                    tl.store(stats_ptr + stats * 2, lse, mask=there)
+                    tl.store(stats_ptr + stats * 2 + 1, delta, mask=there)
+            else:
+                lse, delta = tl.load(stats_ptr + stats * 2), tl.load(stats_ptr + stats * 2 + 1)
 
-        k_s, v_s = k_s_ptr + row * k_s_b + h * k_s_h, v_s_ptr + row * v_s_b + h * v_s_h
-        k_r, v_r = k_r_ptr + row * k_r_b + h * k_r_h, v_r_ptr + row * v_r_b + h * v_r_h
-        dq = tl.zeros([BM, D], tl.float32)
-        dq = _query_gradient(
-            dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-            tokens_ptr + first * LINE, bits_ptr + first_masked * (2 * LINE), masked,
-            summaries, scale, offs_row, offs_n, offs_d, True, FIRST, BN, PRECISION, STAGES,
-        )  # fmt: skip
-        dq = _query_gradient(
-            dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-            tokens_ptr + (first + masked) * LINE, bits_ptr, tiles - masked,
-            summaries, scale, offs_row, offs_n, offs_d, False, FIRST, BN, PRECISION, STAGES,
-        )  # fmt: skip
-        dq *= softmax_scale
-        if not FIRST:
-            dq += tl.load(dq_ptr + dq_at).to(tl.float32)
-        tl.store(dq_ptr + dq_at, dq.to(dq_ptr.dtype.element_ty), mask=there[:, None])
+            k_s, v_s = k_s_ptr + row * k_s_b + h * k_s_h, v_s_ptr + row * v_s_b + h * v_s_h
+            k_r, v_r = k_r_ptr + row * k_r_b + h * k_r_h, v_r_ptr + row * v_r_b + h * v_r_h
+            border = tl.minimum(tl.maximum(masked, begin), end)
+            dq = tl.zeros([BM, D], tl.float32)
+            dq = _query_gradient(
+                dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
+                tokens_ptr + (first + begin) * LINE, bits_ptr + (first_masked + begin) * (2 * LINE),
+                border - begin, summaries, scale, offs_row, offs_n, offs_d,
+                True, FIRST, BN, PRECISION, STAGES,
+            )  # fmt: skip
+            dq = _query_gradient(
+                dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
+                tokens_ptr + (first + border) * LINE, bits_ptr,
+                end - border, summaries, scale, offs_row, offs_n, offs_d,
+                False, FIRST, BN, PRECISION, STAGES,
+            )  # fmt: skip
+            dq *= softmax_scale
+            done = slot < 0
+            if slot >= 0:
+                part = parts_ptr + (slot.to(tl.int64) * heads + h) * (LINE * D)
+                at = offs_row[:, None] * D + offs_d[None, :]
+                tl.store(part + at, dq)
+                first_slot, parts = tl.load(item + 4), tl.load(item + 5)
+                done = all_parts_done(counters_ptr + first_counter, first_slot, parts, heads, head, sub, SUBS)
+                if done:
+                    dq = tl.zeros([BM, D], tl.float32)
+                    part = parts_ptr + (first_slot.to(tl.int64) * heads + h) * (LINE * D)
+                    for _ in range(0, parts):
+                        dq += tl.load(part + at, cache_modifier=".cg")
+                        part += heads * (LINE * D)
+            if done:
+                if not FIRST:
+                    dq += tl.load(dq_ptr + dq_at).to(tl.float32)
+                tl.store(dq_ptr + dq_at, dq.to(dq_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
@@ -144,104 +164,81 @@ def _store_key_gradients(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "blocks", "summaries", "first_block", "first_line"])
+@triton.jit(do_not_specialize=GEOMETRY)
 def key_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr,
-    dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, parts_ptr,
-    order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needed_ptr,
+    dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, parts_ptr, counters_ptr,
+    order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needs_ptr,
     q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
     do_b, do_h, do_n, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_line,
-    FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    group, items, first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BM keys of one item of one head, or a part of them to its slot in `parts`.
+    """dk and dv of BM keys of one item of one head. `parts` is float32 [slots, H, 2, 64, D]: dk, then dv.
 
-    `parts` is float32 [slots, H, 2, 64, D]: dk, then dv. The near pass has `needed` items, the far one as
-    many as programs.
+    `needs` says how many items there are.
     """
-    PARTS: tl.constexpr = LINE // BM
+    SUBS: tl.constexpr = LINE // BM
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
-    if not FIRST or work // PARTS < tl.load(needed_ptr):
-        item = items_ptr + work // PARTS * 4
+    sub = work % SUBS
+    if work // SUBS < tl.load(needs_ptr + ITEMS + group):
+        item = items_ptr + (group * items + work // SUBS) * 8
         line, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
         table = table_ptr + (first_line + line) * 4
         first, first_masked, masked = tl.load(table), tl.load(table + 1), tl.load(table + 2)
-        row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
-        offs_row, offs_n, offs_d = work % PARTS * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-        slots = order_ptr + (first_block + line) * LINE
-        token = tl.load(slots + offs_row)  # [BM]
-        in_s = tl.load(slots) < summaries  # a line is of one stream
-        at = tl.maximum(tl.where(in_s, token, token - summaries), 0)[:, None]
-        if in_s:
-            k = tl.load(k_s_ptr + row * k_s_b + h * k_s_h + at * k_s_n + offs_d[None, :])  # [BM, D]
-            v = tl.load(v_s_ptr + row * v_s_b + h * v_s_h + at * v_s_n + offs_d[None, :])  # [BM, D]
-        else:
-            k = tl.load(k_r_ptr + row * k_r_b + h * k_r_h + at * k_r_n + offs_d[None, :])
-            v = tl.load(v_r_ptr + row * v_r_b + h * v_r_h + at * v_r_n + offs_d[None, :])
+        if FIRST or end > 0:
+            row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
+            offs_row, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+            slots = order_ptr + (first_block + line) * LINE
+            token = tl.load(slots + offs_row)  # [BM]
+            in_s = tl.load(slots) < summaries  # a line is of one stream
+            at = tl.maximum(tl.where(in_s, token, token - summaries), 0)[:, None]
+            if in_s:
+                k = tl.load(k_s_ptr + row * k_s_b + h * k_s_h + at * k_s_n + offs_d[None, :])  # [BM, D]
+                v = tl.load(v_s_ptr + row * v_s_b + h * v_s_h + at * v_s_n + offs_d[None, :])  # [BM, D]
+            else:
+                k = tl.load(k_r_ptr + row * k_r_b + h * k_r_h + at * k_r_n + offs_d[None, :])
+                v = tl.load(v_r_ptr + row * v_r_b + h * v_r_h + at * v_r_n + offs_d[None, :])
 
-        q, do = q_ptr + row * q_b + h * q_h, do_ptr + row * do_b + h * do_h
-        stats = stats_ptr + (row * heads + h) * queries * 2
-        border = tl.minimum(tl.maximum(masked, begin), end)
-        dk = tl.zeros([BM, D], tl.float32)
-        dv = tl.zeros([BM, D], tl.float32)
-        dk, dv = _key_gradient(
-            dk, dv, k, v, q, do, q_n, do_n, stats,
-            tokens_ptr + (first + begin) * LINE, bits_ptr + (first_masked + begin) * (2 * LINE),
-            border - begin, scale, offs_row, offs_n, offs_d, True, BN, PRECISION, STAGES,
-        )  # fmt: skip
-        dk, dv = _key_gradient(
-            dk, dv, k, v, q, do, q_n, do_n, stats,
-            tokens_ptr + (first + border) * LINE, bits_ptr,
-            end - border, scale, offs_row, offs_n, offs_d, False, BN, PRECISION, STAGES,
-        )  # fmt: skip
-        dk *= softmax_scale
-        there = token >= 0
-        if slot >= 0:
-            part = parts_ptr + (slot.to(tl.int64) * heads + h) * (2 * LINE * D)
-            part += offs_row[:, None] * D + offs_d[None, :]
-            tl.store(part, dk)
-            tl.store(part + LINE * D, dv)
-        elif in_s:
-            base = row * d_s_b + h * d_s_h
-            _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, there, offs_d, FIRST)
-        else:
-            base = row * d_r_b + h * d_r_h
-            _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, there, offs_d, FIRST)
-
-
-@triton.jit(do_not_specialize=["heads", "blocks", "summaries", "first_block"])
-def sum_parts_kernel(
-    parts_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, order_ptr, splits_ptr, needed_ptr,
-    d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n, heads, summaries, blocks, first_block,
-    BM: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Sums the parts of BM keys of one split line of one head, in order. There are `needed` such lines."""
-    PARTS: tl.constexpr = LINE // BM
-    head = tl.program_id(0) % heads
-    work = tl.program_id(0) // heads
-    if work // PARTS < tl.load(needed_ptr):
-        split = splits_ptr + work // PARTS * 3
-        line, begin, end = tl.load(split), tl.load(split + 1), tl.load(split + 2)
-        row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
-        offs_row, offs_d = work % PARTS * BM + tl.arange(0, BM), tl.arange(0, D)
-        dk = tl.zeros([BM, D], tl.float32)
-        dv = tl.zeros([BM, D], tl.float32)
-        part = parts_ptr + (begin.to(tl.int64) * heads + h) * (2 * LINE * D)
-        part += offs_row[:, None] * D + offs_d[None, :]
-        for _ in range(begin, end):
-            dk += tl.load(part)
-            dv += tl.load(part + LINE * D)
-            part += heads * (2 * LINE * D)
-        slots = order_ptr + (first_block + line) * LINE
-        token = tl.load(slots + offs_row)  # [BM]
-        in_s = tl.load(slots) < summaries
-        at = tl.maximum(tl.where(in_s, token, token - summaries), 0)[:, None]
-        there = token >= 0
-        if in_s:
-            base = row * d_s_b + h * d_s_h
-            _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, there, offs_d, True)
-        else:
-            base = row * d_r_b + h * d_r_h
-            _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, there, offs_d, True)
+            q, do = q_ptr + row * q_b + h * q_h, do_ptr + row * do_b + h * do_h
+            stats = stats_ptr + (row * heads + h) * queries * 2
+            border = tl.minimum(tl.maximum(masked, begin), end)
+            dk = tl.zeros([BM, D], tl.float32)
+            dv = tl.zeros([BM, D], tl.float32)
+            dk, dv = _key_gradient(
+                dk, dv, k, v, q, do, q_n, do_n, stats,
+                tokens_ptr + (first + begin) * LINE, bits_ptr + (first_masked + begin) * (2 * LINE),
+                border - begin, scale, offs_row, offs_n, offs_d, True, BN, PRECISION, STAGES,
+            )  # fmt: skip
+            dk, dv = _key_gradient(
+                dk, dv, k, v, q, do, q_n, do_n, stats,
+                tokens_ptr + (first + border) * LINE, bits_ptr,
+                end - border, scale, offs_row, offs_n, offs_d, False, BN, PRECISION, STAGES,
+            )  # fmt: skip
+            dk *= softmax_scale
+            there = token >= 0
+            done = slot < 0
+            if slot >= 0:
+                part = parts_ptr + (slot.to(tl.int64) * heads + h) * (2 * LINE * D)
+                offs = offs_row[:, None] * D + offs_d[None, :]
+                tl.store(part + offs, dk)
+                tl.store(part + LINE * D + offs, dv)
+                first_slot, parts = tl.load(item + 4), tl.load(item + 5)
+                done = all_parts_done(counters_ptr + first_counter, first_slot, parts, heads, head, sub, SUBS)
+                if done:
+                    dk = tl.zeros([BM, D], tl.float32)
+                    dv = tl.zeros([BM, D], tl.float32)
+                    part = parts_ptr + (first_slot.to(tl.int64) * heads + h) * (2 * LINE * D)
+                    for _ in range(0, parts):
+                        dk += tl.load(part + offs, cache_modifier=".cg")
+                        dv += tl.load(part + LINE * D + offs, cache_modifier=".cg")
+                        part += heads * (2 * LINE * D)
+            if done:
+                if in_s:
+                    base = row * d_s_b + h * d_s_h
+                    _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, there, offs_d, FIRST)
+                else:
+                    base = row * d_r_b + h * d_r_h
+                    _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, there, offs_d, FIRST)

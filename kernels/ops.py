@@ -6,34 +6,30 @@ copied. Results are transposes of contiguous [B, length, H, D], so that joining 
 same inputs always give the same bits, gradients included.
 """
 
+from collections.abc import Sequence
 from math import log2
 
 import torch
 from torch import Tensor
 
-from .backward import key_gradient_kernel, query_gradient_kernel, sum_parts_kernel
+from .backward import key_gradient_kernel, query_gradient_kernel
 from .forward import forward_kernel
 from .launch import Launch
 from .launcher import Launcher
 from .plan import LINE
-from .plan_kernels import ITEMS, SPLIT
 from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
 from .tuning import launches_for
 
 _LOG2_E = log2(2.718281828459045)
 _TILE = 2048  # elements that a program of the summarize phase takes at a time
-_SUM_ROWS = 16  # rows of a line that one program sums
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
-_key_gradient, _sum_parts = Launcher(key_gradient_kernel), Launcher(sum_parts_kernel)
+_key_gradient = Launcher(key_gradient_kernel)
 _summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
 _token_gradient = Launcher(token_gradient_kernel)
 
 _INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
 _BARS = "Tensor bars, Tensor slot"
-_PLAN = (
-    "Tensor order, Tensor table, Tensor tokens, Tensor bits, "
-    "Tensor work, Tensor items, Tensor splits, Tensor needs"
-)
+_PLAN = "Tensor order, Tensor table, Tensor tokens, Tensor bits, Tensor items, Tensor needs"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 _library = torch.library.Library("meloformer", "DEF")
@@ -67,7 +63,7 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
         (summaries * heads, rows),
         (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales),
-        BN=_TILE // dim, D=dim, num_warps=4,
+        BN=_TILE // 2 // dim, D=dim, num_warps=2,
     )  # fmt: skip
     _token_gradient(
         (-(-regular // (_TILE // dim)) * heads, rows),
@@ -80,103 +76,108 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
 
 def update(q, k_s, v_s, k_r, v_r, *plan):
     """o [B, H, N, D] and its log-sum-exp in base 2, float32 [B, H, N]. See `plan.Plan`."""
-    inputs = tuple(map(_addressable, (q, k_s, v_s, k_r, v_r)))
+    run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=2)
     o, lse = _outputs(q)
-    for far in (False, True):
-        add_forward(o, lse, *inputs, plan, far)
+    run.forward(o, lse, far=False)
+    run.forward(o, lse, far=True)
     return o, lse
 
 
 def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     *plan, o, lse, do = rest
-    inputs, do = tuple(map(_addressable, (q, k_s, v_s, k_r, v_r))), _addressable(do)
-    gradients = tuple(map(_empty_like, inputs))
-    stats = lse.new_empty(*lse.shape, 2)
+    run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=4)
+    gradients = tuple(map(_empty_like, run.inputs))
+    do, stats = _addressable(do), lse.new_empty(*lse.shape, 2)
     for far in (False, True):
-        add_query_gradient(gradients[0], *inputs, o, lse, do, stats, plan, far)
-        add_key_gradients(gradients[1:], *inputs, do, stats, plan, far)
+        run.query_gradient(gradients[0], o, lse, do, stats, far)
+        run.key_gradients(gradients[1:], do, stats, far)
     return gradients
 
 
-def add_forward(o, lse, q, k_s, v_s, k_r, v_r, plan, far: bool) -> None:
-    """One pass of o and lse: written by the near pass, continued by the far one."""
-    order, table, tokens, bits, work, *_ = plan
-    rows, heads, queries, dim = q.shape
-    tuned = launches_for(q.device, q.dtype, dim)
-    launch = tuned.forward_far if far else tuned.forward_near
-    blocks = -(-queries // LINE)
-    lines = rows * blocks
-    _forward(
-        (lines * (LINE // launch.rows) * heads,),
-        (q, k_s, v_s, k_r, v_r, o, lse, order, table, tokens, bits, work[lines:] if far else work),
-        (
-            *_strides(q, k_s, v_s, k_r, v_r, o),
-            *(dim**-0.5 * _LOG2_E, heads, queries, k_s.shape[2], blocks),
-            *_first(q, k_s, far, by_keys=False),
-        ),
-        **_constants(launch, dim, not far),
-    )
+class Update:
+    """The launches of the update phase on some inputs: what they have in common is found out once.
 
+    Every launch writes in the near pass, and continues or adds in the far one.
+    """
 
-def add_query_gradient(dq, q, k_s, v_s, k_r, v_r, o, lse, do, stats, plan, far: bool) -> None:
-    """One pass of dq: written by the near pass, added to by the far one. The near pass also writes
-    `stats`, float32 [B, H, N, 2], which all later kernels of the backward need."""
-    order, table, tokens, bits, work, *_ = plan
-    rows, heads, queries, dim = q.shape
-    tuned = launches_for(q.device, q.dtype, dim)
-    launch = tuned.dq_far if far else tuned.dq_near
-    blocks = -(-queries // LINE)
-    lines = rows * blocks
-    work = work[lines:] if far else work
-    _query_gradient(
-        (lines * (LINE // launch.rows) * heads,),
-        (q, k_s, v_s, k_r, v_r, o, lse, do, stats, dq, order, table, tokens, bits, work),
-        (
-            *_strides(q, k_s, v_s, k_r, v_r, do, dq),
-            *(dim**-0.5 * _LOG2_E, dim**-0.5, heads, queries, k_s.shape[2], blocks),
-            *_first(q, k_s, far, by_keys=False),
-        ),
-        **_constants(launch, dim, not far),
-    )
+    def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor], kernels: int):
+        """`plan` as in `plan.Plan.tensors`; `kernels` is the number of launches to come."""
+        self.inputs = tuple(map(_addressable, inputs))
+        q, k_s = self.inputs[:2]
+        self.plan = tuple(plan)
+        self.rows, self.heads, self.queries, self.dim = q.shape
+        self.summaries = k_s.shape[2]
+        self.q_blocks = -(-self.queries // LINE)
+        self.k_blocks = self.q_blocks + -(-self.summaries // LINE)
+        self.items = plan[4].shape[1]
+        self.slots = self.items - self.rows * self.k_blocks
+        # Parts of split lines, dk and dv or less; and per launch a zero for each.
+        part = 2 * LINE * (self.dim + 2)
+        self.parts = q.new_empty((self.slots, self.heads, part), dtype=torch.float32)
+        self.counted = self.slots * self.heads * (LINE // 16)
+        self.counters = plan[4].new_zeros(kernels * self.counted)
+        self.launched = 0
+        self.launches = launches_for(q.device, q.dtype, self.dim)
+        self.scale = self.dim**-0.5
+        self.strides = _strides(*self.inputs)
 
+    def forward(self, o: Tensor, lse: Tensor, far: bool) -> None:
+        launch = self.launches.forward_far if far else self.launches.forward_near
+        programs, geometry = self._group(launch, far, by_keys=False)
+        _forward(
+            programs,
+            (*self.inputs, o, lse, self.parts, self.counters, *self.plan),
+            (*self.strides, *_strides(o), self.scale * _LOG2_E, self.heads, self.queries, *geometry),
+            **_constants(launch, self.dim, not far),
+        )
 
-def add_key_gradients(gradients, q, k_s, v_s, k_r, v_r, do, stats, plan, far: bool) -> None:
-    """One pass of dk_s, dv_s, dk_r and dv_r: written by the near pass, added to by the far one."""
-    order, table, tokens, bits, _, items, splits, needs = plan
-    rows, heads, queries, dim = q.shape
-    tuned = launches_for(q.device, q.dtype, dim)
-    launch = tuned.dkv_far if far else tuned.dkv_near
-    dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
-    q_blocks, slots = -(-queries // LINE), splits.shape[0]
-    blocks = q_blocks + (0 if far else -(-k_s.shape[2] // LINE))
-    parts = q.new_empty((0 if far else slots, heads, 2, LINE, dim), dtype=torch.float32)
-    first_block, first_line = _first(q, k_s, far, by_keys=True)
-    needed, numbers = needs[ITEMS.value :], (heads, queries, k_s.shape[2], blocks, first_block, first_line)
-    _key_gradient(
-        ((rows * q_blocks if far else items.shape[1]) * (LINE // launch.rows) * heads,),
-        (
-            *(q, k_s, v_s, k_r, v_r, do, stats, *gradients, stats if far else parts),
-            *(order, table, tokens, bits, items[int(far)], needed),
-        ),
-        (*_strides(q, k_s, v_s, k_r, v_r, do, dk_s, dk_r), dim**-0.5 * _LOG2_E, dim**-0.5, *numbers),
-        **_constants(launch, dim, not far),
-    )
-    if not far:
-        _sum_parts(
-            (slots // 2 * (LINE // _SUM_ROWS) * heads,),
-            (parts, *gradients, order, splits, needs[SPLIT.value :]),
-            (*_strides(dk_s, dk_r), heads, k_s.shape[2], blocks, first_block),
-            BM=_SUM_ROWS, D=dim,
-        )  # fmt: skip
+    def query_gradient(
+        self, dq: Tensor, o: Tensor, lse: Tensor, do: Tensor, stats: Tensor, far: bool
+    ) -> None:
+        """The near pass also writes `stats`, float32 [B, H, N, 2], which all later launches need."""
+        launch = self.launches.dq_far if far else self.launches.dq_near
+        programs, geometry = self._group(launch, far, by_keys=False)
+        _query_gradient(
+            programs,
+            (*self.inputs, o, lse, do, stats, dq, self.parts, self.counters, *self.plan),
+            (
+                *self.strides,
+                *_strides(do, dq),
+                *(self.scale * _LOG2_E, self.scale, self.heads, self.queries),
+                *geometry,
+            ),
+            **_constants(launch, self.dim, not far),
+        )
 
+    def key_gradients(self, gradients: Sequence[Tensor], do: Tensor, stats: Tensor, far: bool) -> None:
+        """Of k_s, v_s, k_r and v_r."""
+        launch = self.launches.dkv_far if far else self.launches.dkv_near
+        programs, geometry = self._group(launch, far, by_keys=True)
+        dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
+        _key_gradient(
+            programs,
+            (*self.inputs, do, stats, *gradients, self.parts, self.counters, *self.plan),
+            (
+                *self.strides,
+                *_strides(do, dk_s, dk_r),
+                *(self.scale * _LOG2_E, self.scale, self.heads, self.queries),
+                *geometry,
+            ),
+            **_constants(launch, self.dim, not far),
+        )
 
-def _first(q: Tensor, k_s: Tensor, far: bool, by_keys: bool) -> tuple[int, int]:
-    """The first block, in the layouts, and the first line of a group."""
-    rows, q_blocks = q.shape[0], -(-q.shape[2] // LINE)
-    k_blocks = q_blocks + -(-k_s.shape[2] // LINE)
-    if far:
-        return rows * (q_blocks + k_blocks), rows * (2 * q_blocks + k_blocks if by_keys else q_blocks)
-    return (rows * q_blocks, 2 * rows * q_blocks) if by_keys else (0, 0)
+    def _group(self, launch: Launch, far: bool, by_keys: bool) -> tuple[tuple[int], tuple[int, ...]]:
+        """The programs of a group, and its geometry as the kernels take it."""
+        rows, q_blocks, k_blocks = self.rows, self.q_blocks, self.k_blocks
+        blocks = k_blocks if by_keys and not far else q_blocks
+        if far:
+            first = rows * (q_blocks + k_blocks), rows * (2 * q_blocks + k_blocks if by_keys else q_blocks)
+        else:
+            first = (rows * q_blocks, 2 * rows * q_blocks) if by_keys else (0, 0)
+        programs = (rows * blocks + self.slots) * (LINE // launch.rows) * self.heads
+        counter = self.launched * self.counted
+        self.launched += 1
+        return (programs,), (self.summaries, blocks, *first, 2 * by_keys + far, self.items, counter)
 
 
 def _constants(launch: Launch, dim: int, first: bool) -> dict:

@@ -46,7 +46,6 @@ from .structure import Structure
 
 LINE = BLOCK.value  # tokens of a line, and columns of a tile
 NEAR, FAR = 0, 1
-SPLIT = 48  # most tiles that one program of the key-gradient kernel reads, unless told otherwise
 
 _NEVER = 2**30  # a distance between bars that does not occur
 _FIRST_GUESS = 24  # tiles per line, before anything is known
@@ -72,19 +71,16 @@ class Plan:
             number of these, and the number of all its tiles. Tiles with a mask come first.
         tokens: [tiles * 64], the columns: keys counted as in `order`, queries within their stream.
         bits: [tiles with a mask, 2, 64], see `forward.tile_mask`.
-        query_work: [lines by queries], the lines of each group by queries, longest first.
-        items: [2, items, 4], of each pass its lines by keys, longest first: (line, first and end tile
-            within the line, slot of its partial gradient, -1 if it is the whole line).
-        splits: [slots, 3], the near lines by keys in several items: (line, first and end slot).
-        needs: [6], what was needed of each capacity, and how many entries of `items` (near) and `splits`
-            mean something; see `plan_kernels`.
+        items: [4, items, 8], of each group its lines, longest first, or parts of lines; see
+            `plan_kernels.work_kernel`.
+        needs: [11], what was needed of each capacity, and how many items each group has; see
+            `plan_kernels`.
     """
 
-    def __init__(self, structure: Structure, split: int = SPLIT):
+    def __init__(self, structure: Structure, split: int = 0):
         """
         Args:
-            split: most tiles of a near item; lines by keys that are longer (of summaries, of chords:
-                keys that everybody reads) go to several programs.
+            split: most tiles of an item; 0 decides by the number of all tiles.
         """
         self.structure, self.split = structure, split
         self.rows, self.regular = structure.doc.shape
@@ -155,12 +151,11 @@ class Plan:
             lines, tiles, rows, summaries, regular, q_blocks, k_blocks, **look,
         )  # fmt: skip
 
-        self.query_work, self.needs = empty(2 * rows * q_blocks), empty(NEEDS)
-        items = rows * k_blocks + slots  # a line that is split has an item for every slot
-        self.items, self.splits = empty(2, items, 4), empty(slots, 3)
+        # A line that is split has an item for every slot.
+        self.needs, self.items = empty(NEEDS), empty(4, rows * k_blocks + slots, 8)
         work_kernel[triton.cdiv(rows * k_blocks, 32), 4](
-            sizes, ends, end, self.query_work, self.items, self.splits, self.needs,
-            lines, items, slots, rows, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
+            sizes, ends, end, self.items, self.needs,
+            lines, self.items.shape[1], rows, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
         )  # fmt: skip
         self._ask()
 
@@ -184,7 +179,7 @@ class Plan:
                 self._answered.synchronize()
             needs = self._answer.tolist()
             self._answer = self._answered = None
-            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], needs[SLOTS])
+            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], max(needs[SLOTS : SLOTS + 4]))
             known = _capacities.get(self._key)
             if known is None or any(n > c for n, c in zip(needed, self.capacity)):
                 # The first guess is generous, and every kernel has a program for all that might be there.
@@ -203,9 +198,7 @@ class Plan:
             self.table,
             self.tokens,
             self.bits,
-            self.query_work,
             self.items,
-            self.splits,
             self.needs,
         )
 

@@ -12,6 +12,7 @@ No kernel writes beyond what is allocated. `needs` says afterwards what would ha
 import triton
 import triton.language as tl
 
+from .forward import ITEMS, LINE
 from .visibility import (
     _NO_INSTRUMENT,
     _NO_ONSET,
@@ -24,13 +25,15 @@ from .visibility import (
     store_ranges,
 )
 
-BLOCK = tl.constexpr(64)
+BLOCK = LINE
 FULL_UNIT = tl.constexpr(128)  # full columns are taken by so many, the most that a kernel takes at once
 
 # Entries of `needs`.
 CANDIDATES, TILES, MASKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ITEMS, SLOTS, SPLIT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # of the near pass by keys
-NEEDS = 6
+SLOTS = tl.constexpr(3)  # of the first group, and three others after it, as those of ITEMS
+NEEDS = 11
+
+LEAST_SPLIT = tl.constexpr(16)  # tiles: parts of fewer would cost more than the balance of work gains
 
 
 @triton.jit(do_not_specialize=["rows", "summaries", "regular"])
@@ -311,29 +314,30 @@ def bits_kernel(
             tl.store(bits_ptr + (tile * 2 + word) * BLOCK + offs, bits)
 
 
-@triton.jit(do_not_specialize=["lines", "items", "slots", "rows", "q_blocks", "k_blocks", "split"])
+@triton.jit(do_not_specialize=["lines", "items", "rows", "q_blocks", "k_blocks", "split"])
 def work_kernel(
-    tiles_ptr, ends_ptr, end_ptr, query_work_ptr, items_ptr, splits_ptr, needs_ptr,
-    lines, items, slots, rows, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
+    tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
+    lines, items, rows, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The order of work in one group, longest line first: lines by queries, and parts of lines by keys.
+    """The order of work in one group, int32 [4, items, 8], longest line first: lines, or parts of them.
 
-    An item is (line, first tile, end tile, slot) with tiles counted within the line; the slot is -1 if
-    the item is the whole line. A split line is (line, first slot, end slot). Lines are counted within
-    their group. Only the near pass splits lines: some keys are read by everybody there, so that a few
-    lines would take longer than all others together.
+    An item is (line, first tile, end tile, slot, first slot of the line, parts of the line, ...), with
+    lines counted within the group and tiles within the line; the slot is -1 if the line has one part.
+    Lines are split that would take longer than all others together take on a GPU: those with more tiles
+    than `split`, or, if that is 0, than a share of all tiles.
     """
     group, chunk = tl.program_id(1), tl.program_id(0)
     q_lines, k_lines = rows * q_blocks, rows * k_blocks
     first = tl.where(group < 2, group * q_lines, tl.where(group == 2, 2 * q_lines, 2 * q_lines + k_lines))
     number = tl.where(group == 2, k_lines, q_lines)
-    most = tl.where(group == 2, split, 2**30)
+    before_all = tl.load(ends_ptr + first) - tl.load(tiles_ptr + first)
+    share = (tl.load(ends_ptr + first + number - 1) - before_all) // tl.where(group < 2, 64, 40)
+    most = tl.where(split > 0, split, tl.maximum(share, LEAST_SPLIT))
     mine = chunk * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(tiles_ptr + first + mine, mask=mine < number, other=0)
     parts = tl.maximum((total + most - 1) // most, 1)
-    rank = tl.zeros([CHUNK], tl.int32)
     item = tl.zeros([CHUNK], tl.int32)
-    all_items, all_slots, all_splits = 0, 0, 0
+    all_items, all_slots = 0, 0
     for start in range(0, number, ACROSS):
         other = start + tl.arange(0, ACROSS)
         there = other < number
@@ -342,35 +346,24 @@ def work_kernel(
         before = other_total[None, :] > total[:, None]
         before |= (other_total[None, :] == total[:, None]) & (other[None, :] < mine[:, None])
         before &= there[None, :]
-        rank += tl.sum(before.to(tl.int32), 1)
         item += tl.sum(tl.where(before, other_parts[None, :], 0), 1)
         all_items += tl.sum(other_parts, 0)
         all_slots += tl.sum(tl.where(other_parts > 1, other_parts, 0), 0)
-        all_splits += tl.sum((other_parts > 1).to(tl.int32), 0)
-    there = mine < number
-    if group < 2:
-        tl.store(query_work_ptr + first + rank, mine, mask=there)
-    else:
-        far = group - 2
-        # Lines in several parts are the longest, so that they come first: their items are the slots.
-        out = items_ptr + (far * items + item) * 4
-        for part in range(0, tl.max(parts, 0)):
-            keep = there & (part < parts) & (item + part < items)
-            at = out + part * 4
-            tl.store(at, mine, mask=keep)
-            tl.store(at + 1, part * total // parts, mask=keep)
-            tl.store(at + 2, (part + 1) * total // parts, mask=keep)
-            tl.store(at + 3, tl.where(parts > 1, item + part, -1), mask=keep)
-        keep = there & (parts > 1) & (rank < slots)
-        at = splits_ptr + rank * 3
+    # Lines in several parts are the longest, so that they come first: their items are the slots.
+    out = items_ptr + (group * items + item) * 8
+    for part in range(0, tl.max(parts, 0)):
+        keep = (mine < number) & (part < parts) & (item + part < items)
+        at = out + part * 8
         tl.store(at, mine, mask=keep)
-        tl.store(at + 1, item, mask=keep)
-        tl.store(at + 2, item + parts, mask=keep)
-        if (chunk == 0) & (group == 2):
-            tl.store(needs_ptr + ITEMS, all_items)
-            tl.store(needs_ptr + SLOTS, all_slots)
-            tl.store(needs_ptr + SPLIT, all_splits)
-    if (group == 0) & (chunk == 0):
-        tl.store(needs_ptr + CANDIDATES, tl.load(end_ptr + lines - 1))
-        tl.store(needs_ptr + TILES, tl.load(ends_ptr + lines - 1))
-        tl.store(needs_ptr + MASKED, tl.load(ends_ptr + 2 * lines - 1))
+        tl.store(at + 1, part * total // parts, mask=keep)
+        tl.store(at + 2, (part + 1) * total // parts, mask=keep)
+        tl.store(at + 3, tl.where(parts > 1, item + part, -1), mask=keep)
+        tl.store(at + 4, item, mask=keep)
+        tl.store(at + 5, parts, mask=keep)
+    if chunk == 0:
+        tl.store(needs_ptr + SLOTS + group, all_slots)
+        tl.store(needs_ptr + ITEMS + group, all_items)
+        if group == 0:
+            tl.store(needs_ptr + CANDIDATES, tl.load(end_ptr + lines - 1))
+            tl.store(needs_ptr + TILES, tl.load(ends_ptr + lines - 1))
+            tl.store(needs_ptr + MASKED, tl.load(ends_ptr + 2 * lines - 1))

@@ -85,42 +85,29 @@ class PlanOfMasks:
             (keys, near.transpose(1, 2), True),
             (far_order, far.transpose(1, 2), True),
         ]
-        table, tokens, bits, work, items, splits, needs = [], [], [], [], [], [], [0] * 6
-        for group, (order, mask, by_keys) in enumerate(groups):
+        table, tokens, bits, items = [], [], [], []
+        for order, mask, by_keys in groups:
             totals = []
             for row, slots in enumerate(order):
                 for own in slots.view(-1, LINE):
-                    line = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
-                    columns, tiles = line
+                    columns, tiles = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
                     table.append([len(tokens), len(bits), len(tiles), len(columns)])
                     tokens += columns
                     bits += tiles
                     totals.append(len(columns))
-            longest = sorted(range(len(totals)), key=lambda i: (-totals[i], i))
-            if not by_keys:
-                work += longest
-                continue
-            far_pass = group - 2
-            own_items, own_splits = [], []
-            for i in longest:
-                parts = 1 if far_pass else max(-(-totals[i] // split), 1)
-                if parts > 1:
-                    own_splits.append([i, len(own_items), len(own_items) + parts])
+            group = []
+            for line in sorted(range(len(totals)), key=lambda i: (-totals[i], i)):
+                parts, first = max(-(-totals[line] // split), 1), len(group)
                 for part in range(parts):
-                    bounds = [part * totals[i] // parts, (part + 1) * totals[i] // parts]
-                    own_items.append([i, *bounds, len(own_items) if parts > 1 else -1])
-            items.append(own_items)
-            if not far_pass:
-                splits = own_splits
-                needs[3], needs[5] = len(own_items), len(own_splits)
+                    bounds = [part * totals[line] // parts, (part + 1) * totals[line] // parts]
+                    group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
+            items.append(group)
 
-        def table_of(lists: list[list[list[int]]], width: int, length: int) -> Tensor:
-            out = torch.full((len(lists), length, width), 10**6)
-            for one, entries in zip(out, lists):
-                one[: len(entries)] = torch.tensor(entries).reshape(-1, width)
-            return out
-
-        slots = sum(end - first for _, first, end in splits)
+        k_lines = rows * (keys.shape[1] // LINE)
+        slots = max(sum(item[3] >= 0 for item in group) for group in items)
+        padded = torch.full((4, k_lines + slots, 8), 10**6)
+        for out, group in zip(padded, items):
+            out[: len(group)] = torch.tensor(group)
         self.tensors = tuple(
             x.to(torch.int32).to(DEVICE)
             for x in (
@@ -128,10 +115,8 @@ class PlanOfMasks:
                 torch.tensor(table),
                 torch.stack([*tokens, torch.zeros(LINE, dtype=torch.int64)]).flatten(),
                 torch.stack([*bits, torch.zeros(2, LINE, dtype=torch.int32)]),
-                torch.tensor(work),
-                table_of(items, 4, max(map(len, items)) + 1),
-                table_of([splits], 3, max(2, slots))[0],
-                torch.tensor(needs),
+                padded,
+                torch.tensor([0] * 7 + [len(group) for group in items]),
             )
         )
 
