@@ -34,8 +34,8 @@ PREFERRED_ELSEWHERE = ("reference",)
 class Backend(Protocol):
     """The attention of one batch. All that depends on the structure alone is done once, on creation.
 
-    The methods get what `Attention` has checked: one dtype, one device, scale 1/sqrt(D). A query
-    that sees nothing yields exactly 0 and passes no gradient.
+    It may have a method `settle`, see `Attention.settle`. The others get what `Attention` has checked: one
+    dtype, one device, scale 1/sqrt(D). A query that sees nothing yields exactly 0 and passes no gradient.
     """
 
     def __init__(self, structure: Structure) -> None: ...
@@ -97,6 +97,16 @@ class Attention:
         """
         self._check(q_r, summaries=(k_s, v_s), tokens=(q_r, k_r, v_r))
         return self._implementation.update(q_r, k_r, v_r, k_s, v_s)
+
+    def settle(self) -> "Attention":
+        """Finish what was begun on creation, if anything was: before a compiled model takes it.
+
+        On CUDA that may wait for the device, but not if it was created while there was other work to do.
+        """
+        settle = getattr(self._implementation, "settle", None)
+        if settle is not None:
+            settle()
+        return self
 
     def _check(self, query: Tensor, summaries: tuple[Tensor, ...], tokens: tuple[Tensor, ...]) -> None:
         if query.dim() != 4 or not query.is_floating_point():

@@ -172,8 +172,15 @@ class Plan:
     def settle(self) -> "Plan":
         """Make sure that everything fitted; if not, make the plan again with enough room.
 
-        Waits until the device has made the plan, once.
+        The first call waits until the device has made the plan. Call it before a compiled model gets the
+        plan: waiting is nothing that a graph can hold.
         """
+        if self._answer is not None:
+            self._grow()
+        return self
+
+    @torch.compiler.disable
+    def _grow(self) -> None:
         while self._answer is not None:
             if self._answered is not None:
                 self._answered.synchronize()
@@ -188,7 +195,9 @@ class Plan:
                     for n, k in zip(needed, known or (-1,) * len(needed))
                 )
                 self._make(_capacities[self._key])
-        return self
+        # Capacities grow now and then, which is no reason to compile a model anew.
+        for tensor, dimension in ((self.tokens, 0), (self.bits, 0), (self.items, 1)):
+            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

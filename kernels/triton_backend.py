@@ -35,21 +35,21 @@ class Backend:
     """
 
     def __init__(self, structure: Structure):
+        from . import ops  # noqa: F401, registers the operators
         from .plan import Plan
         from .summarize import find_bars
 
         self.plan = Plan(structure)
         self.bars = find_bars(structure)
 
-    def summarize(self, q_s: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> Tensor:
-        from . import ops  # noqa: F401, registers the operators
+    def settle(self) -> None:
+        self.plan.settle()
 
+    def summarize(self, q_s: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> Tensor:
         _check(q_s)
         return torch.ops.meloformer.summarize(q_s, k_s, v_s, k_r, v_r, *self.bars)[0]
 
     def update(self, q_r: Tensor, k_r: Tensor, v_r: Tensor, k_s: Tensor, v_s: Tensor) -> Tensor:
-        from . import ops  # noqa: F401
-
         _check(q_r)
         return torch.ops.meloformer.update(q_r, k_s, v_s, k_r, v_r, *self.plan.settle().tensors)[0]
 

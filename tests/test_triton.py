@@ -10,10 +10,10 @@ from meloformer.kernels import (
     ops,  # noqa: F401, registers the operators
     triton_backend,
 )
+from meloformer.kernels.launch import Launch, Launches, safe
 from meloformer.kernels.plan import Plan
 from meloformer.kernels.structure import regular_sees, summary_sees
 from meloformer.kernels.triton_backend import Backend
-from meloformer.kernels.launch import Launch, Launches, safe
 from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
 from meloformer.model import MeloFormer, ModelConfig
