@@ -93,9 +93,14 @@ class Job:
         os._exit(code)
 
 
+def _attempt() -> int:
+    """How many times torchrun has restarted the job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _attempt() > 0
 
 
 def start_job(device: str) -> Job:
@@ -106,5 +111,9 @@ def start_job(device: str) -> Job:
         torch.cuda.set_device(chosen)
     if world == 1:
         return Job(rank, world, chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun may serve all attempts from one store, with the addresses of dead processes in it.
+    store = dist.PrefixStore(f"attempt-{_attempt()}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return Job(rank, world, chosen, dist.new_group(backend="gloo", timeout=LEAD_TIMEOUT))

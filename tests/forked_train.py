@@ -3,12 +3,14 @@
 `python tests/forked_train.py SCENARIO ARGUMENT...` prints a JSON value.
 """
 
+import functools
 import json
 import os
 import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -16,14 +18,21 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # the first optimizer would, in every fork anew
+from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from meloformer import cli
+from meloformer.data import State
+from meloformer.job import start_job
+from meloformer.train_config import TrainConfig, parse_args
+from meloformer.trainer import Trainer
 
 import tiny_train
 
 
-def launch(world: int, work: Callable[[], int | None], log: Path) -> list[int]:
-    """Start `work` in `world` processes, as torchrun would; their ids."""
+def launch(world: int, work: Callable[[], int | None], log: Path, faults: list[dict] = ()) -> list[int]:
+    """Start `work` in `world` processes, as torchrun would; their ids. Their output goes to `log`."""
+    os.environ["FAULTS"] = json.dumps(list(faults))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -58,19 +67,17 @@ def launch(world: int, work: Callable[[], int | None], log: Path) -> list[int]:
 
 def wait(
     pids: list[int], until: Callable[[], bool] = lambda: False, seconds: float = 120
-) -> list[int] | None:
-    """Exit codes (minus the signal if there was one) when all have ended; None if `until` came first."""
+) -> list[int | None]:
+    """Exit codes, or minus the signal; None for what has not ended when `until` or the time comes."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
-    while len(codes) < len(pids):
+    while len(codes) < len(pids) and not until() and time.monotonic() < deadline:
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-        if until() or time.monotonic() > deadline:
-            return None
         time.sleep(0.002)
-    return [codes[pid] for pid in pids]
+    return [codes.get(pid) for pid in pids]
 
 
 def kill(pids: list[int]) -> None:
@@ -102,7 +109,7 @@ def kills(folder: str, world: str, count: str, *args: str) -> dict:
         moment = _Moment(output / "log.jsonl", steps)
         pids = start("killed", "--resume", "auto")
         ended = wait(pids, moment.has_come)
-        assert ended is None, f"it was over before kill {number + 1} of {times}"
+        assert None in ended, f"it was over before kill {number + 1} of {times}"
         time.sleep(pause)
         if number % 2:  # wait for a checkpoint that is being written
             wait(pids, lambda: any((output / "checkpoints").glob(".incomplete-*")), seconds=5)
@@ -128,15 +135,61 @@ class _Moment:
         return lines >= self._base + self._lines
 
 
-def codes(folder: str, world: str, *args: str) -> list[int] | None:
-    """Exit codes of a run, None for one that had to be killed."""
-    log = Path(folder) / "output.txt"
-    pids = launch(int(world), lambda: tiny_train.main(list(args)), log)
-    found = wait(pids, seconds=60)
-    kill(pids)
-    return found
+def runs(*specifications: str) -> list[dict]:
+    """Runs one after the other; of each the exit codes, None for a process that had to be killed, and output.
+
+    A specification is a JSON object: world, args, faults, and the seconds that the run may take.
+    """
+    told = []
+    for text in specifications:
+        spec = json.loads(text)
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "output.txt"
+            work = functools.partial(tiny_train.main, spec["args"])
+            pids = launch(spec["world"], work, log, spec["faults"])
+            codes = wait(pids, seconds=spec["seconds"])
+            kill([pid for pid, code in zip(pids, codes) if code is None])
+            told.append({"codes": codes, "output": log.read_text()})
+    return told
+
+
+def gradients(folder: str, shapes: str, *args: str) -> None:
+    """Save the gradients of a first step, as the optimizer sees them, for `shapes` as "1x4 2x2".
+
+    `processes`x`batches`.safetensors also tells, in its header, the buckets that were exchanged.
+    """
+    for shape in shapes.split():
+        world, batches = map(int, shape.split("x"))
+        file = Path(folder) / f"{shape}.safetensors"
+        config = parse_args([*args, "--gradient_accumulation_steps", str(batches)])
+        codes = wait(
+            launch(world, functools.partial(_save_gradients, config, file), file.with_suffix(".txt"))
+        )
+        assert codes == [0] * world, file.with_suffix(".txt").read_text()
+
+
+def _save_gradients(config: TrainConfig, file: Path) -> None:
+    trainer = Trainer(config, tiny_train.TINY, start_job("cpu"))
+    job, stepper, exchanged = trainer.job, trainer.stepper, []
+
+    def hook(_, bucket):
+        exchanged.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    def keep() -> None:
+        if job.leads:
+            found = {name: weight.grad.clone() for name, weight in stepper.model.named_parameters()}
+            save_file(found, file, {"exchanged": json.dumps(exchanged)})
+
+    if job.world > 1:
+        stepper.parallel.register_comm_hook(None, hook)
+    stepper.optimizer.step = keep
+    batches = trainer.data.batches(State(), config.batch_size, rank=job.rank, world=job.world)
+    for number in range(1, config.gradient_accumulation_steps + 1):
+        stepper.accumulate(next(batches)[0], last=number == config.gradient_accumulation_steps)
+    stepper.update(1e-3)
 
 
 if __name__ == "__main__":
     scenario, *arguments = sys.argv[1:]
-    print(json.dumps({"kills": kills, "codes": codes}[scenario](*arguments)))
+    print(json.dumps({"kills": kills, "runs": runs, "gradients": gradients}[scenario](*arguments)))

@@ -10,10 +10,12 @@ from meloformer import train
 from meloformer.checkpoint import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
 from meloformer.job import start_job
+from meloformer.model import MeloFormer
+from meloformer.stop import STOPPED
 from meloformer.trainer import Trainer
 
 from tiny_train import TINY
-from training import arguments, config, forked, losses, records
+from training import arguments, config, fault, forked, losses, records, spec
 
 
 def assert_same_run(one, other):
@@ -34,6 +36,57 @@ def test_a_run_killed_at_random_moments_equals_one_left_alone(data, tmp_path, wo
     told = forked("kills", tmp_path, world, kills, *settings)
     assert told["during_save"] >= 1
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_keeps_the_order_of_the_data(data, tmp_path):
+    def part(world, output, *more, faults=()):
+        args = arguments(data, gradient_accumulation_steps=4 // world, epochs=4)
+        return spec(world, *args, "--output_dir", tmp_path / output, *more, faults=faults)
+
+    told = forked(
+        "runs",
+        part(1, "whole"),
+        part(2, "parts", faults=[fault("SIGTERM", 4)]),
+        part(1, "parts", "--resume"),
+    )
+    assert [run["codes"] for run in told] == [[0], [STOPPED] * 2, [0]]
+    whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
+    assert [r["tokens"] for r in parts] == [r["tokens"] for r in whole]
+    assert len({r["tokens"] for r in whole}) > len(whole) / 2, "other rows would have as many tokens"
+    assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+
+
+def test_what_draws_random_numbers_goes_on_drawing(data, tmp_path, monkeypatch):
+    """The model has nothing such yet: so a dropout of its logits."""
+    forward = MeloFormer.forward
+    monkeypatch.setattr(
+        MeloFormer, "forward", lambda self, *args: torch.dropout(forward(self, *args), 0.1, self.training)
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.train(config(data, whole), TINY)
+    settings = config(data, parts, save_every=1)
+    _run_some(Trainer(settings, TINY, start_job("cpu")), 4)
+    torch.rand(7)
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    assert_same_run(whole, parts)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(data, tmp_path, capsys):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    settings = config(data, damaged, save_every=2)
+    train.train(config(data, whole), TINY)
+    train.train(settings, TINY)
+    newest = damaged / "checkpoints" / "step-00000012" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    told = capsys.readouterr()
+    assert f"passing over a checkpoint: {newest} is damaged: its SHA-256" in told.err
+    assert "resuming after step 10" in told.out
+    assert_same_run(whole, damaged)
 
 
 @pytest.mark.parametrize("stop", [1, 4], ids=["inside an epoch", "later"])

@@ -3,16 +3,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from meloformer import cli, preprocess, train
-from meloformer.checkpoint import latest_checkpoint, load_checkpoint
+from meloformer import cli, export, preprocess, train, trainer
+from meloformer.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from meloformer.data import PackedSongs
-from meloformer.errors import DivergedError
+from meloformer.errors import DivergedError, UserError
 from meloformer.generate import Sampling, generate, load_model, read_prompt
+from meloformer.generate import main as generate_command
+from meloformer.metrics import Meter
 from meloformer.model import ModelConfig
 from meloformer.optim import learning_rate
 from meloformer.train_config import TrainConfig, parse_args
@@ -20,24 +23,6 @@ from meloformer.train_config import TrainConfig, parse_args
 from songs import EXAMPLE
 from tiny_train import TINY
 from training import ROOT, config, losses, records
-
-
-def test_the_flags_of_the_original_are_taken_either_way():
-    found = parse_args(
-        "--data_dir d --model_size small --max_seq_len 2048 --max_bars 128 --max_samples 50 --batch_size 1 "
-        "--gradient-accumulation-steps 4 --learning-rate 3e-4 --epochs 1".split()
-    )
-    assert dataclasses.replace(found, data_dir="d") == TrainConfig(
-        data_dir="d",
-        model_size="small",
-        max_seq_len=2048,
-        max_bars=128,
-        max_samples=50,
-        batch_size=1,
-        gradient_accumulation_steps=4,
-        learning_rate=3e-4,
-        epochs=1,
-    )
 
 
 def test_the_schedule_warms_up_then_falls_to_a_tenth():
@@ -130,6 +115,86 @@ def test_epochs_of_different_length_are_all_trained(data, tmp_path, monkeypatch)
     assert len(before) > 2 * 4
     train.train(dataclasses.replace(settings, resume="auto"), TINY)
     assert losses(tmp_path) == before
+
+
+def test_a_run_leaves_what_people_look_for(data, tmp_path):
+    settings = config(data, tmp_path, validate_every=4, keep_last=1, deterministic=True)
+    try:
+        train.train(settings, TINY)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock", "checkpoints", "config.yaml", "log.jsonl", "loss.png", "summary.json",
+    ]  # fmt: skip
+    assert parse_args(["--config", str(tmp_path / "config.yaml")]) == settings
+    validations = records(tmp_path, "val_loss")
+    assert [record["step"] for record in validations] == [4, 6, 8, 12]
+    best = min(validations, key=lambda record: record["val_loss"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] and summary["stopped_by"] is None
+    assert (summary["steps"], summary["epochs"], summary["skipped_steps"]) == (12, 2, 0)
+    assert summary["loss"] == losses(tmp_path)[-1]
+    assert summary["best"] == {"step": best["step"], "val_loss": best["val_loss"]}
+    assert summary["best_checkpoint"] == f"step-{best['step']:08d}"
+    assert best_checkpoint(tmp_path / "checkpoints").name == summary["best_checkpoint"]
+
+
+def test_the_best_checkpoint_outlives_the_last_ones(data, tmp_path, monkeypatch):
+    figures = iter([3.0, 1.0, 2.0, 1.5, None, 4.0])
+    monkeypatch.setattr(trainer, "validate", lambda *_: {"val_loss": next(figures)})
+    train.train(config(data, tmp_path, validate_every=2, keep_last=1), TINY)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000012"]
+    assert json.loads((tmp_path / "summary.json").read_text())["best"] == {"step": 4, "val_loss": 1.0}
+
+
+def test_checkpoints_by_minutes(data, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 20))  # 20 seconds from look to look
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    train.train(config(data, tmp_path, save_every_minutes=1, keep_last=99, epochs=1), TINY)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000006"]
+
+
+def test_samples_come_when_asked(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        trainer, "write_sample", lambda *a, **k: asked.append((a[1:], k["max_context"])) or True
+    )
+    train.train(config(data, tmp_path, sample_every=5), TINY)
+    assert asked == [((tmp_path / "samples", 5), 512), ((tmp_path / "samples", 10), 512)]
+
+
+def test_an_export_of_a_run_generates(data, tmp_path, capsys):
+    train.train(config(data, tmp_path / "run", max_steps=2), TINY)
+    export.main(["--checkpoint", str(tmp_path / "run"), "--best", "--output", str(tmp_path / "model")])
+    args = ["--checkpoint", tmp_path / "model", "--output", tmp_path / "song.mid", "--max_tokens", "40"]
+    generate_command([str(arg) for arg in args])
+    assert (tmp_path / "song.mid").exists()
+    with pytest.raises(UserError, match="leave out --best"):
+        export.main(["--checkpoint", str(tmp_path), "--best", "--output", str(tmp_path / "other")])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_thousand_steps_do_not_grow_the_memory(data, tmp_path, monkeypatch):
+    """Of the process as a whole, after the allocator has settled in the first two hundred."""
+    sizes = []
+    tiny = ModelConfig(layers=1, dim=16, heads=1, ffn=16)
+    settings = config(
+        data, tmp_path, max_seq_len=64, gradient_accumulation_steps=1, epochs=10_000, max_steps=1000
+    )
+
+    def look() -> None:
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes.append(resident * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    step_record = Meter.step_record
+    monkeypatch.setattr(Meter, "step_record", lambda *args: look() or step_record(*args))
+    train.train(settings, tiny)
+    early, late = np.median(sizes[200:300]), np.median(sizes[-100:])
+    assert len(sizes) == 1000 and late - early < 4, (early, late)
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 """`python tests/tiny_train.py ...`: meloformer.train with a tiny model for "small", and faults on demand.
 
 FAULTS in the environment is a JSON list of {"attempt", "rank", "step", "what"}: what happens to a process
-when it begins that step (steps count from 0, attempts are torchrun's restarts).
+when it begins that step (steps count from 0, attempts are torchrun's restarts). TIMEOUT_S replaces the
+patience of the process group.
 """
 
 import json
 import os
 import signal
 import time
+from datetime import timedelta
 
 import torch
 
-from meloformer import cli, stepper, train, validation
+from meloformer import cli, job, stepper, train, validation
 from meloformer.model import ModelConfig
 
 TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
@@ -39,7 +41,10 @@ def _meet_faults() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if now == "hang":
             time.sleep(1000)
-        if now.startswith("SIG") and not now.endswith("validation"):
+        if now == "SIGINT twice":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        if now in ("SIGINT", "SIGTERM"):
             os.kill(os.getpid(), signal.Signals[now])
         if now == "no memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
@@ -64,6 +69,8 @@ def _meet_faults() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     train.SIZES["small"] = TINY
+    if "TIMEOUT_S" in os.environ:
+        job.TIMEOUT = timedelta(seconds=float(os.environ["TIMEOUT_S"]))
     _meet_faults()
     return train.main(argv)
 

@@ -73,7 +73,14 @@ def torchrun(processes: int, *args, restarts: int = 0) -> list:
     return [*launcher, f"--nproc_per_node={processes}", TINY_TRAIN, *args]
 
 
-def forked(scenario: str, *args, faults=()):
-    done = run([sys.executable, ROOT / "tests" / "forked_train.py", scenario, *args], faults)
+def spec(world: int, *args, faults=(), seconds: int = 60) -> str:
+    """A run for the scenario "runs" of `forked_train`."""
+    words = [str(arg) for arg in args]
+    return json.dumps({"world": world, "args": words, "faults": list(faults), "seconds": seconds})
+
+
+def forked(scenario: str, *args, **more):
+    """What a scenario of `forked_train` tells."""
+    done = run([sys.executable, ROOT / "tests" / "forked_train.py", scenario, *args], **more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
