@@ -138,7 +138,7 @@ class _Moment:
 def runs(*specifications: str) -> list[dict]:
     """Runs one after the other; of each the exit codes, None for a process that had to be killed, and output.
 
-    A specification is a JSON object: world, args, faults, and the seconds that the run may take.
+    A specification is a JSON object: world, args, faults. A process that is to hang is not waited for.
     """
     told = []
     for text in specifications:
@@ -147,21 +147,25 @@ def runs(*specifications: str) -> list[dict]:
             log = Path(folder) / "output.txt"
             work = functools.partial(tiny_train.main, spec["args"])
             pids = launch(spec["world"], work, log, spec["faults"])
-            codes = wait(pids, seconds=spec["seconds"])
+            hanging = {fault["rank"] for fault in spec["faults"] if fault["what"] == "hang"}
+            awaited = [rank for rank in range(spec["world"]) if rank not in hanging]
+            ended = wait([pids[rank] for rank in awaited])
+            codes = [dict(zip(awaited, ended)).get(rank) for rank in range(spec["world"])]
             kill([pid for pid, code in zip(pids, codes) if code is None])
             told.append({"codes": codes, "output": log.read_text()})
     return told
 
 
 def gradients(folder: str, shapes: str, *args: str) -> None:
-    """Save the gradients of a first step, as the optimizer sees them, for `shapes` as "1x4 2x2".
+    """Save the gradients of a first step, as the optimizer sees them, for `shapes` as "1x4x1 2x1x2".
 
-    `processes`x`batches`.safetensors also tells, in its header, the buckets that were exchanged.
+    `processes`x`batches`x`rows`.safetensors also tells, in its header, the buckets that were exchanged.
     """
     for shape in shapes.split():
-        world, batches = map(int, shape.split("x"))
+        world, batches, rows = map(int, shape.split("x"))
         file = Path(folder) / f"{shape}.safetensors"
-        config = parse_args([*args, "--gradient_accumulation_steps", str(batches)])
+        numbers = ["--gradient_accumulation_steps", str(batches), "--batch_size", str(rows)]
+        config = parse_args([*args, *numbers])
         codes = wait(
             launch(world, functools.partial(_save_gradients, config, file), file.with_suffix(".txt"))
         )

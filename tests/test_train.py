@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from meloformer.train_config import TrainConfig, parse_args
 
 from songs import EXAMPLE
 from tiny_train import TINY
-from training import ROOT, config, losses, records
+from training import arguments, config, losses, records, run, tiny, torchrun
 
 
 def test_the_schedule_warms_up_then_falls_to_a_tenth():
@@ -57,27 +56,13 @@ def test_accumulation_and_batches_of_the_same_rows_are_one_step(data, tmp_path):
     np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
 
 
-def command(*args, processes=None, **env):
-    start = [sys.executable, "-m"]
-    if processes:
-        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    return subprocess.run(
-        [*start, "meloformer.train", *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_rows(data, tmp_path):
-    settings = "--model_size small --max_seq_len 256 --epochs 1 --max_steps 3 --device cpu".split()
-    settings += ["--data_dir", data, "--attention", "reference", "--gradient_accumulation_steps", 2]
-    one = command(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2)
-    two = command(*settings, "--output_dir", tmp_path / "two", "--batch_size", 1, processes=2)
-    wrong = command("--data_dir", tmp_path / "none", "--device", "cpu", processes=2)
+    settings = arguments(data, max_seq_len=256, epochs=1, max_steps=3)
+    one = run(tiny(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2))
+    two = run(torchrun(2, *settings, "--output_dir", tmp_path / "two"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    wrong = run([*launcher, "-m", "meloformer.train", "--data_dir", tmp_path / "none", "--device", "cpu"])
     assert wrong.returncode != 0
     assert "error: " in wrong.stderr and "error in process 1: " in wrong.stderr
     assert one.returncode == 0, one.stderr

@@ -73,10 +73,10 @@ def torchrun(processes: int, *args, restarts: int = 0) -> list:
     return [*launcher, f"--nproc_per_node={processes}", TINY_TRAIN, *args]
 
 
-def spec(world: int, *args, faults=(), seconds: int = 60) -> str:
+def spec(world: int, *args, faults=()) -> str:
     """A run for the scenario "runs" of `forked_train`."""
     words = [str(arg) for arg in args]
-    return json.dumps({"world": world, "args": words, "faults": list(faults), "seconds": seconds})
+    return json.dumps({"world": world, "args": words, "faults": list(faults)})
 
 
 def forked(scenario: str, *args, **more):
