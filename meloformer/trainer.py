@@ -164,7 +164,6 @@ class Trainer:
 
     def _open(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.output / "config.yaml")
         self.log = RunLog(
             self.output,
             self.step,
@@ -172,6 +171,7 @@ class Trainer:
             tensorboard=self.config.tensorboard,
             wandb=self.config.wandb,
         )
+        save_config(self.config, self.output / "config.yaml")
         describe(self)
 
     def _loop(self, bar: tqdm) -> str | None:

@@ -15,7 +15,7 @@ from meloformer.stop import STOPPED
 from meloformer.trainer import Trainer
 
 from tiny_train import TINY
-from training import arguments, config, fault, forked, losses, records, spec
+from training import arguments, config, fault, forked, losses, records, run, spec, tiny
 
 
 def assert_same_run(one, other):
@@ -36,6 +36,16 @@ def test_a_run_killed_at_random_moments_equals_one_left_alone(data, tmp_path, wo
     told = forked("kills", tmp_path, world, kills, *settings)
     assert told["during_save"] >= 1
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_is_resumed_bit_for_bit(data, tmp_path):
+    args = [*arguments(data, device="cuda", epochs=4), "--deterministic"]
+    whole = run(tiny(*args, "--output_dir", tmp_path / "whole"))
+    stopped = run(tiny(*args, "--output_dir", tmp_path / "parts"), [fault("SIGTERM", 9)])
+    resumed = run(tiny(*args, "--output_dir", tmp_path / "parts", "--resume"))
+    assert (whole.returncode, stopped.returncode, resumed.returncode) == (0, STOPPED, 0), whole.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
