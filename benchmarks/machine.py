@@ -22,6 +22,7 @@ def describe() -> dict[str, object]:
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
     }
 
 
@@ -29,6 +30,8 @@ def provenance(machine: dict) -> str:
     """What `describe` found, as the end of a sentence under a table."""
     gpu = machine["gpu"]
     chip = f"{gpu}, CUDA {machine['cuda']}" if gpu else machine["processor"]
+    if machine.get("cudnn"):  # older results do not tell
+        chip += f", cuDNN {machine['cudnn']}"
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     return f"{machine['date']}, commit {machine['commit']}, {chip}, Python {machine['python']}, {packages}"
 

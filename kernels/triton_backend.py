@@ -1,7 +1,7 @@
 """The Triton backend: block-sparse attention over a plan made once per batch.
 
-`visibility`, `plan`, `forward`, `backward` and `sparse` import triton and are imported when first
-used, so that this module can tell why they cannot be.
+`plan`, `ops` and what they use import triton, and are imported when first used, so that this module
+can tell why they cannot be.
 """
 
 import os
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .structure import Structure
-from .tiling import Tiles
+
+HEAD_DIMS = (32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -27,19 +29,34 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class Backend:
-    """See `attention.Backend`. `tiles` tells how to cut the work."""
+    """See `attention.Backend`.
 
-    def __init__(self, structure: Structure, tiles: Tiles | None = None):
-        from .plan import make_plan
+    Raises ValueError if D is not in `HEAD_DIMS`, or the dtype is not in `DTYPES`.
+    """
 
-        self.plan = make_plan(structure, tiles or Tiles())
+    def __init__(self, structure: Structure):
+        from .plan import Plan
+        from .summarize import find_bars
+
+        self.plan = Plan(structure)
+        self.bars = find_bars(structure)
 
     def summarize(self, q_s: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> Tensor:
-        from .sparse import sparse_attention
+        from . import ops  # noqa: F401, registers the operators
 
-        return sparse_attention(q_s, k_s, v_s, k_r, v_r, self.plan.summarize)
+        _check(q_s)
+        return torch.ops.meloformer.summarize(q_s, k_s, v_s, k_r, v_r, *self.bars)[0]
 
     def update(self, q_r: Tensor, k_r: Tensor, v_r: Tensor, k_s: Tensor, v_s: Tensor) -> Tensor:
-        from .sparse import sparse_attention
+        from . import ops  # noqa: F401
 
-        return sparse_attention(q_r, k_s, v_s, k_r, v_r, self.plan.update)
+        _check(q_r)
+        return torch.ops.meloformer.update(q_r, k_s, v_s, k_r, v_r, *self.plan.settle().tensors)[0]
+
+
+def _check(q: Tensor) -> None:
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"attention 'triton' takes {HEAD_DIMS} channels per head, got {q.shape[-1]}")
+    if q.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"attention 'triton' computes in {names}, got {q.dtype}")

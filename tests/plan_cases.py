@@ -1,89 +1,142 @@
-"""Passes as dense masks and back, pair by pair: what the plan and the kernels are judged by."""
+"""Plans as dense masks and back, pair by pair: what the plan and the kernels are judged by."""
 
 import torch
 from torch import Tensor
 
-from meloformer.kernels.plan import Lines, Lists, Pass
-from meloformer.kernels.tiling import PassTiles
+from meloformer.kernels.plan import LINE, Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run: compiled or interpreted
 
 
-def unpack(words: Tensor, columns: int) -> Tensor:
-    """int32 [words, side] -> bool [side, columns], column c in bit c % 32 of word c / 32."""
-    return torch.stack([(words[c // 32] >> (c % 32)) & 1 for c in range(columns)], dim=1).bool()
+def bit_of(column: int) -> int:
+    return 4 * (column % 8) + column % 32 // 8
+
+
+def unpack(words: Tensor) -> Tensor:
+    """int32 [2, 64] -> bool [64, 64]: a word of 32 columns for each row, twice."""
+    return torch.stack([(words[c // 32] >> bit_of(c)) & 1 for c in range(LINE)], dim=1).bool()
 
 
 def pack(mask: Tensor) -> Tensor:
-    """bool [side, columns] -> int32 [words, side], the inverse of `unpack`."""
-    words = torch.zeros(-(-mask.shape[1] // 32), mask.shape[0], dtype=torch.int64)
-    for c in range(mask.shape[1]):
-        words[c // 32] |= mask[:, c].long() << (c % 32)
+    """bool [64, 64] -> int32 [2, 64], the inverse of `unpack`."""
+    words = torch.zeros(2, LINE, dtype=torch.int64)
+    for c in range(LINE):
+        words[c // 32] |= mask[:, c].long() << bit_of(c)
     return words.to(torch.int32)  # the highest bit becomes the sign
 
 
-def coverage(p: Pass, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
-    """How often the lists by queries, and those by keys, hold each pair: int [B, queries, keys]."""
-    m, n = p.tiles.block_m, p.tiles.block_n
-    by_queries = _covered(p.queries, p.query_order, p.key_order, m, n, num_queries, num_keys)
-    by_keys = _covered(p.keys, p.key_order, p.query_order, n, m, num_keys, num_queries)
-    return by_queries, by_keys.transpose(1, 2)
+def coverage(plan: Plan) -> list[Tensor]:
+    """How often each group of lines holds each pair: int [B, queries, M + N], of near and far by queries,
+    then by keys."""
+    plan.settle()
+    b, q, k = plan.rows, plan.q_blocks, plan.k_blocks
+    order = plan.order.view(-1, LINE).long().cpu()
+    near_q, near_k, far = order.split([b * q, b * k, b * q])
+    lines = plan.table.tolist()
+    out, first = [], 0
+    for slots, by_keys in ((near_q, False), (far, False), (near_k, True), (far, True)):
+        out.append(_covered(plan, slots, lines[first : first + len(slots)], by_keys))
+        first += len(slots)
+    return out
 
 
-def _covered(
-    lines: Lines, order: Tensor, other: Tensor, side: int, other_side: int, length: int, other_length: int
-) -> Tensor:
-    rows = len(order)
-    out = torch.zeros(rows, length + 1, other_length + 1, dtype=torch.int64)  # -1 falls on the last
-    order, other = order.long().cpu(), other.long().cpu()
-    blocks, partial, total, start = (
-        x.tolist() for x in (lines.blocks, lines.partial, lines.total, lines.start)
-    )
-    bits = lines.bits.cpu()
-    num_lines = order.shape[1] // side
-    for line in range(rows * num_lines):
-        row, block = divmod(line, num_lines)
-        own = order[row, block * side :][:side]
-        for i in range(total[line]):
-            seen = other[row, blocks[line * lines.length + i] * other_side :][:other_side]
-            tile = torch.ones(side, other_side, dtype=torch.bool)
-            if i < partial[line]:
-                tile = unpack(bits[start[line] + i], other_side)
-                assert tile.any() and not tile.all(), "not a partial tile"
-            out[row, own[:, None], seen[None, :]] += tile
-    assert not out[:, -1].any() and not out[:, :, -1].any(), "a slot without a token is visible"
-    return out[:, :-1, :-1]
+def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -> Tensor:
+    m, n = plan.summaries, plan.regular
+    own, other = (m + n, n) if by_keys else (n, m + n)
+    out = torch.zeros(plan.rows, own + 1, other, dtype=torch.int64)  # -1 falls on the last
+    tokens, bits = plan.tokens.view(-1, LINE).long().cpu(), plan.bits.cpu()
+    for i, (first, first_masked, masked, tiles) in enumerate(lines):
+        row = i // (len(lines) // plan.rows)
+        rows = slots[i] if by_keys else torch.where(slots[i] >= 0, slots[i] - m, -1)
+        for tile in range(tiles):
+            seen = torch.ones(LINE, LINE, dtype=torch.bool)
+            if tile < masked:
+                seen = unpack(bits[first_masked + tile])
+                assert not seen[rows < 0].any(), "a slot without a token sees something"
+            columns = tokens[first + tile]
+            used = seen.any(0) if tile < masked else torch.ones(LINE, dtype=torch.bool)
+            assert tile < masked - 1 or tile >= masked or used.any(), "a tile for nothing"
+            out[row].index_put_((rows[:, None], columns[None, used]), seen[:, used].long(), accumulate=True)
+    out = out[:, :-1]
+    return out.transpose(1, 2) if by_keys else out
 
 
-def pass_of_mask(
-    mask: Tensor, num_summaries: int, tiles: PassTiles, split: int, first: bool = True, seed: int = 0
-) -> Pass:
-    """A pass over the pairs of `mask` [B, Q, K], tokens in random order; the first keys are summaries."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, num_queries, num_keys = mask.shape
-    m, n = tiles.block_m, tiles.block_n
+class PlanOfMasks:
+    """The tensors of a plan over any pairs: `near` and `far` are bool [B, N, M + N], far without summaries.
 
-    def shuffled(start: int, stop: int, block: int) -> Tensor:
-        order = torch.full((rows, -(-(stop - start) // block) * block), -1)
-        for row in order:
-            row[: stop - start] = torch.randperm(stop - start, generator=generator) + start
-        return order
+    Tokens stand in random order. Every line but one in three has its full columns in full tiles.
+    """
 
-    queries = shuffled(0, num_queries, m)
-    keys = torch.cat([shuffled(0, num_summaries, n), shuffled(num_summaries, num_keys, n)], dim=1)
-    row = torch.arange(rows)[:, None, None]
-    laid_out = mask[row, queries[:, :, None], keys[:, None, :]]
-    laid_out &= (queries >= 0)[:, :, None] & (keys >= 0)[:, None, :]
-    blocked = laid_out.unflatten(2, (-1, n)).unflatten(1, (-1, m)).transpose(2, 3)  # [B, qb, kb, m, n]
-    types = blocked.flatten(-2).any(-1).to(torch.int8) + blocked.flatten(-2).all(-1).to(torch.int8)
+    def __init__(self, near: Tensor, far: Tensor, summaries: int, split: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        rows, n, _ = near.shape
 
-    lists = Lists(types.to(DEVICE), split, first)
-    partial, *work = lists.counts.tolist()
-    bits, key_bits = lists.empty_bits(partial, tiles)
-    for b, i, j in (types == 1).nonzero().tolist():
-        earlier = int((types[b, i, :j] == 1).sum())
-        bits[lists.start[b * types.shape[1] + i] + earlier] = pack(blocked[b, i, j]).to(DEVICE)
-        earlier = int((types[b, :i, j] == 1).sum())
-        key_bits[lists.key_start[b * types.shape[2] + j] + earlier] = pack(blocked[b, i, j].T).to(DEVICE)
-    orders = (queries.int().to(DEVICE), keys.int().to(DEVICE))
-    return lists.finish(*orders, num_summaries > 0, bits, key_bits, tuple(work), tiles)
+        def shuffled(start: int, stop: int) -> Tensor:
+            order = torch.full((rows, -(-(stop - start) // LINE) * LINE), -1)
+            for row in order:
+                row[: stop - start] = torch.randperm(stop - start, generator=generator) + start
+            return order
+
+        queries, far_order = shuffled(summaries, summaries + n), shuffled(summaries, summaries + n)
+        keys = torch.cat([shuffled(0, summaries), shuffled(summaries, summaries + n)], dim=1)
+        groups = [
+            (queries, near, False),
+            (far_order, far, False),
+            (keys, near.transpose(1, 2), True),
+            (far_order, far.transpose(1, 2), True),
+        ]
+        table, tokens, bits, items = [], [], [], []
+        for order, mask, by_keys in groups:
+            totals = []
+            for row, slots in enumerate(order):
+                for own in slots.view(-1, LINE):
+                    columns, tiles = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
+                    table.append([len(tokens), len(bits), len(tiles), len(columns)])
+                    tokens += columns
+                    bits += tiles
+                    totals.append(len(columns))
+            group = []
+            for line in sorted(range(len(totals)), key=lambda i: (-totals[i], i)):
+                parts, first = max(-(-totals[line] // split), 1), len(group)
+                for part in range(parts):
+                    bounds = [part * totals[line] // parts, (part + 1) * totals[line] // parts]
+                    group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
+            items.append(group)
+
+        k_lines = rows * (keys.shape[1] // LINE)
+        slots = max(sum(item[3] >= 0 for item in group) for group in items)
+        padded = torch.full((4, k_lines + slots, 8), 10**6)
+        for out, group in zip(padded, items):
+            out[: len(group)] = torch.tensor(group)
+        self.tensors = tuple(
+            x.to(torch.int32).to(DEVICE)
+            for x in (
+                torch.cat([queries.flatten(), keys.flatten(), far_order.flatten()]),
+                torch.tensor(table),
+                torch.stack([*tokens, torch.zeros(LINE, dtype=torch.int64)]).flatten(),
+                torch.stack([*bits, torch.zeros(2, LINE, dtype=torch.int32)]),
+                padded,
+                torch.tensor([0] * 7 + [len(group) for group in items]),
+            )
+        )
+
+    @staticmethod
+    def _line(mask: Tensor, own: Tensor, by_keys: bool, summaries: int, gather_full: bool):
+        """Columns by tiles, and the bits of those with a mask."""
+        real = own >= 0
+        rows = torch.where(real, own if by_keys else own - summaries, 0)
+        seen = mask[rows] & real[:, None]
+        full = seen[real].all(0) & gather_full
+        full &= full.cumsum(0) <= int(full.sum()) // (2 * LINE) * (2 * LINE)
+        partial = (seen.any(0) & ~full).nonzero()[:, 0]
+        nobody = 0 if by_keys else summaries
+        columns, bits = [], []
+        for start in range(0, len(partial), LINE):
+            chunk = partial[start : start + LINE]
+            columns.append(torch.full((LINE,), nobody))
+            columns[-1][: len(chunk)] = chunk
+            tile = torch.zeros(LINE, LINE, dtype=torch.bool)
+            tile[:, : len(chunk)] = seen[:, chunk]
+            bits.append(pack(tile))
+        columns += list(full.nonzero()[:, 0].view(-1, LINE))
+        return columns, bits

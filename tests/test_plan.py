@@ -1,48 +1,52 @@
-"""The plan on its own: which pairs its lists and bits cover, against the oracle."""
+"""The plan on its own: which pairs its lines hold, against the oracle."""
 
 from random import Random
 
 import pytest
 import torch
 
-from meloformer.kernels.plan import make_plan
+from meloformer.kernels import plan as plan_module
+from meloformer.kernels.plan import LINE, Plan
 from meloformer.kernels.structure import Facts, Structure, regular_sees
-from meloformer.kernels.tiling import Launch, PassTiles, Tiles, fitting
 
-from attention_cases import CASES, case, facts, oracle_masks, song
+from attention_cases import CASES, case, facts, oracle_masks, song, structure
 from plan_cases import DEVICE, coverage
 
-SIZES = ((16, 32), (32, 16), (64, 64))
+
+@pytest.fixture(autouse=True)
+def forget_capacities():
+    plan_module._capacities.clear()
 
 
-def tiles_of(block_m: int, block_n: int, split: int = 2) -> Tiles:
-    tiles = PassTiles(block_m, block_n)
-    return Tiles(tiles, tiles, tiles, split=split)
-
-
-def check_coverage(plan, summary_mask, regular_mask):
+def check_coverage(plan: Plan, mask: torch.Tensor):
     """Each visible pair in one tile of one pass, no invisible one in any, and both directions agree."""
-    for passes, mask in ((plan.summarize, summary_mask), (plan.update, regular_mask)):
-        counts = [coverage(p, *mask.shape[1:]) for p in passes]
-        for by_queries, by_keys in counts:
-            assert torch.equal(by_queries, by_keys)
-        assert torch.equal(sum(by_queries for by_queries, _ in counts), mask.long())
+    near, far, near_by_keys, far_by_keys = coverage(plan)
+    assert torch.equal(near + far, mask.long())
+    assert torch.equal(near, near_by_keys) and torch.equal(far, far_by_keys)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("name", CASES)
-def test_every_visible_pair_is_covered_once(name, size):
+def test_every_visible_pair_is_covered_once(name):
     masks = case(name)
-    plan = make_plan(masks.structure.to(DEVICE), tiles_of(*size))
-    check_coverage(plan, masks.summary_mask, masks.regular_mask)
+    check_coverage(Plan(masks.structure.to(DEVICE)), masks.regular_mask)
+
+
+def test_full_tiles():
+    """One instrument that plays on: far columns that whole lines see."""
+    batch = [[song(Random(2), 45, (0,), resting=0)], [song(Random(3), 20, (0, 33), resting=0)]]
+    plan = Plan(structure(batch).to(DEVICE))
+    _, mask = oracle_masks(batch)
+    check_coverage(plan, mask)
+    statistics = plan.statistics()
+    assert statistics["full"] > 0
+    assert statistics["visible"] == int(mask.sum()) < statistics["computed"]
 
 
 @pytest.mark.parametrize("near_bars", [(), (0,), (3, 0, 3), (1, 7, 40)], ids=str)
 def test_near_bars(near_bars):
     batch = [[song(Random(1), 12, (0, 33), resting=0.2)]]
-    structure = Structure.build(**facts(batch), near_bars=near_bars)
-    plan = make_plan(structure.to(DEVICE), tiles_of(32, 32))
-    check_coverage(plan, *oracle_masks(batch, near_bars))
+    packed = Structure.build(**facts(batch), near_bars=near_bars)
+    check_coverage(Plan(packed.to(DEVICE)), oracle_masks(batch, near_bars)[1])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -50,63 +54,81 @@ def test_tokens_without_any_grammar(seed):
     """Facts drawn at random: the rule on tiles is the rule of `structure`, whatever the tokens."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int, length: int = 90) -> torch.Tensor:
+    def draw(high: int, length: int = 190) -> torch.Tensor:
         return torch.randint(high, (2, length), generator=generator)
 
     drawn = {"doc": draw(3).sort().values, "bar": draw(9), "inst": draw(3) + 127, "kind": draw(5)}
     drawn["bar"] = (drawn["doc"] * 9 + drawn["bar"]).sort().values  # ascending within a document
-    drawn["doc"][0, 70:] = -1
-    structure = Structure.build(**drawn, onset=draw(12))
-    plan = make_plan(structure.to(DEVICE), tiles_of(16, 16))
-    queries = structure.tokens.at(slice(None), slice(None), None)
-    keys = structure.keys.at(slice(None), None)
-    mask = regular_sees(Facts(*queries), Facts(*keys), structure.near_bars)
-    got = sum(coverage(p, *mask.shape[1:])[0] for p in plan.update)
-    assert torch.equal(got, mask.long())
+    drawn["doc"][0, 170:] = -1
+    packed = Structure.build(**drawn, onset=draw(12))
+    queries = packed.tokens.at(slice(None), slice(None), None)
+    keys = packed.keys.at(slice(None), None)
+    mask = regular_sees(Facts(*queries), Facts(*keys), packed.near_bars)
+    check_coverage(Plan(packed.to(DEVICE)), mask)
 
 
-def test_work_is_complete_and_longest_first():
-    plan = make_plan(case("257_tokens").structure.to(DEVICE), tiles_of(16, 16, split=3))
-    for p in (*plan.summarize, *plan.update):
-        lengths = p.queries.total[p.query_work.long()]
-        assert torch.equal(lengths, lengths.sort(descending=True).values)
-        assert lengths.sum() == p.queries.total.sum()
-        assert len(lengths) == (len(p.queries.total) if p.first else (p.queries.total > 0).sum())
+@pytest.mark.parametrize("split", [1, 2, 0])
+def test_work_is_complete_and_longest_first(split):
+    batch = [[song(Random(4), 24, (0, 33), resting=0.1)], [song(Random(5), 3)]]
+    plan = Plan(structure(batch).to(DEVICE), split=split).settle()
+    q, k = plan.rows * plan.q_blocks, plan.rows * plan.k_blocks
+    needs = plan.needs.tolist()
+    for group, total in enumerate(plan.table[:, 3].cpu().split([q, q, k, q])):
         taken = {}
-        for line, first, end, slot in p.key_work.tolist():
+        items = plan.items[group, : needs[7 + group]].tolist()
+        for line, first, end, slot, first_slot, parts, *_ in items:
             taken.setdefault(line, []).append((first, end, slot))
-        for line, total in enumerate(p.keys.total.tolist()):
-            parts = taken.pop(line, [])
-            if total == 0 and not p.first:
-                assert not parts
-                continue
-            bounds = [first for first, _, _ in parts] + [parts[-1][1]]
-            assert bounds[0] == 0 and bounds[-1] == total
-            assert all(
-                0 <= end - first <= 3 and end == after for (first, end, _), after in zip(parts, bounds[1:])
-            )
-            assert (len(parts) == 1) == (parts[0][2] == -1)
-            if len(parts) > 1:
-                slots = [slot for _, _, slot in parts]
-                assert [line, slots[0], slots[-1] + 1] in p.split_keys.tolist()
-        assert not taken
-        assert p.slots == sum(end - first for _, first, end in p.split_keys.tolist())
+            assert slot == (-1 if parts == 1 else first_slot + len(taken[line]) - 1)
+        lengths = [int(total[line]) for line in taken]
+        assert lengths == sorted(lengths, reverse=True)
+        assert sorted(taken) == list(range(len(total)))
+        for line, parts in taken.items():
+            assert [first for first, _, _ in parts] + [total[line]] == [0] + [end for _, end, _ in parts]
+            assert all(end - first <= (split or 16) for first, end, _ in parts)
+        slots = [slot for *_, slot, _, _, _, _ in items if slot >= 0]
+        assert slots == list(range(needs[3 + group]))
 
 
 def test_two_plans_are_equal():
-    structure = case("documents").structure.to(DEVICE)
-    first, second = (make_plan(structure, tiles_of(16, 32)) for _ in range(2))
-    for a, b in zip((*first.summarize, *first.update), (*second.summarize, *second.update)):
-        assert torch.equal(a.key_work, b.key_work) and torch.equal(a.query_work, b.query_work)
-        for lines, others in ((a.queries, b.queries), (a.keys, b.keys)):
-            assert torch.equal(lines.blocks, others.blocks) and torch.equal(lines.bits, others.bits)
+    packed = case("documents").structure.to(DEVICE)
+    first, second = (Plan(packed).settle() for _ in range(2))
+    tiles, masked = (first.needs[i] for i in (1, 2))
+    for name in ("order", "table"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert torch.equal(first.tokens[: tiles * LINE], second.tokens[: tiles * LINE])
+    assert torch.equal(first.bits[:masked], second.bits[:masked])
 
 
-def test_tiles_are_powers_of_two_that_triton_multiplies():
-    with pytest.raises(ValueError, match="tile side"):
-        PassTiles(block_m=48)
+class TestCapacity:
+    def plan(self, seed=6):
+        return Plan(structure([[song(Random(seed), 30, (0, 33))]], length=900).to(DEVICE), split=1)
 
+    def test_what_does_not_fit_is_made_again_with_room(self, monkeypatch):
+        monkeypatch.setattr(plan_module, "_FIRST_GUESS", 1)
+        plan = self.plan()
+        first = plan.capacity
+        plan.settle()
+        assert all(a < b for a, b in zip(first[1:3], plan.capacity[1:3]))
+        needs = plan.needs.tolist()
+        assert all(needs[i] <= plan.capacity[i] for i in range(3))
 
-@pytest.mark.parametrize(("limit", "stages"), [(99, 3), (45, 3), (44, 2), (10, 1)])
-def test_stages_fit_shared_memory(limit, stages):
-    assert fitting(Launch(4, 3), resident=15, streamed=10, limit=limit) == Launch(4, stages)
+    @pytest.mark.parametrize("short", range(4), ids=["candidates", "tiles", "masked", "slots"])
+    def test_each_shortage_is_noticed(self, short):
+        """A capacity that is a little too small in one respect gives the plan of one that is not."""
+        batch = [[song(Random(6), 30, (0, 33))]]
+        packed = structure(batch).to(DEVICE)
+        good = Plan(packed, split=1).settle()
+        needs = good.needs.tolist()
+        needed = [*needs[:3], max(needs[3:7])]
+        needed[short] -= 1
+        plan_module._capacities[good._key] = tuple(needed)
+        plan = Plan(packed, split=1)
+        assert plan.capacity == tuple(needed)
+        check_coverage(plan.settle(), oracle_masks(batch)[1])
+        assert plan.needs.tolist() == needs
+
+    def test_later_plans_have_room_from_the_start(self):
+        self.plan().settle()
+        second = self.plan(seed=7)
+        before = second.capacity
+        assert second.settle().capacity == before

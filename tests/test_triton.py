@@ -5,11 +5,17 @@ from random import Random
 import pytest
 import torch
 
-from meloformer.kernels import make_attention, triton_backend
-from meloformer.kernels.sparse import sparse_attention
+from meloformer.kernels import (
+    make_attention,
+    ops,  # noqa: F401, registers the operators
+    triton_backend,
+)
+from meloformer.kernels.plan import Plan
 from meloformer.kernels.structure import regular_sees, summary_sees
-from meloformer.kernels.tiling import PassTiles, Tiles
 from meloformer.kernels.triton_backend import Backend
+from meloformer.kernels.launch import Launch, Launches, safe
+from meloformer.kernels.tuned import TABLE
+from meloformer.kernels.tuning import override
 from meloformer.model import MeloFormer, ModelConfig
 
 from attention_cases import (
@@ -26,9 +32,8 @@ from attention_cases import (
     song,
     structure,
 )
-from plan_cases import DEVICE, pass_of_mask
+from plan_cases import DEVICE, PlanOfMasks
 
-SMALL = PassTiles(16, 32)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")]
 
 
@@ -48,77 +53,93 @@ def check(function, plain, inputs, names):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-6 * max(1, b.abs().max()), msg=what)
 
 
-def check_phase(masks, phase, tiles, dim=32, heads=1):
+def check_phase(masks, phase, dim=32, heads=1, split=0):
     placed = masks._replace(structure=masks.structure.to(DEVICE))
     inputs = random_inputs(phase, placed.structure, torch.float32, dim=dim, heads=heads)
-    backend = Backend(placed.structure, tiles)
+    backend = Backend(placed.structure)
+    backend.plan = Plan(placed.structure, split)
     check(getattr(backend, phase), plain_phase(phase, placed), inputs, ("o", *INPUTS[phase]))
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name, phase):
-    check_phase(case(name), phase, Tiles(SMALL, SMALL, SMALL, split=2))
+    check_phase(case(name), phase, split=1)
+
+
+LAUNCHES = {
+    "small": Launches.all(Launch(16, 32)),
+    "half": Launches.all(Launch(32, 64)),
+    "wide": Launches.all(Launch(64, 128)),
+    "safe": safe(32, 4, shared_memory=99 * 1024),
+    **{f"{e.gpu} {e.head_dim} x {e.itemsize}": e.launches for e in TABLE},
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_launch(name):
+    with override(LAUNCHES[name]):
+        check_phase(case("documents"), "update", heads=2, split=2)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        Tiles(),
-        Tiles(PassTiles(32, 16), PassTiles(16, 64), PassTiles(64, 32), split=1),
-        Tiles(PassTiles(16, 128), PassTiles(128, 64), PassTiles(64, 128)),
-    ],
-    ids=["default", "mixed", "128"],
-)
-def test_tiles(tiles, phase):
-    check_phase(case("documents"), phase, tiles, heads=2)
-
-
 @pytest.mark.parametrize("dim", [64, 128])
-def test_head_dims(dim):
-    check_phase(case("rows"), "update", Tiles(), dim=dim)
+def test_head_dims(dim, phase):
+    check_phase(case("rows"), phase, dim=dim)
 
 
 class TestAnyMask:
-    """The kernels know bits, not music."""
+    """The update kernels know bits, not music."""
 
-    def inputs(self, mask, num_summaries, dim=32, heads=2):
+    SUMMARIES, REGULAR = 13, 150
+
+    def check(self, near, far, split=2, dim=32, heads=2):
+        far[:, :, : self.SUMMARIES] = False
+        far &= ~near
+        plan = PlanOfMasks(near, far, self.SUMMARIES, split)
         generator = torch.Generator().manual_seed(1)
-        rows, num_queries, num_keys = mask.shape
-        lengths = (num_queries, num_summaries, num_summaries, *[num_keys - num_summaries] * 2, num_queries)
-        return [torch.randn(rows, heads, n, dim, generator=generator).to(DEVICE) for n in lengths]
+        rows, n, m = len(near), self.REGULAR, self.SUMMARIES
+        inputs = [
+            torch.randn(rows, heads, length, dim, generator=generator).to(DEVICE)
+            for length in (n, m, m, n, n, n)
+        ]
 
-    def plain(self, mask):
-        return lambda q, ks, vs, kr, vr: plain_attention(
-            q, torch.cat([ks, kr], 2), torch.cat([vs, vr], 2), mask.to(DEVICE)
-        )
+        def plain(q, ks, vs, kr, vr):
+            return plain_attention(q, torch.cat([ks, kr], 2), torch.cat([vs, vr], 2), (near | far).to(DEVICE))
 
-    @pytest.mark.parametrize("size", [(16, 16), (32, 16), (16, 64), (64, 128)], ids=str)
+        def ours(*arguments):
+            return torch.ops.meloformer.update(*arguments, *plan.tensors)[0]
+
+        check(ours, plain, inputs, ("o", "q", "k_s", "v_s", "k_r", "v_r"))
+
+    def dice(self, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(2, self.REGULAR, self.SUMMARIES + self.REGULAR, generator=generator)
+
+    @pytest.mark.parametrize("columns", [32, 64, 128])
     @pytest.mark.parametrize("density", [0, 0.01, 0.5, 1])
-    def test_random_masks(self, density, size):
-        generator = torch.Generator().manual_seed(0)
-        mask = torch.rand(2, 70, 13 + 90, generator=generator) < density
-        mask[0, 3] = False  # a blind query
-        mask[1, :, 40] = False  # a key that nobody sees
-        p = pass_of_mask(mask, 13, PassTiles(*size), split=2)
-        names = ("o", "q", "k_s", "v_s", "k_r", "v_r")
-        passes = (p,)
-        check(lambda *x: sparse_attention(*x, passes), self.plain(mask), self.inputs(mask, 13), names)
+    def test_random_masks(self, density, columns):
+        near = self.dice() < density
+        near[0, 3] = False  # a blind query
+        near[1, :, 40] = False  # a key that nobody sees
+        with override(Launches.all(Launch(64, columns))):
+            self.check(near, torch.zeros_like(near))
 
-    def test_two_passes_continue_each_other(self):
-        generator = torch.Generator().manual_seed(0)
-        dice = torch.rand(2, 70, 13 + 90, generator=generator)
-        near, far = dice < 0.2, (dice > 0.7)
-        far[:, :, :13] = False
+    @pytest.mark.parametrize("seed", range(3))
+    def test_two_passes_continue_each_other(self, seed):
+        dice = self.dice(seed)
+        near, far = dice < 0.2, dice > 0.7
         near[:, 5:9], far[:, 8:12] = False, False
-        mask = near | far
-        passes = (
-            pass_of_mask(near, 13, PassTiles(32, 16), split=2),
-            pass_of_mask(far, 13, PassTiles(16, 32), split=2, first=False, seed=1),
-        )
-        names = ("o", "q", "k_s", "v_s", "k_r", "v_r")
-        check(lambda *x: sparse_attention(*x, passes), self.plain(mask), self.inputs(mask, 13), names)
+        near[:, 20:90, 60:] = False
+        far[:, :, 50:] = True
+        self.check(near, far, split=1)
+
+
+def test_full_tiles():
+    batch = [[song(Random(2), 45, (0,), resting=0)], [song(Random(3), 20, (0, 33), resting=0)]]
+    packed = structure(batch)
+    assert Plan(packed.to(DEVICE)).statistics()["full"] > 0
+    check_phase(dense_case(packed), "update")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -163,7 +184,7 @@ def test_the_output_joins_its_heads_for_free():
 def test_results_repeat_bit_by_bit(phase):
     packed = case("documents").structure.to(DEVICE)
     inputs = random_inputs(phase, packed, torch.float32, dim=32)
-    function = getattr(Backend(packed, Tiles(SMALL, SMALL, SMALL, split=1)), phase)
+    function = getattr(Backend(packed), phase)
     first, second = (outputs_and_gradients(function, inputs) for _ in range(2))
     assert all(map(torch.equal, first, second))
 

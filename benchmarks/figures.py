@@ -1,0 +1,84 @@
+"""What follows from the measured figures of a row; None where a column it needs was not measured."""
+
+LABELS = {
+    "triton": "Triton",
+    "dense_cudnn": "dense, cuDNN",
+    "dense_flash": "dense, flash",
+    "flex": "FlexAttention",
+    "flex_sorted": "FlexAttention, sorted",
+    "flex_fp32": "FlexAttention, fp32",
+    "reference": "reference",
+}
+PASSES = ("forward", "backward")
+_MATRIX_PRODUCTS = {"forward": 2, "backward": 5}  # QK', PV; and QK', dO V', P'dO, dS K, dS'Q
+
+
+def measured(row: dict, column: str) -> dict | None:
+    """The figures of a column, unless it failed, was skipped or not asked for."""
+    entry = row["columns"].get(column)
+    return entry if entry and "update" in entry else None
+
+
+def columns_of(rows: list[dict]) -> list[str]:
+    """The columns that some row has, in the order of `LABELS`."""
+    return [column for column in LABELS if any(column in row["columns"] for row in rows)]
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, but none beyond a microsecond."""
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f}"
+
+
+def total_ms(row: dict, column: str, phase: str = "update") -> float | None:
+    """Median milliseconds of forward and backward together."""
+    entry = measured(row, column)
+    return sum(entry[phase][p]["ms"] for p in PASSES) if entry and phase in entry else None
+
+
+def visible_share(row: dict) -> float:
+    """Visible pairs of the update phase as a share of the causal pairs of the same rows."""
+    return row["visible_pairs"] / row["causal_pairs"]
+
+
+def limit_ms(row: dict) -> float | None:
+    """The visible pairs at the rate of dense causal attention with cuDNN, forward and backward."""
+    dense = total_ms(row, "dense_cudnn")
+    return None if dense is None else dense * visible_share(row)
+
+
+def times_limit(row: dict, column: str = "triton") -> float | None:
+    ours, limit = total_ms(row, column), limit_ms(row)
+    return None if ours is None or limit is None else ours / limit
+
+
+def speedup(row: dict, column: str) -> float | None:
+    """How many times as long as `triton` a column takes, forward and backward."""
+    ours, other = total_ms(row, "triton"), total_ms(row, column)
+    return None if ours is None or other is None else other / ours
+
+
+def summarize_share(row: dict, column: str = "triton") -> float | None:
+    """Time of summarize over time of update."""
+    ours, update = total_ms(row, column, "summarize"), total_ms(row, column)
+    return None if ours is None or update is None else ours / update
+
+
+def tflops(row: dict, column: str, which: str, pairs: str, settings: dict) -> float | None:
+    """TFLOP/s of one pass of the update: only matrix products count, two operations per multiply-add.
+
+    Args:
+        which: "forward" or "backward".
+        pairs: "useful" counts the visible pairs, "computed" those of all tiles that were computed.
+    """
+    entry = measured(row, column)
+    count = row["visible_pairs"] if pairs == "useful" else (entry or {}).get("computed_pairs")
+    if entry is None or count is None:
+        return None
+    operations = 2 * _MATRIX_PRODUCTS[which] * count * settings["heads"] * settings["dim"]
+    return operations / entry["update"][which]["ms"] / 1e9
+
+
+def worst_error(row: dict, column: str) -> float | None:
+    entry = measured(row, column)
+    return max(entry["errors"].values()) if entry else None

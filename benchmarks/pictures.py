@@ -1,0 +1,176 @@
+"""The pictures of the report: PNG files, drawn from results alone, without a display."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks import figures
+from meloformer.errors import UserError
+
+_DPI = 150
+_INK, _GREY, _LINE, _FAINT = "#1f2430", "#5b6270", "#c9cdd6", "#edeff3"
+# Okabe and Ito's colours, told apart by the colour-blind; markers tell the lines apart without any.
+_STYLES = {
+    "triton": ("#0072B2", "o"),
+    "dense_cudnn": ("#E69F00", "s"),
+    "dense_flash": ("#56B4E9", "D"),
+    "flex_sorted": ("#009E73", "v"),
+    "flex": ("#CC79A7", "^"),
+    "flex_fp32": ("#D55E00", "P"),
+    "reference": ("#999999", "x"),
+}
+_BAR_HEIGHT = 0.16  # inches
+_MOST_ROWS = 16
+
+
+def draw(result: dict, page: Path) -> list[str]:
+    """Draws what the rows allow beside a page; returns the file names."""
+    drawn = []
+    rows = [row for row in result["rows"] if _totals(row)]
+    songs = [row for row in rows if not row["packed"]] or rows
+    packed = sorted((row for row in rows if row["packed"]), key=lambda row: row["tokens"])
+    if songs:
+        drawn.append(_save(by_row(songs[:_MOST_ROWS], _subtitle(result)), page, "rows"))
+    if len(packed) > 1:
+        drawn.append(_save(by_length(packed, _subtitle(result)), page, "lengths"))
+    return drawn
+
+
+def _totals(row: dict) -> dict[str, float]:
+    """Milliseconds of forward and backward of each measured column, in the order of the legend."""
+    found = {column: figures.total_ms(row, column) for column in _STYLES}
+    return {column: ms for column, ms in found.items() if ms is not None}
+
+
+def _subtitle(result: dict) -> str:
+    settings = result["settings"]
+    return (
+        f"{result['machines'][0]['gpu'] or 'CPU'} · one layer, {settings['heads']} heads of "
+        f"{settings['dim']}, {settings['dtype']} · forward + backward"
+    )
+
+
+def by_row(rows: list[dict], subtitle: str) -> Figure:
+    """Bars by row on a logarithmic scale, and a tick where the limit is."""
+    columns = [column for column in _STYLES if any(column in _totals(row) for row in rows)]
+    group = (len(columns) + 1.2) * _BAR_HEIGHT
+    height = 1.75 + group * len(rows)
+    figure = Figure(figsize=(9.0, height), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes((0.2, 0.6 / height, 0.74, group * len(rows) / height))
+    axes.set_xscale("log")
+    for number, row in enumerate(rows):
+        totals = _totals(row)
+        for place, column in enumerate(columns):
+            if column in totals:
+                y = number * group + (place + 1.1) * _BAR_HEIGHT
+                axes.barh(y, totals[column], 0.86 * _BAR_HEIGHT, color=_STYLES[column][0], zorder=2)
+                axes.annotate(
+                    figures.milliseconds(totals[column]),
+                    (totals[column], y),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center_baseline",
+                    size=7,
+                    color=_INK,
+                )
+        limit = figures.limit_ms(row)
+        if limit is not None:
+            low, high = (
+                number * group + 0.5 * _BAR_HEIGHT,
+                number * group + (len(columns) + 0.7) * _BAR_HEIGHT,
+            )
+            axes.vlines(limit, low, high, color=_INK, linewidth=1.2, linestyle="--", zorder=3)
+    smallest = min(min([*_totals(row).values(), figures.limit_ms(row) or 1e9]) for row in rows)
+    largest = max(max(_totals(row).values()) for row in rows)
+    axes.set_xlim(smallest / 2, largest * 1.6)
+    axes.set_ylim(group * len(rows), 0)
+    names = [f"{_short(row['name'])}\n{row['tokens']:,} tokens" for row in rows]
+    axes.set_yticks([(i + 0.5) * group for i in range(len(rows))], names)
+    _dress(axes, x="milliseconds")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", labelcolor=_INK)
+    _head(figure, "Attention by song: time of one layer", subtitle)
+    handles = [(figures.LABELS[c], {"color": _STYLES[c][0], "linewidth": 6}) for c in columns]
+    _legend(figure, [*handles, ("limit", {"color": _INK, "linewidth": 1.2, "linestyle": "--"})])
+    return figure
+
+
+def by_length(rows: list[dict], subtitle: str) -> Figure:
+    """Time against length, both logarithmic, with the limit."""
+    height = 5.6
+    figure = Figure(figsize=(9.0, height), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes((0.09, 0.1, 0.86, 0.68))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    handles = []
+    for column, (colour, marker) in _STYLES.items():
+        points = [(row["tokens"], ms) for row in rows if (ms := _totals(row).get(column)) is not None]
+        if points:
+            style = {"color": colour, "marker": marker, "linewidth": 1.8, "markersize": 5.5}
+            axes.plot(*zip(*points), **style, markeredgecolor=_GREY, markeredgewidth=0.5, zorder=3)
+            handles.append((figures.LABELS[column], style))
+    limits = [(row["tokens"], ms) for row in rows if (ms := figures.limit_ms(row)) is not None]
+    if limits:
+        style = {"color": _INK, "linewidth": 1.2, "linestyle": "--"}
+        axes.plot(*zip(*limits), **style, zorder=2)
+        handles.append(("limit", style))
+    lengths = [row["tokens"] for row in rows]
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _dress(axes, x="tokens", y="milliseconds")
+    _head(figure, "Attention by length of row: time of one layer", subtitle)
+    _legend(figure, handles)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
+
+
+def _dress(axes: Axes, x: str, y: str | None = None) -> None:
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    (axes.yaxis if y else axes.xaxis).set_major_formatter(plain)
+    axes.set_xlabel(x, color=_GREY, fontsize=9)
+    if y:
+        axes.set_ylabel(y, color=_GREY, fontsize=9)
+    axes.grid(color=_FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=_GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_LINE)
+
+
+def _head(figure: Figure, title: str, subtitle: str) -> None:
+    height = figure.get_figheight()
+    figure.text(0.03, 1 - 0.15 / height, title, color=_INK, size=13, weight="bold", va="top")
+    figure.text(0.03, 1 - 0.42 / height, subtitle, color=_GREY, size=9, va="top")
+
+
+def _legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
+    figure.legend(
+        handles=[Line2D([], [], label=label, **style) for label, style in handles],
+        loc="upper left",
+        bbox_to_anchor=(0.03, 1 - 0.6 / figure.get_figheight()),
+        ncols=4,
+        fontsize=8.5,
+        labelcolor=_INK,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.6,
+        columnspacing=1.6,
+    )
+
+
+def _save(figure: Figure, page: Path, what: str) -> str:
+    path = page.with_name(f"{page.stem}_{what}.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The default metadata names the version of matplotlib.
+        figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
+    return path.name

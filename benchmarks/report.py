@@ -1,0 +1,261 @@
+"""`python -m benchmarks.report`: the attention kernels beside FlexAttention and dense attention.
+
+Measures on a GPU and writes a JSON file after every row; makes a page and pictures of such files,
+also without a GPU (`--from`); compares two of them (`--compare`). See docs/benchmarks.md.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import figures, measure, songs
+from benchmarks.compare import compare
+from benchmarks.machine import describe
+from benchmarks.page import page, update_readme
+from benchmarks.results_file import FORMAT, load, merge, save
+from benchmarks.timing import Timer
+from meloformer import cli
+from meloformer.errors import UserError
+
+LENGTHS = (2048, 4096, 8192, 16384, 24576, 49152, 98304)
+DEFAULT_COLUMNS = ("triton", "dense_cudnn", "dense_flash", "flex", "flex_sorted", "flex_fp32")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def longest(column: str, args: argparse.Namespace) -> int | None:
+    """The longest row in tokens that a column is measured on."""
+    if column == "flex_fp32":
+        return args.flex_fp32_up_to
+    return args.flex_up_to if measure.BACKENDS.get(column) == "flex" else None
+
+
+def rows_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[tuple[str, list, int | None]]:
+    """(name, songs, length) of every row; a length of None means the song as long as it is."""
+    lengths = args.lengths or ([] if args.whole else LENGTHS)
+    whole = [(name, [ids], None) for name, ids in found.items()] if args.whole else []
+    return [*whole, *((f"packed to {n:,}", list(found.values()), n) for n in lengths)]
+
+
+def measure_row(
+    name: str, documents: list, length: int | None, args: argparse.Namespace, timer: Timer
+) -> dict:
+    """One row of the report as JSON values, printed as it comes."""
+    begun = time.perf_counter()
+    structure = songs.pack(documents, length).to(args.device)
+    row = {
+        "name": name,
+        "packed": length is not None,
+        "documents": len(torch.unique(structure.doc)),
+        "tokens": structure.doc.shape[1],
+        "summaries": structure.summary_doc.shape[1],
+        "visible_pairs": songs.visible_pairs(structure),
+        "causal_pairs": songs.causal_pairs(structure),
+        "columns": {},
+    }
+    print(f"{name}: {row['tokens']:,} tokens, {figures.visible_share(row):.1%} visible", flush=True)
+    shape = measure.Shape(args.heads, args.dim, getattr(torch, args.dtype))
+    for column in args.columns:
+        most = longest(column, args)
+        if most is not None and row["tokens"] > most:
+            row["columns"][column] = {"skipped": f"slow, so not measured beyond {most:,} tokens"}
+        else:
+            row["columns"][column] = attempt(column, structure, shape, timer)
+        print(f"  {figures.LABELS[column]:22}{_outcome(row, column)}", flush=True)
+    row["seconds"] = time.perf_counter() - begun
+    times = figures.times_limit(row)
+    print(
+        f"  {'' if times is None else f'{times:.2f} x the limit; '}row took {row['seconds']:.1f} s",
+        flush=True,
+    )
+    return row
+
+
+def attempt(column: str, structure, shape: measure.Shape, timer: Timer) -> dict:
+    """The figures of a column, or why it has none: one that fails must not take the others along."""
+    try:
+        return measure.measure(column, structure, shape, timer)
+    except Exception as error:
+        reason = one_line(error)
+    gc.collect()  # the frames of the error held tensors
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # a GPU that is lost is told after the row: see `_check_gpu`
+            torch.cuda.empty_cache()
+    return {"failed": reason}
+
+
+def one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:200]
+
+
+def _outcome(row: dict, column: str) -> str:
+    entry = row["columns"][column]
+    if not figures.measured(row, column):
+        return " ".join(f"{why}: {text}" for why, text in entry.items())
+    forward, backward = (entry["update"][which]["ms"] for which in figures.PASSES)
+    return f"{forward:9.3f} + {backward:.3f} ms, worst error {figures.worst_error(row, column):.2f}"
+
+
+def measure_all(args: argparse.Namespace, path: Path) -> dict:
+    """Measures every row, writing all of them to `path` after each."""
+    found = songs.read_songs(args.midi)
+    timer = Timer(args.device)
+    settings = {"heads": args.heads, "dim": args.dim, "dtype": args.dtype}
+    result = {"format": FORMAT, "machine": describe(), "settings": settings, "rows": []}
+    rows = rows_of(found, args)
+    for number, (name, documents, length) in enumerate(rows, 1):
+        print(f"[{number}/{len(rows)}] ", end="")
+        result["rows"].append(measure_row(name, documents, length, args, timer))
+        save(result, path)
+        if args.device == "cuda":
+            _check_gpu(path)
+    return result
+
+
+def _check_gpu(path: Path) -> None:
+    """After an illegal access nothing works any more in this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise UserError(f"the GPU failed ({one_line(error)}); {path} has what was measured") from None
+
+
+def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Path], target: Path) -> None:
+    result = merge(results, [str(source) for source in sources])
+    drawn = []
+    if find_spec("matplotlib"):
+        from benchmarks.pictures import draw
+
+        drawn = draw(result, target)
+    else:
+        print("no pictures: matplotlib is not installed; --from draws them where it is", file=sys.stderr)
+    write(target, page(result, drawn, [source.name for source in sources]))
+    print(f"wrote {', '.join([str(target), *drawn])}")
+    if args.readme:
+        picture = target.with_name(drawn[0]) if drawn else None
+        update_readme(args.readme, result, sources, target, picture)
+
+
+def write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def numbers(text: str) -> list[int]:
+    return [cli.positive_int(part) for part in text.split(",")]
+
+
+def columns(text: str) -> list[str]:
+    chosen = text.split(",")
+    for column in chosen:
+        if column not in measure.COLUMNS:
+            raise argparse.ArgumentTypeError(f"'{column}' is none of {', '.join(measure.COLUMNS)}")
+    return list(dict.fromkeys(chosen))
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "--midi",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="MIDI files, .npy files of token ids, folders of either; without it songs are composed",
+    )
+    p.add_argument(
+        "--lengths",
+        type=numbers,
+        metavar="N,N",
+        help="measure packed rows of these lengths (2k to 98k tokens if neither this nor --whole)",
+    )
+    p.add_argument("--whole", action="store_true", help="measure each song alone at its own length")
+    p.add_argument(
+        "--columns",
+        type=columns,
+        default=",".join(DEFAULT_COLUMNS),
+        metavar="A,B",
+        help=f"what to measure, of {', '.join(measure.COLUMNS)}",
+    )
+    p.add_argument("--heads", type=cli.positive_int, default=8)
+    p.add_argument("--dim", type=cli.positive_int, default=64, help="channels per head")
+    p.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    p.add_argument(
+        "--flex-up-to",
+        type=cli.positive_int,
+        default=49_152,
+        metavar="N",
+        help="FlexAttention only on rows of at most N tokens",
+    )
+    p.add_argument(
+        "--flex-fp32-up-to",
+        type=cli.positive_int,
+        default=24_576,
+        metavar="N",
+        help="FlexAttention in float32 likewise",
+    )
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="PAGE.md",
+        help="the page; pictures and the JSON file go beside it (runs/attention.md, "
+        "but --compare only prints)",
+    )
+    p.add_argument("--readme", type=Path, metavar="FILE", help="put the table between the markers there, too")
+    instead = p.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--from",
+        nargs="+",
+        type=Path,
+        dest="sources",
+        metavar="JSON",
+        help="measure nothing: make the page of these results",
+    )
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
+        help="measure nothing: print what changed between two results",
+    )
+    return p  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.compare:
+        text = compare(*map(load, args.compare))
+        print(text, end="")
+        if args.output:
+            write(args.output, text)
+        return
+    target = args.output or Path("runs/attention.md")
+    if target.suffix != ".md":
+        raise UserError(f"--output {target}: must end in .md")
+    if args.sources:
+        write_pages(args, [load(source) for source in args.sources], args.sources, target)
+        return
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    needing = [column for column in args.columns if column not in measure.ANYWHERE]
+    if args.device == "cpu" and needing:
+        raise UserError(
+            f"no CUDA device: cannot measure {', '.join(needing)} (--columns {','.join(measure.ANYWHERE)} "
+            "runs anywhere; --from makes pages of old results)"
+        )
+    path = target.with_suffix(".json")
+    result = measure_all(args, path)
+    write_pages(args, [result], [path], target)
+    print(target.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    cli.run(main)
