@@ -37,6 +37,7 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.60",
         "matplotlib>=3.8",
+        "pyyaml>=6.0",
     ],
     extras_require={
         "test": [
@@ -49,5 +50,6 @@ setup(
             "ruff>=0.8",
         ],
         "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.16"],
     },
 )

@@ -12,32 +12,47 @@ A checkpoint is a folder `step-00001234` that appears under its name only when i
 A file is verified against the manifest before any of it is used.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-import warnings
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from . import vocab
+from .checkpoint_files import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    TOKENIZER,
+    TRAINER,
+    VERSION,
+    check_size,
+    damaged,
+    load_json,
+    load_tensors,
+    one_line,
+    read_manifest,
+    seal,
+    storable,
+    to_json,
+    verify,
+)
 from .errors import UserError
+from .optimizer_state import fits, flatten, unflatten
 from .shards import sync_folder
 
-FORMAT = "meloformer-checkpoint"
-VERSION = 1
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-CONFIG, TOKENIZER, TRAINER, MANIFEST = "config.json", "tokenizer.json", "trainer.json", "manifest.json"
-_REQUIRED = (MODEL, CONFIG, TOKENIZER, TRAINER)
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _REPLACED = ".replaced"  # a whole checkpoint while another of its step takes its place
 _TEMPORARY = ".incomplete-"
+_SPARE_BYTES = 16 << 20  # what the text files, the log and the file system take beside the tensors
 # How an optimizer computes is a matter of the machine it runs on, not of the run it continues.
 _MACHINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -62,6 +77,18 @@ class Checkpoint:
     tokenizer_json: dict
     trainer: dict
 
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that the model saw at once in training.
+
+        Raises:
+            UserError: the checkpoint does not tell.
+        """
+        try:
+            return int(self.trainer["identity"]["max_seq_len"])
+        except (KeyError, TypeError, ValueError):
+            raise damaged(self.path / TRAINER, "it lacks max_seq_len") from None
+
 
 def save_checkpoint(
     root: str | os.PathLike,
@@ -73,21 +100,25 @@ def save_checkpoint(
     optimizer_state: dict | None,
     trainer: dict,
     keep_last: int,
+    val_loss: float | None = None,
 ) -> Path:
     """Write `root/step-<step>`, whole or not at all, then delete the oldest beyond `keep_last`.
 
-    A process that is killed at any moment leaves the earlier checkpoints as they were. One process
-    may save into a root at a time: what an interrupted save left there is removed.
+    The checkpoint of the lowest validation loss stays besides. A process that is killed at any moment
+    leaves the earlier checkpoints as they were, and so does a full disk. One process may save into a
+    root at a time: what an interrupted save left there is removed.
 
     Args:
         root: folder of the checkpoints of one run; made if missing.
-        step: optimizer steps so far; an existing checkpoint of this step is replaced.
+        step: optimizer steps so far; an existing checkpoint of this step is replaced. Checkpoints of
+            later steps were passed over as damaged by the run that saves now: they go.
         model_state: `model.state_dict()`. A tensor listed under several names is stored under each.
         config: JSON values.
         tokenizer_json: `vocab.to_json()`.
         optimizer_state: `optimizer.state_dict()`, or None for a checkpoint that only generates.
         trainer: JSON values.
         keep_last: how many checkpoints stay, at least 1.
+        val_loss: validation loss of these weights, if it is known.
 
     Returns:
         The folder of the new checkpoint.
@@ -101,35 +132,74 @@ def save_checkpoint(
         raise ValueError(f"keep_last must be at least 1 and step at least 0, not {keep_last} and {step}")
     root = Path(root)
     documents = {CONFIG: config, TOKENIZER: tokenizer_json, TRAINER: {**trainer, "step": step}}
-    texts = {name: _to_json(value) for name, value in documents.items()}
-    tensors = {MODEL: (_storable(model_state), None)}
+    texts = {name: to_json(value) for name, value in documents.items()}
+    tensors = {MODEL: (storable(model_state), None)}
     if optimizer_state is not None:
-        tensors[OPTIMIZER] = _flatten_optimizer(optimizer_state)
-
+        tensors[OPTIMIZER] = flatten(optimizer_state)
     target = root / f"step-{step:08d}"
-    temporary = root / f"{_TEMPORARY}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
+        for path in root.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path)
+        _write_folder(target, step, val_loss, texts, tensors)
+        _remove_old(root, target, keep_last)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save a checkpoint in {root}: {one_line(error)}") from error
+    return target
+
+
+def export_model(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Copy what generating needs of the checkpoint `path` into a new `folder`: all but the training state.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, `folder` exists, or it cannot be written.
+    """
+    checkpoint, folder = load_checkpoint(path), Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another name")
+    trainer = {"step": checkpoint.step, "identity": {"max_seq_len": checkpoint.max_seq_len}}
+    documents = {CONFIG: checkpoint.config, TOKENIZER: checkpoint.tokenizer_json, TRAINER: trainer}
+    texts = {name: to_json(value) for name, value in documents.items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _write_folder(folder, checkpoint.step, None, texts, {MODEL: (checkpoint.weights, None)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {one_line(error)}") from error
+
+
+def _write_folder(
+    target: Path,
+    step: int,
+    val_loss: float | None,
+    texts: dict[str, bytes],
+    tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]],
+) -> None:
+    """Make `target` from files of text and of tensors (with their metadata), whole or not at all."""
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    needed = sum(tensor.nbytes for values, _ in tensors.values() for tensor in values.values())
+    free = shutil.disk_usage(target.parent).free
+    if needed + _SPARE_BYTES > free:
+        raise OSError(
+            f"it needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB of disk, and {free / 1e9:.2f} are free"
+        )
+    try:
         temporary.mkdir()
         for name, text in texts.items():
             (temporary / name).write_bytes(text)
         for name, (values, metadata) in tensors.items():
             save_file(values, temporary / name, metadata)
-        files = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-        (temporary / MANIFEST).write_bytes(_to_json(manifest))
-        _seal(temporary / MANIFEST)
+        files = {path.name: seal(path) for path in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "val_loss": val_loss, "files": files}
+        (temporary / MANIFEST).write_bytes(to_json(manifest))
+        seal(temporary / MANIFEST)
         sync_folder(temporary)
         if target.exists():
-            target.rename(root / (target.name + _REPLACED))
+            target.rename(target.with_name(target.name + _REPLACED))
         temporary.rename(target)
-        sync_folder(root)
-        _remove_old(root, target, keep_last)
-    except (OSError, SafetensorError) as error:
+        sync_folder(target.parent)
+    except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        raise UserError(f"cannot save a checkpoint in {root}: {_one_line(error)}") from error
-    return target
+        raise
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
@@ -143,18 +213,18 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         UserError: it is missing, incomplete, damaged, or was trained on another vocabulary.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if OPTIMIZER in manifest["files"]:  # of the two large files, the one that is not read here
-        _check_size(path / OPTIMIZER, manifest)
+        check_size(path / OPTIMIZER, manifest)
     config, tokenizer_json, trainer = (
-        _load_json(path / name, manifest) for name in (CONFIG, TOKENIZER, TRAINER)
+        load_json(path / name, manifest) for name in (CONFIG, TOKENIZER, TRAINER)
     )
     if tokenizer_json != vocab.to_json():
         raise UserError(
             f"{path / TOKENIZER}: this checkpoint was trained on another token vocabulary;"
             " use the version of MeloFormer that wrote it"
         )
-    weights, _ = _load_tensors(path / MODEL, manifest, device)
+    weights, _ = load_tensors(path / MODEL, manifest, device)
     return Checkpoint(path, manifest["step"], weights, config, tokenizer_json, trainer)
 
 
@@ -168,11 +238,11 @@ def restore_optimizer(path: str | os.PathLike, optimizer: torch.optim.Optimizer)
         UserError: the checkpoint has no optimizer state, is damaged, or is of other parameters.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if OPTIMIZER not in manifest["files"]:
         raise UserError(f"{path} holds no optimizer state, so training cannot resume from it")
-    state = _unflatten_optimizer(path / OPTIMIZER, *_load_tensors(path / OPTIMIZER, manifest, "cpu"))
-    if not _fits(state, optimizer):
+    state = unflatten(path / OPTIMIZER, *load_tensors(path / OPTIMIZER, manifest, "cpu"))
+    if not fits(state, optimizer):
         raise UserError(
             f"{path / OPTIMIZER} is the optimizer state of another model; resume with the same model options"
         )
@@ -181,11 +251,16 @@ def restore_optimizer(path: str | os.PathLike, optimizer: torch.optim.Optimizer)
     optimizer.load_state_dict(state)
 
 
-def latest_checkpoint(root: str | os.PathLike) -> Path | None:
-    """The checkpoint of the highest step in `root` whose files are all there in full size.
+def has_checkpoints(root: str | os.PathLike) -> bool:
+    """Whether `root` holds any checkpoint, whole or damaged."""
+    return bool(_by_step(Path(root)))
 
-    None if there is no checkpoint at all. Passing over a damaged one is said by a warning. Hashes are
-    not read here; `load_checkpoint` does that.
+
+def latest_checkpoint(root: str | os.PathLike) -> Path | None:
+    """The checkpoint of the highest step in `root` of which every file has its SHA-256.
+
+    None if there is no checkpoint at all. Those that are damaged are passed over, each in one line on
+    stderr that names it and the fault.
 
     Raises:
         UserError: there are checkpoints, but not one is whole.
@@ -193,18 +268,30 @@ def latest_checkpoint(root: str | os.PathLike) -> Path | None:
     problems = []
     for path in reversed(_by_step(Path(root))):
         try:
-            manifest = _read_manifest(path)
-            for name in manifest["files"]:
-                _check_size(path / name, manifest)
+            verify(path)
+            break
         except UserError as error:
             problems.append(error)
-            continue
+    else:
         if problems:
-            warnings.warn(f"going back to {path}: {problems[0]}", stacklevel=2)
-        return path
-    if problems:
-        raise UserError(f"no whole checkpoint in {root}: {problems[0]}")
-    return None
+            raise UserError(f"no whole checkpoint in {root}: {problems[0]}")
+        return None
+    for problem in problems:
+        print(f"passing over a checkpoint: {problem}", file=sys.stderr)
+    return path
+
+
+def best_checkpoint(root: str | os.PathLike) -> Path | None:
+    """The checkpoint of the lowest validation loss in `root`, the later of equal ones.
+
+    None if no checkpoint has a validation loss.
+    """
+    best = None
+    for path in _by_step(Path(root)):
+        loss = _val_loss(path)
+        if loss is not None and not path.name.endswith(_REPLACED) and (best is None or loss <= best[0]):
+            best = loss, path
+    return best and best[1]
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
@@ -226,6 +313,13 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     return found
 
 
+def _val_loss(path: Path) -> float | None:
+    try:
+        return read_manifest(path)["val_loss"]
+    except (UserError, KeyError):
+        return None
+
+
 def _by_step(root: Path) -> list[Path]:
     """The checkpoint folders in `root`, whole or not, oldest first."""
     found = []
@@ -236,177 +330,11 @@ def _by_step(root: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
-
-
 def _remove_old(root: Path, newest: Path, keep_last: int) -> None:
-    others = [path for path in _by_step(root) if path != newest]
-    kept = [path for path in others if not path.name.endswith(_REPLACED)][::-1][: keep_last - 1]
-    for path in others:
+    found = [path for path in _by_step(root) if not path.name.endswith(_REPLACED)]
+    kept = {*found[: found.index(newest) + 1][-keep_last:], best_checkpoint(root)}
+    for path in _by_step(root):
         if path not in kept:
             doomed = root / f"{_TEMPORARY}{path.name}"  # a folder under its own name is always whole
             path.rename(doomed)
             shutil.rmtree(doomed)
-
-
-def _seal(path: Path) -> dict:
-    """Force a written file to the disk; its entry in the manifest."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory with one another, as the file format asks."""
-    stored, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return stored
-
-
-def _flatten_optimizer(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A torch optimizer's state dict as tensors `state.<parameter>.<name>`, and the rest as JSON."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"state.{index}.{name}"] = value
-            else:
-                values.setdefault(str(index), {})[name] = value
-    groups = [
-        {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
-        for group in state["param_groups"]
-    ]
-    metadata = {"param_groups": _to_json(groups).decode(), "values": _to_json(values).decode()}
-    return _storable(tensors), metadata
-
-
-def _unflatten_optimizer(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict:
-    try:
-        groups, values = json.loads(metadata["param_groups"]), json.loads(metadata["values"])
-        state: dict[int, dict] = {int(index): dict(entries) for index, entries in values.items()}
-        for key, tensor in tensors.items():
-            _, index, name = key.split(".", 2)
-            # A copy, for the optimizer keeps what it is given, and loaded tensors may map the file.
-            state.setdefault(int(index), {})[name] = tensor.clone()
-        for group in groups:
-            group["params"] = [int(index) for index in group["params"]]
-            if "betas" in group:
-                group["betas"] = tuple(group["betas"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise _damaged(path, "it does not hold the state of an optimizer") from None
-    return {"state": state, "param_groups": groups}
-
-
-def _fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the saved groups and shapes are those of the optimizer's parameters."""
-    saved = [group["params"] for group in state["param_groups"]]
-    present = [group["params"] for group in optimizer.param_groups]
-    if [len(group) for group in saved] != [len(group) for group in present]:
-        return False
-    shapes = {i: p.shape for old, new in zip(saved, present) for i, p in zip(old, new)}
-    return set(state["state"]) <= set(shapes) and all(
-        not isinstance(value, Tensor) or value.ndim == 0 or value.shape == shapes[index]
-        for index, entries in state["state"].items()
-        for value in entries.values()
-    )
-
-
-def _to_json(value: object) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()
-
-
-def _damaged(file: Path, what: str) -> UserError:
-    return UserError(f"{file} is damaged: {what}; use another checkpoint of the run, or copy this one again")
-
-
-def _one_line(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-
-
-def _read_manifest(path: Path) -> dict:
-    """The manifest, with every field of the type it should have."""
-    if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: there is no such folder")
-    file = path / MANIFEST
-    if not file.is_file():
-        raise UserError(f"{path} is not a whole checkpoint: it has no {MANIFEST}")
-    manifest = _read_json(file)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{file} is not the manifest of a MeloFormer checkpoint")
-    if manifest.get("version") != VERSION:
-        raise UserError(
-            f"{file} has version {manifest.get('version')!r}; this MeloFormer reads version {VERSION}"
-        )
-    files = manifest.get("files")
-    sound = (
-        type(manifest.get("step")) is int
-        and isinstance(files, dict)
-        and set(_REQUIRED) <= set(files) <= {*_REQUIRED, OPTIMIZER}
-        and all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
-    )
-    if not sound:
-        raise _damaged(file, "its list of files is not one that MeloFormer writes")
-    return manifest
-
-
-def _check_size(file: Path, manifest: dict) -> None:
-    if not file.is_file():
-        raise _damaged(file, "it is missing")
-    size, expected = file.stat().st_size, manifest["files"][file.name]["bytes"]
-    if size != expected:
-        raise _damaged(file, f"it has {size} bytes instead of {expected}")
-
-
-def _check_content(file: Path, manifest: dict) -> None:
-    _check_size(file, manifest)
-    try:
-        digest = _sha256(file)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {_one_line(error)}") from None
-    if digest != manifest["files"][file.name]["sha256"]:
-        raise _damaged(file, f"its SHA-256 is not the one in {MANIFEST}")
-
-
-def _load_json(file: Path, manifest: dict) -> dict:
-    _check_content(file, manifest)
-    return _read_json(file)
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {_one_line(error)}") from None
-    except (ValueError, RecursionError):
-        raise _damaged(file, "it is not JSON") from None
-    if not isinstance(value, dict):
-        raise _damaged(file, "it does not hold a JSON object")
-    return value
-
-
-def _load_tensors(
-    file: Path, manifest: dict, device: str | torch.device
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the text metadata of a safetensors file."""
-    _check_content(file, manifest)
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        return load_file(file, str(device)), metadata
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, _one_line(error)) from None

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from .errors import UserError
@@ -30,10 +31,9 @@ class Parser(argparse.ArgumentParser):
         if not arg.startswith("--"):
             return arg
         name, equals, value = arg.partition("=")
-        body = name[2:]
-        for spelling in (body, body.replace("-", "_"), body.replace("_", "-")):
-            if f"--{spelling}" in self._option_string_actions:
-                return f"--{spelling}{equals}{value}"
+        for option in self._option_string_actions:
+            if option.replace("_", "-") == name.replace("_", "-"):
+                return f"{option}{equals}{value}"
         return arg
 
     def error(self, message: str):
@@ -83,15 +83,27 @@ def fraction(text: str) -> float:
     return value
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`, turning a UserError into one line on stderr and exit code 2."""
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit with the code it returns; a UserError becomes one line and its own code."""
     try:
-        main()
-    except UserError as error:
-        sys.stdout.flush()
-        rank = os.environ.get("RANK", "0")  # under torchrun one process may err and the others not
-        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = main()
+    except (UserError, KeyboardInterrupt) as error:
+        code = report(error)
+    if code:
+        sys.exit(code)
+
+
+def report(error: BaseException) -> int:
+    """Tell of what ended a command on stderr, a UserError in one line; the exit code."""
+    sys.stdout.flush()
+    rank = os.environ.get("RANK", "0")  # under torchrun one process may err and the others not
+    if isinstance(error, UserError):
+        where = "error" if rank == "0" else f"error in process {rank}"
+        print(f"{where}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    text = "".join(traceback.format_exception(error))  # in one piece, since processes share the terminal
+    print(text if rank == "0" else f"in process {rank}:\n{text}", file=sys.stderr, flush=True)
+    return 1

@@ -5,6 +5,7 @@ Every step is the command a user would type, and is printed as such.
 
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,12 @@ STEPS = 60
 BARS = 8
 
 
-def step(title: str, command: Callable[[list[str]], None], args: dict[str, object]) -> None:
+def step(title: str, command: Callable[[list[str]], int | None], args: dict[str, object]) -> None:
     """Say and run `python -m <the command's module>` with `--key value` arguments."""
     words = [word for key, value in args.items() for word in (f"--{key}", str(value))]
     print(f"\n{title}\n$ {shlex.join(['python', '-m', command.__module__, *words])}")
-    command(words)
+    if code := command(words):
+        sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,15 @@
 
 
 class UserError(Exception):
-    """A mistake a user can mend: the message is one line, and the command exits with code 2."""
+    """A mistake a user can mend: the message is one line, and the command exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """Training that has gone beyond what finite numbers can tell."""
+
+    exit_code = 3
 
 
 class MidiError(UserError):

@@ -12,9 +12,9 @@ from . import vocab
 
 STRUCTURAL, KIND_T, KIND_P, KIND_L, KIND_V = range(5)  # as meloformer.kernels.structure.Kind
 
-_KIND = np.zeros(vocab.VOCAB_SIZE, dtype=np.int32)
+KIND_OF_ID = np.zeros(vocab.VOCAB_SIZE, dtype=np.int32)  # the kind of every id
 for _kind, _family in ((KIND_T, vocab.T), (KIND_P, vocab.P), (KIND_L, vocab.L), (KIND_V, vocab.V)):
-    _KIND[_family.start : _family.stop] = _kind
+    KIND_OF_ID[_family.start : _family.stop] = _kind
 
 # The instrument that a token switches to; -1 leaves the current one in force.
 _SWITCH = np.full(vocab.VOCAB_SIZE, -1, dtype=np.int32)
@@ -56,7 +56,7 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> Facts:
     if len(ids) == 0:
         empty = np.zeros(0, dtype=np.int32)
         return Facts(empty, empty, empty, empty)
-    kind = _KIND[ids]
+    kind = KIND_OF_ID[ids]
     switch = _SWITCH[ids]
     inst = switch[last_index(switch >= 0)]
     chords = np.cumsum(vocab.CHORD.mask(ids), dtype=np.int32)

@@ -206,7 +206,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, int]:
     checkpoint = load_checkpoint(find_checkpoint(folder))
     model = MeloFormer(ModelConfig(**checkpoint.config))
     model.load_state_dict(checkpoint.weights)
-    return model.to(device).eval(), checkpoint.trainer["identity"]["max_seq_len"]
+    return model.to(device).eval(), checkpoint.max_seq_len
 
 
 def parse_instruments(text: str) -> tuple[int, ...]:

@@ -329,7 +329,7 @@ def loss_curve(log: str | os.PathLike | Iterable[dict], path: str | os.PathLike)
     Raises:
         UserError: the log cannot be read or has no losses, or the picture cannot be written.
     """
-    records = _read_log(Path(log)) if isinstance(log, (str, os.PathLike)) else list(log)
+    records = read_log(Path(log)) if isinstance(log, (str, os.PathLike)) else list(log)
     steps, losses = _series(records, "loss")
     val_steps, val_losses = _series(records, "val_loss")
     lr_steps, rates = _series(records, "lr")
@@ -383,7 +383,12 @@ def loss_curve(log: str | os.PathLike | Iterable[dict], path: str | os.PathLike)
     _save(figure, path)
 
 
-def _read_log(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSONL file. Lines that are cut are passed over.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

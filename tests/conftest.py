@@ -5,6 +5,7 @@ from pathlib import Path
 # Two test processes on two cores: more threads would only wait for each other. Inherited by commands.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
@@ -13,3 +14,19 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers beside the tests; melo
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Shards of a dozen short songs, some of them for validation."""
+    from meloformer import preprocess
+    from meloformer.compose import compose
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "midi").mkdir()
+    for seed in range(12):
+        compose(seed, bars=6).dump(folder / "midi" / f"{seed}.mid")
+    preprocess.main(
+        ["--input", str(folder / "midi"), "--output", str(folder / "shards"), "--val-split", "0.2"]
+    )
+    return folder / "shards"

@@ -9,8 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from meloformer import checkpoint, vocab
+from meloformer import checkpoint, checkpoint_files, vocab
 from meloformer.checkpoint import (
+    best_checkpoint,
+    export_model,
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -175,16 +177,32 @@ def test_keep_last(tmp_path):
 
 
 def test_steps_sort_as_numbers(tmp_path):
-    for step in (9, 123_456_789, 99_999_999):
+    for step in (9, 99_999_999, 123_456_789):
         save(tmp_path, step)
     assert latest_checkpoint(tmp_path).name == "step-123456789"
 
 
-def test_the_new_checkpoint_stays_even_if_its_step_is_lower(tmp_path):
-    """As when an earlier checkpoint was resumed after the latest had been found damaged."""
+def test_the_best_stays_besides(tmp_path):
+    for step, val_loss in enumerate((2.0, None, 1.5, 1.5, None, 3.0, None), 1):
+        save(tmp_path, step, keep_last=2, val_loss=val_loss)
+    assert steps_in(tmp_path) == ["step-00000004", "step-00000006", "step-00000007"]
+    assert best_checkpoint(tmp_path).name == "step-00000004"
+    save(tmp_path, 8, keep_last=2, val_loss=1.0)
+    assert steps_in(tmp_path) == ["step-00000007", "step-00000008"]
+
+
+def test_without_a_validation_loss_there_is_no_best(tmp_path):
+    save(tmp_path, 1)
+    assert best_checkpoint(tmp_path) is None and best_checkpoint(tmp_path / "no") is None
+
+
+def test_later_ones_go_when_an_earlier_one_was_resumed(tmp_path):
+    """They had been found damaged, and would count among the last ones for ever."""
     save(tmp_path, 50)
-    path = save(tmp_path, 10, keep_last=1)
-    assert steps_in(tmp_path) == [path.name]
+    save(tmp_path, 40)
+    assert steps_in(tmp_path) == ["step-00000040"]
+    save(tmp_path, 45)
+    assert steps_in(tmp_path) == ["step-00000040", "step-00000045"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -224,6 +242,17 @@ def test_a_failed_save_leaves_the_others_and_no_leftover(tmp_path, monkeypatch):
     assert_one_line(error, "No space left", str(tmp_path))
     assert steps_in(tmp_path) == [path.name]
     assert load_checkpoint(path).step == 5
+
+
+def test_a_disk_too_full_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    path = save(tmp_path, 5, keep_last=1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 << 20))
+    monkeypatch.setattr(checkpoint, "save_file", None)
+    with pytest.raises(UserError) as error:
+        save(tmp_path, 6, keep_last=1)
+    assert_one_line(error, "it needs 0.02 GB of disk, and 0.00 are free", str(tmp_path))
+    assert latest_checkpoint(tmp_path) == path and steps_in(tmp_path) == [path.name]
 
 
 class Crash(BaseException):
@@ -309,11 +338,43 @@ def test_find_nothing(tmp_path):
         assert_one_line(error, str(given))
 
 
-def test_latest_skips_one_that_lacks_a_file_or_is_cut(tmp_path):
-    good, cut, lacking = (save(tmp_path, step) for step in (1, 2, 3))
+def test_the_newest_whole_one_is_taken_and_the_damaged_are_named(tmp_path, capsys):
+    good, flipped, cut, lacking = (save(tmp_path, step, keep_last=4) for step in (1, 2, 3, 4))
     (lacking / "config.json").unlink()
     os.truncate(cut / "model.safetensors", 100)
+    content = bytearray((flipped / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (flipped / "model.safetensors").write_bytes(content)
     assert latest_checkpoint(tmp_path) == good
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, path, fault in zip(lines, (lacking, cut, flipped), ("missing", "100 bytes", "SHA-256")):
+        assert str(path) in line and fault in line
+
+
+def test_an_export_loads_as_a_checkpoint_and_cannot_resume(saved, tmp_path):
+    document = json.loads((saved / "trainer.json").read_text()) | {"identity": {"max_seq_len": 512}}
+    (saved / "trainer.json").write_text(json.dumps(document))
+    edit_manifest(
+        saved, lambda m: m["files"].update({"trainer.json": checkpoint_files.seal(saved / "trainer.json")})
+    )
+    out = tmp_path / "to" / "model"
+    export_model(saved, out)
+    assert steps_in(out) == [
+        "config.json", "manifest.json", "model.safetensors", "tokenizer.json", "trainer.json",
+    ]  # fmt: skip
+    found, origin = load_checkpoint(find_checkpoint(out)), load_checkpoint(saved)
+    assert all(torch.equal(found.weights[name], origin.weights[name]) for name in origin.weights)
+    assert (found.config, found.max_seq_len, found.step) == (CONFIG, 512, 2)
+    with pytest.raises(UserError, match="no optimizer state"):
+        restore_optimizer(out, make_optimizer(make_model()))
+    with pytest.raises(UserError, match="exists already"):
+        export_model(saved, out)
+
+
+def test_a_checkpoint_that_does_not_tell_its_length(saved):
+    with pytest.raises(UserError, match=r"trainer.json is damaged: it lacks max_seq_len"):
+        load_checkpoint(saved).max_seq_len  # noqa: B018
 
 
 def test_checkpoint_without_optimizer_cannot_resume(tmp_path):
@@ -392,6 +453,7 @@ def edit_manifest(path: Path, change) -> None:
         lambda m: m.pop("files"),
         lambda m: m.update(files=["model.safetensors"]),
         lambda m: m["files"].pop("config.json"),
+        lambda m: m.update(val_loss="low"),
         lambda m: m["files"].update({"../../evil": {"bytes": 0, "sha256": ""}}),
         lambda m: m["files"].update({"config.json": 3}),
         lambda m: m["files"]["config.json"].update(bytes="many"),
@@ -401,7 +463,7 @@ def edit_manifest(path: Path, change) -> None:
     ],
     ids=[
         "list", "null", "deep", "huge-number", "not-utf8", "format", "version", "step-text", "step-bool",
-        "no-files", "files-list", "file-unlisted", "path-escape", "entry-number", "size-text",
+        "no-files", "files-list", "file-unlisted", "loss-text", "path-escape", "entry-number", "size-text",
         "size-negative", "hash-null", "hash-absent",
     ],
 )  # fmt: skip
@@ -418,7 +480,7 @@ def test_hostile_manifest(saved, change):
 @pytest.mark.parametrize("name", ["config.json", "trainer.json", "tokenizer.json"])
 def test_hostile_json_with_a_right_hash(saved, name, content):
     (saved / name).write_bytes(content)
-    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint._seal(saved / name)}))
+    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint_files.seal(saved / name)}))
     with pytest.raises(UserError) as error:
         load_checkpoint(saved)
     assert_one_line(error, name)
@@ -440,7 +502,7 @@ def test_hostile_json_with_a_right_hash(saved, name, content):
 def test_hostile_optimizer_file_with_a_right_hash(saved, content):
     name = "optimizer.safetensors"
     (saved / name).write_bytes(content)
-    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint._seal(saved / name)}))
+    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint_files.seal(saved / name)}))
     with pytest.raises(UserError) as error:
         restore_optimizer(saved, make_optimizer(make_model()))
     assert_one_line(error, name)

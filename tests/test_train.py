@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,128 +8,41 @@ import numpy as np
 import pytest
 import torch
 
-from meloformer import preprocess, train
-from meloformer.checkpoint import latest_checkpoint, load_checkpoint
-from meloformer.compose import compose
-from meloformer.errors import UserError
+from meloformer import cli, export, preprocess, train, trainer
+from meloformer.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from meloformer.data import PackedSongs
+from meloformer.errors import DivergedError, UserError
 from meloformer.generate import Sampling, generate, load_model, read_prompt
+from meloformer.generate import main as generate_command
+from meloformer.metrics import Meter
 from meloformer.model import ModelConfig
-from meloformer.train import TrainConfig
+from meloformer.optim import learning_rate
+from meloformer.train_config import TrainConfig, parse_args
 
 from songs import EXAMPLE
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Shards of a dozen short songs, some of them for validation."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "midi").mkdir()
-    for seed in range(12):
-        compose(seed, bars=6).dump(folder / "midi" / f"{seed}.mid")
-    preprocess.main(
-        ["--input", str(folder / "midi"), "--output", str(folder / "shards"), "--val-split", "0.2"]
-    )
-    return folder / "shards"
-
-
-def config(data, output, **changes):
-    settings = {
-        "max_seq_len": 512,
-        "batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "epochs": 2,
-        "learning_rate": 1e-2,
-        "device": "cpu",
-        "attention": "reference",
-    }
-    return TrainConfig(data_dir=str(data), output_dir=str(output), **(settings | changes))
-
-
-def records(output, key="loss"):
-    lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
-
-
-def losses(output):
-    return [record["loss"] for record in records(output)]
-
-
-def test_the_flags_of_the_original_are_taken_either_way():
-    found = train.parse_args(
-        "--data_dir d --model_size small --max_seq_len 2048 --max_bars 128 --max_samples 50 --batch_size 1 "
-        "--gradient-accumulation-steps 4 --learning-rate 3e-4 --epochs 1".split()
-    )
-    assert dataclasses.replace(found, data_dir="d") == TrainConfig(
-        data_dir="d",
-        model_size="small",
-        max_seq_len=2048,
-        max_bars=128,
-        max_samples=50,
-        batch_size=1,
-        gradient_accumulation_steps=4,
-        learning_rate=3e-4,
-        epochs=1,
-    )
+from tiny_train import TINY
+from training import arguments, config, losses, records, run, tiny, torchrun
 
 
 def test_the_schedule_warms_up_then_falls_to_a_tenth():
     settings = TrainConfig(data_dir="", warmup_steps=10, learning_rate=1.0)
-    rates = [train.learning_rate(step, 1000, settings) for step in range(1000)]
+    rates = [learning_rate(step, 1000, settings) for step in range(1000)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert np.all(np.diff(rates[10:]) < 0) and rates[-1] == pytest.approx(0.1, abs=1e-3)
-    short = [train.learning_rate(step, 20, settings) for step in range(20)]
+    short = [learning_rate(step, 20, settings) for step in range(20)]
     assert short[:2] == pytest.approx([0.5, 1.0])  # a tenth of the run, not ten steps
 
 
 def test_training_lowers_the_loss_and_logs_it(data, tmp_path):
     train.train(config(data, tmp_path / "run"), TINY)
-    found = records(tmp_path / "run")
+    found = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    found = [record for record in found if "loss" in record]
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
     assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= set(found[0])
     validation = records(tmp_path / "run", "val_loss")
     assert [record["epoch"] for record in validation] == [0, 1]
     assert validation[1]["val_loss"] < validation[0]["val_loss"]
-
-
-@pytest.mark.parametrize("stop", [1, 4], ids=["inside an epoch", "later"])
-def test_a_resumed_run_equals_one_that_was_never_stopped(data, tmp_path, stop):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.train(config(data, whole), TINY)
-    settings = config(data, parts, save_every=1)
-    trainer = train.Trainer(settings, TINY, train.start_job("cpu"))
-    _run_some(trainer, stop)
-    # What a killed run logged after its last checkpoint must be forgotten.
-    with (parts / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"step": stop + 1, "loss": 1e9}) + '\n{"step": 99, "lo')
-    train.train(dataclasses.replace(settings, resume="auto"), TINY)
-    assert losses(parts) == losses(whole)
-    assert [r["val_loss"] for r in records(parts, "val_loss")] == [
-        r["val_loss"] for r in records(whole, "val_loss")
-    ]
-    first, second = (load_checkpoint(latest_checkpoint(run / "checkpoints")) for run in (whole, parts))
-    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
-
-
-def _run_some(trainer, steps):
-    """Run a trainer and break it off, as by a kill, right after the checkpoint of step `steps`."""
-
-    class Killed(Exception):
-        pass
-
-    save = trainer.save
-
-    def save_then_die():
-        save()
-        if trainer.step == steps:
-            raise Killed
-
-    trainer.save = save_then_die
-    with pytest.raises(Killed):
-        trainer.run()
 
 
 def test_accumulation_and_batches_of_the_same_rows_are_one_step(data, tmp_path):
@@ -144,27 +56,13 @@ def test_accumulation_and_batches_of_the_same_rows_are_one_step(data, tmp_path):
     np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
 
 
-def command(*args, processes=None, **env):
-    start = [sys.executable, "-m"]
-    if processes:
-        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    return subprocess.run(
-        [*start, "meloformer.train", *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_rows(data, tmp_path):
-    settings = "--model_size small --max_seq_len 256 --epochs 1 --max_steps 3 --device cpu".split()
-    settings += ["--data_dir", data, "--attention", "reference", "--gradient_accumulation_steps", 2]
-    one = command(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2)
-    two = command(*settings, "--output_dir", tmp_path / "two", "--batch_size", 1, processes=2)
-    wrong = command("--data_dir", tmp_path / "none", "--device", "cpu", processes=2)
+    settings = arguments(data, max_seq_len=256, epochs=1, max_steps=3)
+    one = run(tiny(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2))
+    two = run(torchrun(2, *settings, "--output_dir", tmp_path / "two"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    wrong = run([*launcher, "-m", "meloformer.train", "--data_dir", tmp_path / "none", "--device", "cpu"])
     assert wrong.returncode != 0
     assert "error: " in wrong.stderr and "error in process 1: " in wrong.stderr
     assert one.returncode == 0, one.stderr
@@ -180,44 +78,8 @@ def test_two_processes_train_as_one_with_the_same_rows(data, tmp_path):
     )
 
 
-def test_a_run_is_not_begun_over_another(data, tmp_path):
-    train.train(config(data, tmp_path, max_steps=1), TINY)
-    with pytest.raises(UserError, match="holds a run already: add --resume"):
-        train.train(config(data, tmp_path), TINY)
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"weight_decay": 0.5}, {"batch_size": 2}, {"epochs": 3}], ids=str
-)
-def test_a_run_is_not_resumed_as_another(data, tmp_path, change):
-    train.train(config(data, tmp_path, max_steps=1), TINY)
-    with pytest.raises(UserError, match=r"cannot resume from .*: \w+ was .* there and is .* now"):
-        train.train(config(data, tmp_path, max_steps=1, resume="auto", **change), TINY)
-
-
-def test_a_damaged_run_is_not_begun_anew(data, tmp_path):
-    train.train(config(data, tmp_path, max_steps=1), TINY)
-    (latest_checkpoint(tmp_path / "checkpoints") / "config.json").unlink()
-    log = (tmp_path / "log.jsonl").read_text()
-    for resume in ("auto", None):
-        with pytest.raises(UserError, match=r"no whole checkpoint .*config.json"):
-            train.train(config(data, tmp_path, max_steps=1, resume=resume), TINY)
-    assert (tmp_path / "log.jsonl").read_text() == log
-
-
-def test_an_older_checkpoint_is_not_resumed_beside_a_newer_one(data, tmp_path):
-    settings = config(data, tmp_path, max_steps=2, save_every=1)
-    train.train(settings, TINY)
-    older = tmp_path / "checkpoints" / "step-00000001"
-    with pytest.raises(UserError, match="holds another checkpoint, step-00000002"):
-        train.train(dataclasses.replace(settings, resume=str(older)), TINY)
-    elsewhere = dataclasses.replace(settings, resume=str(older), output_dir=str(tmp_path / "branch"))
-    train.train(elsewhere, TINY)
-    assert losses(tmp_path / "branch") == losses(tmp_path)[1:]
-
-
-def test_a_run_that_diverges_stops_and_saves_nothing(data, tmp_path):
-    with pytest.raises(UserError, match="lower --learning_rate"):
+def test_a_run_that_diverges_stops_and_saves_no_weights_that_are_not_finite(data, tmp_path):
+    with pytest.raises(DivergedError, match="lower --learning_rate"):
         train.train(config(data, tmp_path, learning_rate=1e30, epochs=20), TINY)
     for path in (tmp_path / "checkpoints").glob("step-*"):
         weights = load_checkpoint(path).weights
@@ -225,12 +87,12 @@ def test_a_run_that_diverges_stops_and_saves_nothing(data, tmp_path):
 
 
 def test_epochs_of_different_length_are_all_trained(data, tmp_path, monkeypatch):
-    rows_of_epoch = train.PackedSongs.rows
+    rows_of_epoch = PackedSongs.rows
 
     def fewer_at_first(self, epoch):
         return rows_of_epoch(self, epoch)[: 4 if epoch == 0 else None]
 
-    monkeypatch.setattr(train.PackedSongs, "rows", fewer_at_first)
+    monkeypatch.setattr(PackedSongs, "rows", fewer_at_first)
     settings = config(data, tmp_path, gradient_accumulation_steps=1, save_every=1)
     train.train(settings, TINY)
     assert [record["epoch"] for record in records(tmp_path, "val_loss")] == [0, 1]
@@ -240,11 +102,84 @@ def test_epochs_of_different_length_are_all_trained(data, tmp_path, monkeypatch)
     assert losses(tmp_path) == before
 
 
-def test_a_finished_run_is_resumed_to_nothing(data, tmp_path):
-    train.train(config(data, tmp_path), TINY)
-    before = losses(tmp_path)
-    train.train(config(data, tmp_path, resume="auto"), TINY)
-    assert losses(tmp_path) == before
+def test_a_run_leaves_what_people_look_for(data, tmp_path):
+    settings = config(data, tmp_path, validate_every=4, keep_last=1, deterministic=True)
+    try:
+        train.train(settings, TINY)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock", "checkpoints", "config.yaml", "log.jsonl", "loss.png", "summary.json",
+    ]  # fmt: skip
+    assert parse_args(["--config", str(tmp_path / "config.yaml")]) == settings
+    validations = records(tmp_path, "val_loss")
+    assert [record["step"] for record in validations] == [4, 6, 8, 12]
+    best = min(validations, key=lambda record: record["val_loss"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] and summary["stopped_by"] is None
+    assert (summary["steps"], summary["epochs"], summary["skipped_steps"]) == (12, 2, 0)
+    assert summary["loss"] == losses(tmp_path)[-1]
+    assert summary["best"] == {"step": best["step"], "val_loss": best["val_loss"]}
+    assert summary["best_checkpoint"] == f"step-{best['step']:08d}"
+    assert best_checkpoint(tmp_path / "checkpoints").name == summary["best_checkpoint"]
+
+
+def test_the_best_checkpoint_outlives_the_last_ones(data, tmp_path, monkeypatch):
+    figures = iter([3.0, 1.0, 2.0, 1.5, None, 4.0])
+    monkeypatch.setattr(trainer, "validate", lambda *_: {"val_loss": next(figures)})
+    train.train(config(data, tmp_path, validate_every=2, keep_last=1), TINY)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000012"]
+    assert json.loads((tmp_path / "summary.json").read_text())["best"] == {"step": 4, "val_loss": 1.0}
+
+
+def test_checkpoints_by_minutes(data, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 20))  # 20 seconds from look to look
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    train.train(config(data, tmp_path, save_every_minutes=1, keep_last=99, epochs=1), TINY)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000006"]
+
+
+def test_samples_come_when_asked(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        trainer, "write_sample", lambda *a, **k: asked.append((a[1:], k["max_context"])) or True
+    )
+    train.train(config(data, tmp_path, sample_every=5), TINY)
+    assert asked == [((tmp_path / "samples", 5), 512), ((tmp_path / "samples", 10), 512)]
+
+
+def test_an_export_of_a_run_generates(data, tmp_path, capsys):
+    train.train(config(data, tmp_path / "run", max_steps=2), TINY)
+    export.main(["--checkpoint", str(tmp_path / "run"), "--best", "--output", str(tmp_path / "model")])
+    args = ["--checkpoint", tmp_path / "model", "--output", tmp_path / "song.mid", "--max_tokens", "40"]
+    generate_command([str(arg) for arg in args])
+    assert (tmp_path / "song.mid").exists()
+    with pytest.raises(UserError, match="leave out --best"):
+        export.main(["--checkpoint", str(tmp_path), "--best", "--output", str(tmp_path / "other")])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_thousand_steps_do_not_grow_the_memory(data, tmp_path, monkeypatch):
+    """Of the process as a whole, after the allocator has settled in the first two hundred."""
+    sizes = []
+    tiny = ModelConfig(layers=1, dim=16, heads=1, ffn=16)
+    settings = config(
+        data, tmp_path, max_seq_len=64, gradient_accumulation_steps=1, epochs=10_000, max_steps=1000
+    )
+
+    def look() -> None:
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes.append(resident * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    step_record = Meter.step_record
+    monkeypatch.setattr(Meter, "step_record", lambda *args: look() or step_record(*args))
+    train.train(settings, tiny)
+    early, late = np.median(sizes[200:300]), np.median(sizes[-100:])
+    assert len(sizes) == 1000 and late - early < 4, (early, late)
 
 
 @pytest.fixture
@@ -298,8 +233,6 @@ def mistakes(data, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line_and_code_two(mistakes, name, tmp_path, capsys, monkeypatch):
-    from meloformer import cli
-
     args, says = mistakes[name]
     if "--output_dir" not in args:
         args = [*args, "--output_dir", tmp_path / "new"]

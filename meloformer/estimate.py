@@ -1,0 +1,86 @@
+"""What a run will need: memory by formula before the first step, time by one measured step."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from .data import MIN_SUMMARIES
+from .errors import UserError
+from .model import ModelConfig
+from .train_config import TrainConfig
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per process. `activations` are those of one batch of `batch_size` rows."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int) -> int:
+    """What a backward pass finds saved for `tokens` regular and summary tokens, and the loss needs at once.
+
+    A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 8 vectors of
+    width `dim` (queries, keys, values, outputs) and 4 of width `ffn`, and 4 of width `dim` in float32
+    (the residual stream and its norms). The loss holds the logits and three float32 copies of them.
+    Masks, plans and work space of the attention are not counted.
+    """
+    per_layer = compute_bytes * (8 * model.dim + 4 * model.ffn) + 4 * 4 * model.dim
+    return tokens * (model.layers * per_layer + (compute_bytes + 3 * 4) * model.padded_vocab_size)
+
+
+def estimate_memory(
+    config: TrainConfig, model: ModelConfig, parameters: int, compute_bytes: int, world: int
+) -> MemoryEstimate:
+    """The formula: float32 weights, gradients, two moments of AdamW, and `activation_bytes`.
+
+    Computing in two bytes adds a copy of the weights; several processes add one of the gradients.
+    """
+    copies = parameters * compute_bytes if compute_bytes < 4 else 0
+    tokens = config.batch_size * (config.max_seq_len + MIN_SUMMARIES)
+    return MemoryEstimate(
+        weights=4 * parameters + copies,
+        gradients=4 * parameters * (1 if world == 1 else 2),
+        optimizer=8 * parameters,
+        activations=activation_bytes(model, tokens, compute_bytes),
+    )
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of the device, as a whole."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device, or the host, has no memory left."""
+    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
+    """The error for it, which names the flag to turn."""
+    if config.batch_size > 1:
+        advice = (
+            f"lower --batch_size (now {config.batch_size}) and raise --gradient_accumulation_steps (now "
+            f"{config.gradient_accumulation_steps}) by the same factor: the steps stay the same"
+        )
+    else:
+        advice = f"lower --max_seq_len (now {config.max_seq_len}) or take a smaller --model_size"
+        if config.precision == "fp32":
+            advice = f"try --precision bf16, or {advice}"
+    return UserError(
+        f"out of memory on {device}, which has {device_bytes(device) / GB:.1f} GB: {advice}; --dry_run shows "
+        "what takes how much"
+    )

@@ -1,0 +1,31 @@
+"""`python -m meloformer.export`: a checkpoint -> a folder to hand on, which `generate` takes."""
+
+from pathlib import Path
+
+from . import cli
+from .checkpoint import best_checkpoint, export_model, find_checkpoint
+from .errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(
+        prog="python -m meloformer.export",
+        description="Copy the model, its configuration and tokenizer out of a checkpoint.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
+    add("--output", required=True, help="the folder to make")
+    add("--best", action="store_true", help="of a run, the lowest validation loss instead of the newest")
+    args = parser.parse_args(argv)
+    if args.best:
+        path = best_checkpoint(Path(args.checkpoint) / "checkpoints")
+        if path is None:
+            raise UserError(f"{args.checkpoint} is no run with a validation loss: leave out --best")
+    else:
+        path = find_checkpoint(args.checkpoint)
+    export_model(path, args.output)
+    print(f"{args.output}: the model of {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,78 @@
+"""Which checkpoint a run goes on from, and whether that is the same run."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from .checkpoint import Checkpoint, find_checkpoint, has_checkpoints, latest_checkpoint, load_checkpoint
+from .errors import UserError
+from .job import Job, restarted
+from .model import ModelConfig
+from .shards import ShardSet
+from .train_config import TrainConfig
+
+# Settings that must not change when a run is resumed, or its loss curve would be another run's.
+FIXED = (
+    *("seed", "max_seq_len", "max_bars", "max_samples", "epochs", "max_steps", "learning_rate"),
+    *("warmup_steps", "weight_decay", "max_grad_norm"),
+)
+
+
+def run_identity(
+    config: TrainConfig, model: ModelConfig, shards: ShardSet, precision: str, world: int
+) -> dict[str, object]:
+    """What makes a run the same run, as JSON values."""
+    return {
+        "model": json.loads(json.dumps(dataclasses.asdict(model))),
+        "data": hashlib.sha256(shards.digests.tobytes()).hexdigest(),
+        "val_split": shards.val_split,
+        **{name: getattr(config, name) for name in FIXED},
+        "precision": precision,
+        "rows_per_step": world * config.batch_size * config.gradient_accumulation_steps,
+    }
+
+
+def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -> Checkpoint | None:
+    """The checkpoint that --resume means, in all processes; None for a new run.
+
+    After a restart by torchrun, the run in `root` is gone on with, whether --resume was given or not.
+
+    Raises:
+        UserError: there is a run and no --resume, or it is another run, or none of it is whole.
+    """
+    path = job.lead_does(lambda: _choose(config, root))
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint.trainer["identity"]
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            hint = (
+                " (processes x batch_size x gradient_accumulation_steps)" if name == "rows_per_step" else ""
+            )
+            raise UserError(
+                f"cannot resume from {path}: {name} was {saved.get(name)!r} there and is {value!r} now{hint}"
+            )
+    return checkpoint
+
+
+def _choose(config: TrainConfig, root: Path) -> str | None:
+    resume = config.resume or ("auto" if restarted() else None)
+    if resume is None:
+        if has_checkpoints(root):
+            raise UserError(
+                f"{config.output_dir} holds a run already: add --resume to go on with it, or choose another "
+                "--output_dir"
+            )
+        return None
+    newest = latest_checkpoint(root)
+    if resume == "auto":
+        return newest and str(newest)
+    found = find_checkpoint(Path(resume))
+    if newest is not None and newest.resolve() != found.resolve():
+        raise UserError(
+            f"{config.output_dir} holds another checkpoint, {newest.name}: to go on from {found}, choose "
+            "another --output_dir"
+        )
+    return str(found)

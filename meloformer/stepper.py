@@ -1,0 +1,113 @@
+"""Model, optimizer and one optimizer step, on this process among others.
+
+Losses and gradients are sums over targets, divided once by the number of targets of all processes and
+batches, so that the same rows give the same step however they are dealt out.
+"""
+
+import hashlib
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .data import Batch
+from .device import pick_attention
+from .guard import Guard
+from .job import Job
+from .metrics import StepFigures
+from .model import MeloFormer, ModelConfig, next_token_loss
+from .optim import make_optimizer
+from .train_config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Stepper:
+    """Takes optimizer steps: `accumulate` the batches of a step, the last one as such, then `update`.
+
+    Attributes:
+        model: with its weights by the seed.
+        optimizer: over its parameters.
+        guard: which judges every step.
+        precision: "fp32" or "bf16".
+        attention: name of the backend.
+    """
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, job: Job):
+        self._config, self._job = config, job
+        self.precision = config.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if job.device.type == "cuda" else "fp32"
+        self.attention = pick_attention(config.attention, job.device)
+        torch.manual_seed(config.seed)
+        self.model = MeloFormer(model_config).to(job.device)
+        self.optimizer = make_optimizer(self.model, config, job.device)
+        self.guard = Guard()
+        self.parallel = self.model
+        if job.world > 1:
+            self.parallel = DistributedDataParallel(
+                self.model, device_ids=[job.device.index] if job.device.type == "cuda" else None
+            )
+        self._sums = self._no_sums()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, N, V] for a batch that is on the device, without any exchange between processes."""
+        return self._forward(self.model, batch)
+
+    def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        autocasts = self.compute_dtype != torch.float32
+        with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
+            return model(batch.ids, batch.structure, self.attention)
+
+    def seed(self, step: int) -> None:
+        """Make all that draws random numbers in step `step` draw by the seed, the step and the rank.
+
+        So nothing of them needs to be saved, and another number of processes can go on.
+        """
+        text = f"{self._config.seed} {step} {self._job.rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
+
+    def accumulate(self, batch: Batch, last: bool) -> None:
+        """Add the gradients of a batch, and its nats, targets and tokens, to those of the step.
+
+        Gradients are exchanged between processes with the `last` batch of the step alone.
+        """
+        batch = batch.to(self._job.device)
+        waits = self._job.world > 1 and not last
+        with self.parallel.no_sync() if waits else nullcontext():
+            nats, targets = next_token_loss(self._forward(self.parallel, batch), batch.targets)
+            nats.backward()
+        self._sums[0] += nats.detach()
+        self._sums[1] += targets
+        self._sums[2] += batch.tokens
+
+    def update(self, lr: float, *flags: bool) -> tuple[StepFigures, list[bool]]:
+        """The optimizer step over what was accumulated; and whether any process has set each flag.
+
+        It is skipped, on all processes alike, if the loss or the gradient is not finite.
+        """
+        own = torch.tensor(flags, dtype=torch.float64, device=self._job.device)
+        sums = self._job.sum(torch.cat([self._sums, own]))
+        # DistributedDataParallel has averaged sums over processes: make that the mean over targets.
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        torch._foreach_mul_(gradients, (self._job.world / sums[1]).float())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
+        nats, targets, tokens, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
+        loss = nats / targets
+        taken = self.guard.admits(loss, norm)
+        if taken:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._sums = self._no_sums()
+        spike = self.guard.spike(norm) if taken else None
+        return StepFigures(loss, norm, int(tokens), taken, spike), [flag > 0 for flag in any_flags]
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.float64, device=self._job.device)  # nats, targets, tokens

@@ -1,0 +1,47 @@
+"""Requests to stop: SIGTERM, SIGINT, or the death of the launcher. They are noted, not obeyed at once."""
+
+import os
+import signal
+import threading
+
+STOPPED = 75  # exit code of a run that saved and stopped on request: EX_TEMPFAIL, "try again"
+
+
+class StopRequest:
+    """Notes a request to stop between `__enter__` and `__exit__`.
+
+    The first signal is noted; from then on SIGINT ends the process at once, as if nobody handled it,
+    even inside a long call into a library.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+        # A launcher killed outright leaves its workers behind, and the next run would meet them.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def reason(self) -> str | None:
+        """What asks for the stop, if anything does."""
+        if self._signal is not None:
+            return self._signal.name
+        if self._launcher is not None and os.getppid() != self._launcher:
+            return "the death of torchrun"
+        return None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if self._signal is None:
+            self._signal = signal.Signals(number)
+            text = f"\n{self._signal.name}: will save after this step and stop; Ctrl-C stops without saving\n"
+            os.write(2, text.encode())  # print may be in the middle of a line of its own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

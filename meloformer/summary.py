@@ -1,0 +1,80 @@
+"""What a run says of itself: at the start in a few lines, at the end as `summary.json` and `loss.png`."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import __version__
+from .checkpoint import best_checkpoint
+from .plot import loss_curve, read_log
+from .run_log import LOG
+from .shards import write_json
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+SUMMARY, PICTURE = "summary.json", "loss.png"
+
+
+def describe(trainer: Trainer) -> None:
+    """Print what is about to be trained on what."""
+    samples, stepper = trainer.data.samples, trainer.stepper
+    print(
+        f"{stepper.model.config.size} model, {stepper.model.num_parameters() / 1e6:.1f}M parameters, "
+        f"attention '{stepper.attention}' on {trainer.job.device}, {trainer.job.world} process(es)\n"
+        f"{len(samples)} training samples in {trainer.data.rows_per_epoch(0)} rows of "
+        f"{trainer.config.max_seq_len} tokens, {len(trainer.val_data.samples)} validation samples"
+    )
+    if samples.skipped_songs or samples.skipped_bars:
+        print(
+            f"left out: {samples.skipped_songs} songs of more than {trainer.config.max_bars} bars, "
+            f"{samples.skipped_bars} bars longer than a row"
+        )
+    if not len(trainer.val_data.samples):
+        print("no song fell into the validation split: there will be no validation loss")
+    if trainer.step:
+        print(f"resuming after step {trainer.step}")
+
+
+def write_summary(trainer: Trainer, stopped: str | None) -> None:
+    """Write and print how the run ended; `stopped` is what asked for a stop, if the run is not through."""
+    records = read_log(trainer.output / LOG)
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    validations = [record for record in records if "val_loss" in record]
+    best = best_checkpoint(trainer.checkpoints)
+    write_json(
+        trainer.output / SUMMARY,
+        {
+            "finished": stopped is None,
+            "stopped_by": stopped,
+            "steps": trainer.step,
+            "epochs": trainer.state.epoch,
+            "tokens": trainer.tokens,
+            "skipped_steps": trainer.stepper.guard.skipped,
+            "loss": losses[-1] if losses else None,
+            "validation": validations[-1] if validations else None,
+            "best": trainer.best,
+            "best_checkpoint": best and best.name,
+            "parameters": trainer.stepper.model.num_parameters(),
+            "attention": trainer.stepper.attention,
+            "precision": trainer.stepper.precision,
+            "processes": trainer.job.world,
+            "device": _device_name(trainer.job.device),
+            "versions": {
+                "meloformer": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        },
+    )
+    if losses:
+        loss_curve(records, trainer.output / PICTURE)
+    how = "finished" if stopped is None else f"stopped by {stopped}; --resume goes on with it"
+    print(f"{how}: {trainer.step} steps, {trainer.tokens:,} tokens; see {trainer.output / SUMMARY}")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

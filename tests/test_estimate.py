@@ -1,0 +1,112 @@
+"""The estimate before the first step, against what autograd really saves."""
+
+import re
+
+import pytest
+import torch
+
+from meloformer import train
+from meloformer.estimate import activation_bytes, estimate_memory, is_out_of_memory, out_of_memory
+from meloformer.kernels import Structure
+from meloformer.model import MeloFormer, ModelConfig, next_token_loss
+from meloformer.train_config import TrainConfig
+
+from tiny_train import TINY
+from training import config
+
+CPU = torch.device("cpu")
+
+
+class _FlashLike(torch.autograd.Function):
+    """Saves what a fused attention saves: its inputs, its output and a number per row and head."""
+
+    @staticmethod
+    def forward(ctx, q, *keys_and_values):
+        out = torch.zeros_like(q)
+        ctx.save_for_backward(q, *keys_and_values, out, torch.zeros(q.shape[:-1]))
+        return out
+
+
+class _FakeAttention:
+    def summarize(self, *inputs):
+        return _FlashLike.apply(*inputs)
+
+    update = summarize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim, ffn, layers", [(64, 704, 2), (128, 360, 4)])
+def test_activations_are_what_autograd_saves(dim, ffn, layers, dtype):
+    config = ModelConfig(layers=layers, dim=dim, heads=dim // 32, ffn=ffn)
+    model, tokens = MeloFormer(config), 4096
+    zeros = torch.zeros(1, tokens, dtype=torch.int32)
+    structure = Structure.build(*[zeros] * 5, num_summaries=1, near_bars=config.near_bars)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        # The copies of weights in the lower precision are counted with the weights.
+        if storage.data_ptr() not in weights and tensor.shape[-2:] != (1, 1) and tokens in tensor.shape:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model(zeros.long(), structure, _FakeAttention())
+        next_token_loss(logits, zeros.long())
+    # Of the four copies of the logits that the loss holds at once, autograd saves one.
+    head = tokens * config.padded_vocab_size * (dtype.itemsize + 8)
+    estimate = activation_bytes(config, tokens, dtype.itemsize) - head
+    assert sum(saved.values()) == pytest.approx(estimate, rel=0.12)
+
+
+def test_states_are_counted_by_the_parameter():
+    settings = TrainConfig(data_dir="", batch_size=2, max_seq_len=1024)
+    one = estimate_memory(settings, TINY, 1000, 4, world=1)
+    assert (one.weights, one.gradients, one.optimizer) == (4000, 4000, 8000)
+    assert one.total == 16000 + one.activations
+    two = estimate_memory(settings, TINY, 1000, 2, world=2)
+    assert (two.weights, two.gradients, two.optimizer) == (6000, 8000, 8000)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            {"batch_size": 4},
+            r"lower --batch_size \(now 4\) and raise --gradient_accumulation_steps \(now 8\)",
+        ),
+        ({"batch_size": 1}, r"lower --max_seq_len \(now 24576\) or take a smaller --model_size"),
+        ({"batch_size": 1, "precision": "fp32"}, r"try --precision bf16, or lower --max_seq_len"),
+    ],
+    ids=str,
+)
+def test_the_error_names_the_flag_to_turn(changes, says):
+    assert re.search(says, str(out_of_memory(TrainConfig(data_dir="", **changes), CPU)))
+
+
+def test_what_counts_as_a_lack_of_memory():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_dry_run_tells_and_leaves_nothing(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.train(config(data, run, dry_run=True), TINY) is None
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["model", "data", "steps", "memory", "disk", "time"]
+    assert lines["data"].startswith("12 rows of 512 tokens per epoch")
+    assert lines["steps"] == "6 of 2 rows per epoch, 12 in all"
+    assert re.match(r"\d+\.\d\d s per step, measured on one; \d+\.\d minutes per epoch", lines["time"])
+    assert not run.exists()
+
+
+def test_a_dry_run_does_not_try_what_a_cpu_cannot_do(data, tmp_path, capsys):
+    train.train(
+        config(data, tmp_path, dry_run=True, max_seq_len=24576, batch_size=4), ModelConfig(6, 256, 4, 2752)
+    )
+    assert "not measured" in capsys.readouterr().out

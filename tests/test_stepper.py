@@ -1,0 +1,70 @@
+"""One optimizer step: the same whatever deals out its rows."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from meloformer.data import State
+from meloformer.job import start_job
+from meloformer.stepper import Stepper
+from meloformer.trainer import Trainer
+
+from tiny_train import TINY
+from training import arguments, config, forked
+
+
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_how_rows_are_dealt_out(data, tmp_path):
+    """Rows differ in targets: a mean of means, or of processes, would be another gradient."""
+    shapes = ("1x1x4", "1x4x1", "2x2x1", "2x1x2", "4x1x1")  # processes x batches x rows
+    args = arguments(data, max_grad_norm=1e9, max_seq_len=1024)
+    forked("gradients", tmp_path, " ".join(shapes), *args)
+    found = {}
+    for shape in shapes:
+        with safe_open(tmp_path / f"{shape}.safetensors", "pt") as opened:
+            found[shape] = {name: opened.get_tensor(name) for name in opened.keys()}
+            exchanged = json.loads(opened.metadata()["exchanged"])
+        # Each bucket of gradients once a step, however many batches the step has.
+        assert len(exchanged) == len(set(exchanged)) and bool(exchanged) == (shape[0] != "1")
+    for name, gradient in found[shapes[0]].items():
+        for shape in shapes[1:]:
+            difference = (found[shape][name] - gradient).abs().max()
+            assert difference <= 1e-5 * gradient.abs().max(), (shape, name)
+
+
+def test_rows_differ_enough_for_the_test_above(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path, max_seq_len=1024), TINY, start_job("cpu"))
+    targets = [trainer.data.batch(0, [row]).num_targets for row in range(4)]
+    assert max(targets) > 1.05 * min(targets), targets
+
+
+def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    batch = trainer.data.batch(0, [0, 1])
+    trainer.stepper.accumulate(batch, last=True)
+    figures, flags = trainer.stepper.update(1e-3, False, True)
+    assert flags == [False, True]
+    assert (figures.tokens, figures.taken, figures.spike) == (batch.tokens, True, None)
+    assert 6 < figures.loss < 9  # of a model that knows nothing: the logarithm of the vocabulary
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_random_numbers_of_a_step_follow_from_seed_and_step(data, tmp_path, step):
+    stepper = Stepper(config(data, tmp_path), TINY, start_job("cpu"))
+    stepper.seed(step)
+    first = torch.rand(3)
+    stepper.seed(step + 1)
+    assert not torch.equal(torch.rand(3), first)
+    stepper.seed(step)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_the_state_says_which_rows_come_next(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    assert trainer.epoch == 0
+    trainer.step, trainer.state = 6, State(1, 0)
+    assert trainer.epoch == 0
+    trainer.step, trainer.state = 7, State(1, 2)
+    assert trainer.epoch == 1
