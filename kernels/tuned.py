@@ -9,9 +9,9 @@ TABLE = (
         itemsize=2,
         launches=Launches(
             forward_near=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
-            forward_far=Launch(rows=64, columns=64, warps=4, stages=3, registers=168),
+            forward_far=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
             dq_near=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
-            dq_far=Launch(rows=64, columns=64, warps=4, stages=3, registers=128),
+            dq_far=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
             dkv_near=Launch(rows=64, columns=64, warps=4, stages=3, registers=None),
             dkv_far=Launch(rows=64, columns=64, warps=4, stages=3, registers=None),
         ),

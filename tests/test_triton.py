@@ -1,5 +1,6 @@
 """The Triton backend against the float64 oracle: interpreted on CPU in float32, compiled on a GPU."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -16,7 +17,7 @@ from meloformer.kernels.structure import regular_sees, summary_sees
 from meloformer.kernels.triton_backend import Backend
 from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
-from meloformer.model import MeloFormer, ModelConfig
+from meloformer.model import SIZES, MeloFormer, ModelConfig, next_token_loss
 
 from attention_cases import (
     CASES,
@@ -279,6 +280,62 @@ class TestCompiled:
         for _ in range(100):
             again = outputs_and_gradients(Backend(packed).update, inputs)
             assert all(map(torch.equal, first, again))
+
+    @pytest.mark.parametrize("phase", PHASES)
+    def test_2048_bars(self, phase):
+        packed = structure([[song(Random(1), 2048, (128, 0), resting=0.6)]], num_summaries=2048).to("cuda")
+        inputs = random_inputs(phase, packed, torch.float32, dim=64)
+        reference = getattr(make_attention(packed, "reference"), phase)
+        check(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase]))
+
+    def test_poisoned_results(self):
+        """Every element is written, whatever was in memory: twice over different garbage."""
+        packed = self.long()
+        inputs = random_inputs("update", packed, torch.bfloat16, dim=64)
+        first = outputs_and_gradients(Backend(packed).update, inputs)
+        garbage = torch.full((2**28,), float("nan"), device="cuda")
+        del garbage
+        again = outputs_and_gradients(Backend(packed).update, inputs)
+        assert all(x.isfinite().all() for x in first) and all(map(torch.equal, first, again))
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_a_training_step_is_that_of_flex(self, size):
+        """Loss and gradients in bf16, by the norm of their difference."""
+        packed = structure([[song(Random(2), 40, (128, 33, 0, 80))]], length=2048, num_summaries=128).to(
+            "cuda"
+        )
+        generator = torch.Generator("cuda").manual_seed(0)
+        ids = torch.randint(400, packed.doc.shape, device="cuda", generator=generator)
+        torch.use_deterministic_algorithms(False)
+        results = []
+        for backend in ("triton", "flex"):
+            torch.manual_seed(0)
+            model = MeloFormer(replace(SIZES[size], layers=2)).to("cuda")
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model(ids, packed, backend)
+            nats, count = next_token_loss(logits, ids.where(packed.doc >= 0, -100))
+            (nats / count).backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            results.append(((nats / count).item(), gradient))
+        (loss, gradient), (flex_loss, flex_gradient) = results
+        assert abs(loss - flex_loss) < 2e-3 * flex_loss
+        assert (gradient - flex_gradient).norm() < 3e-2 * flex_gradient.norm()
+
+    def test_no_token_of_a_base_model_sees_what_comes_later(self):
+        packed = self.long()
+        torch.manual_seed(0)
+        model = MeloFormer(replace(SIZES["base"], layers=3)).to("cuda")
+        ids = torch.randint(400, packed.doc.shape, device="cuda")
+        embedded = []
+        model.token_embedding.register_forward_hook(lambda *x: embedded.append(x[2]))
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(ids, packed, "triton")
+        for token in (1, 700, 1500, int((packed.doc[0] >= 0).sum()) - 1):
+            (influence,) = torch.autograd.grad(logits[0, token].sum(), embedded[0], retain_graph=True)
+            others = packed.doc[0] != packed.doc[0, token]
+            others[token + 1 :] = True
+            assert influence[0, others].eq(0).all() and influence[1].eq(0).all()
+            assert influence[0, token].ne(0).any()
 
     def test_offsets_beyond_32_bits(self):
         packed = structure([[song(Random(0), 20)]], length=98_304, num_summaries=128).to("cuda")

@@ -1,0 +1,78 @@
+"""`python -m benchmarks.loss_curves RUN RUN`: how far the losses of two training runs are apart.
+
+Reads `log.jsonl` of each run folder, and draws and writes down both curves and their difference: the same
+data and seed on two attention backends must follow each other within rounding.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.machine import describe
+from meloformer import cli
+from meloformer.errors import UserError
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss in nats per token, by step."""
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{run}: {error.strerror}") from None
+    records = [json.loads(line) for line in lines]
+    found = {r["step"]: r["loss"] for r in records if "loss" in r}
+    if not found:
+        raise UserError(f"{run}: its log holds no step")
+    return found
+
+
+def compare(first: dict[int, float], second: dict[int, float]) -> dict:
+    """Both curves over the steps they share, and their difference relative to the loss."""
+    steps = sorted(first.keys() & second.keys())
+    if not steps:
+        raise UserError("the two runs share no step")
+    a, b = (np.array([curve[step] for step in steps]) for curve in (first, second))
+    apart = np.abs(a - b) / np.abs(b)
+    return {
+        "steps": steps,
+        "losses": [a.tolist(), b.tolist()],
+        "relative_difference": {"mean": float(apart.mean()), "max": float(apart.max())},
+        "at_the_end": float(apart[-20:].mean()),
+    }
+
+
+def draw(result: dict, names: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, curve, style in zip(names, result["losses"], ("-", "--")):
+        axes.plot(result["steps"], curve, style, label=name, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(prog="python -m benchmarks.loss_curves", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs=2, type=Path, help="folders of training runs")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; a picture goes beside it")
+    arguments = parser.parse_args(argv)
+    result = compare(*map(losses, arguments.runs))
+    names = [run.name for run in arguments.runs]
+    result |= {"runs": names, "machine": describe()}
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw(result, names, arguments.output.with_suffix(".png"))
+    difference = result["relative_difference"]
+    print(
+        f"{len(result['steps'])} steps: losses differ by {difference['mean']:.2e} of the loss on average, "
+        f"{difference['max']:.2e} at most, {result['at_the_end']:.2e} over the last twenty"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
