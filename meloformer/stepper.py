@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Batch
 from .device import pick_attention
+from .flops import training_flops
 from .guard import Guard
 from .job import Job
 from .metrics import StepFigures
@@ -85,6 +86,7 @@ class Stepper:
         self._sums[0] += nats.detach()
         self._sums[1] += targets
         self._sums[2] += batch.tokens
+        self._sums[3] += training_flops(self.model.config, batch.counts)
 
     def update(self, lr: float, *flags: bool) -> tuple[StepFigures, list[bool]]:
         """The optimizer step over what was accumulated; and whether any process has set each flag.
@@ -97,7 +99,7 @@ class Stepper:
         gradients = [parameter.grad for parameter in self.model.parameters()]
         torch._foreach_mul_(gradients, (self._job.world / sums[1]).float())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
-        nats, targets, tokens, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
+        nats, targets, tokens, flops, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
         loss = nats / targets
         taken = self.guard.admits(loss, norm)
         if taken:
@@ -107,7 +109,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = self._no_sums()
         spike = self.guard.spike(norm) if taken else None
-        return StepFigures(loss, norm, int(tokens), taken, spike), [flag > 0 for flag in any_flags]
+        return StepFigures(loss, norm, int(tokens), flops, taken, spike), [flag > 0 for flag in any_flags]
 
     def _no_sums(self) -> Tensor:
-        return torch.zeros(3, dtype=torch.float64, device=self._job.device)  # nats, targets, tokens
+        # nats, targets, tokens, floating-point operations
+        return torch.zeros(4, dtype=torch.float64, device=self._job.device)
