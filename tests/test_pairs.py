@@ -58,3 +58,14 @@ def test_a_composed_song():
     columns = [torch.from_numpy(fact)[None] for fact in vars(scanned).values()]
     packed = Structure.build(torch.zeros_like(columns[0]), *columns)
     assert vars(count_pairs(packed)) == by_the_rule(packed)
+
+
+def test_an_instrument_may_come_twice_in_a_bar():
+    tokens = [
+        (bar, inst, kind, 10 * bar + i)
+        for bar in (0, 1)
+        for i, inst in enumerate((5, 6, 5))
+        for kind in (1, 2, 4)
+    ]
+    packed = Structure.build(**facts([[tokens]]))
+    assert vars(count_pairs(packed)) == by_the_rule(packed)
