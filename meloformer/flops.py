@@ -38,11 +38,14 @@ def training_flops(model: ModelConfig, counts: Counts) -> float:
     """Operations of forward and backward over a batch: 3 times those of the forward.
 
     The forward takes 2 per token and weight that the token is multiplied with, and 4 x dim per layer and
-    visible pair: the products with the key and with the value.
+    visible pair: the products with the key and with the value. A dense model has no summaries, and its
+    pairs are the causal ones.
     """
     dim, layers = model.dim, model.layers
     ffn = 3 * dim * model.ffn
     per_token = layers * (4 * dim**2 + ffn) + dim * model.padded_vocab_size
+    if model.dense:
+        return 3.0 * (2 * per_token * counts.tokens + 4 * dim * layers * counts.causal_pairs)
     # The last layer needs of a summary its queries, keys and values, K2 and V2, and no more.
     per_summary = layers * 5 * dim**2 + (layers - 1) * (dim**2 + ffn)
     pairs = layers * (counts.summary_pairs + counts.token_pairs)

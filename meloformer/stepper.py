@@ -16,6 +16,8 @@ from .device import pick_attention
 from .flops import training_flops
 from .guard import Guard
 from .job import Job
+from .kernels.attention import Attention
+from .kernels.dense import CausalAttention
 from .metrics import StepFigures
 from .model import MeloFormer, ModelConfig, next_token_loss
 from .optim import make_optimizer
@@ -40,7 +42,7 @@ class Stepper:
         self.precision = config.precision
         if self.precision == "auto":
             self.precision = "bf16" if job.device.type == "cuda" else "fp32"
-        self.attention = pick_attention(config.attention, job.device)
+        self.attention = pick_attention(config.attention, job.device, model_config)
         torch.manual_seed(config.seed)
         self.model = MeloFormer(model_config).to(job.device)
         self.optimizer = make_optimizer(self.model, config, job.device)
@@ -58,12 +60,14 @@ class Stepper:
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, N, V] for a batch that is on the device, without any exchange between processes."""
-        return self._forward(self.model, batch)
+        return self._forward(self.model, batch, self.attention)
 
-    def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+    def _forward(
+        self, model: torch.nn.Module, batch: Batch, attention: Attention | CausalAttention | str
+    ) -> Tensor:
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
-            return model(batch.ids, batch.structure, self.attention)
+            return model(batch.ids, batch.structure, attention)
 
     def seed(self, step: int) -> None:
         """Make all that draws random numbers in step `step` draw by the seed, the step and the rank.
@@ -78,10 +82,15 @@ class Stepper:
 
         Gradients are exchanged between processes with the `last` batch of the step alone.
         """
+        attention = self.attention
+        if (
+            self.model.config.dense
+        ):  # from the CPU's copy: to ask the device where documents end would stall it
+            attention = self.model.attention_for(batch.structure)
         batch = batch.to(self._job.device)
         waits = self._job.world > 1 and not last
         with self.parallel.no_sync() if waits else nullcontext():
-            nats, targets = next_token_loss(self._forward(self.parallel, batch), batch.targets)
+            nats, targets = next_token_loss(self._forward(self.parallel, batch, attention), batch.targets)
             nats.backward()
         self._sums[0] += nats.detach()
         self._sums[1] += targets
