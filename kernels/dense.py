@@ -42,6 +42,10 @@ class CausalAttention:
         padded = torch.tensor(bounds + [doc.numel()] * missing, dtype=torch.int32)
         self._bounds = padded.to(doc.device if device is None else device)
 
+    def settle(self) -> "CausalAttention":
+        """Does nothing, as nothing was left to do; other attentions have it, see `attention.Attention`."""
+        return self
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(D)) V over what is not later in the document, [B, H, N, D] as q, k and v."""
         rows, heads, length, dim = q.shape

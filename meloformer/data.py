@@ -203,6 +203,14 @@ class Batch:
             structure=self.structure.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> "Batch":
+        """This batch in page-locked memory, from which a GPU copies without the host."""
+        facts = {name: x.pin_memory() for name, x in vars(self.structure).items() if isinstance(x, Tensor)}
+        structure = replace(self.structure, **facts)
+        return replace(
+            self, ids=self.ids.pin_memory(), targets=self.targets.pin_memory(), structure=structure
+        )
+
 
 class PackedSongs:
     """The rows of one split, epoch by epoch.

@@ -5,7 +5,9 @@ batches, so that the same rows give the same step however they are dealt out.
 """
 
 import hashlib
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +28,15 @@ from .train_config import TrainConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Ready(NamedTuple):
+    """A batch on the device, and its attention."""
+
+    batch: Batch
+    attention: Attention | CausalAttention
+
+
 class Stepper:
-    """Takes optimizer steps: `accumulate` the batches of a step, the last one as such, then `update`.
+    """Takes optimizer steps: `accumulate` what `prepare` made of the batches of a step, then `update`.
 
     Attributes:
         model: with its weights by the seed.
@@ -58,13 +67,20 @@ class Stepper:
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
-    def logits(self, batch: Batch) -> Tensor:
-        """[B, N, V] for a batch that is on the device, without any exchange between processes."""
-        return self._forward(self.model, batch, self.attention)
+    def prepare(self, batch: Batch) -> Ready:
+        """A batch for `accumulate`. Waits for the device only if the batch is there already."""
+        moved = batch.to(self._job.device, non_blocking=True)
+        # A dense model asks where documents end: of the batch on the host, since the device would stall.
+        structure = batch.structure if self.model.config.dense else moved.structure
+        return Ready(moved, self.model.attention_for(structure, self.attention))
 
-    def _forward(
-        self, model: torch.nn.Module, batch: Batch, attention: Attention | CausalAttention | str
-    ) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, N, V], without any exchange between processes."""
+        return self._forward(self.model, self.prepare(batch))
+
+    def _forward(self, model: torch.nn.Module, ready: Ready) -> Tensor:
+        batch, attention = ready
+        attention.settle()  # here, for in a compiled model it could not wait
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
             return model(batch.ids, batch.structure, attention)
@@ -77,21 +93,19 @@ class Stepper:
         text = f"{self._config.seed} {step} {self._job.rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
 
-    def accumulate(self, batch: Batch, last: bool) -> None:
+    def accumulate(self, ready: Ready, last: bool, done: Callable[[str], None] = lambda part: None) -> None:
         """Add the gradients of a batch, and its nats, targets and tokens, to those of the step.
 
-        Gradients are exchanged between processes with the `last` batch of the step alone.
+        Gradients are exchanged between processes with the `last` batch of the step alone. `done` is
+        called after each part: "forward", "backward".
         """
-        attention = self.attention
-        if (
-            self.model.config.dense
-        ):  # from the CPU's copy: to ask the device where documents end would stall it
-            attention = self.model.attention_for(batch.structure)
-        batch = batch.to(self._job.device)
+        batch = ready.batch
         waits = self._job.world > 1 and not last
         with self.parallel.no_sync() if waits else nullcontext():
-            nats, targets = next_token_loss(self._forward(self.parallel, batch, attention), batch.targets)
+            nats, targets = next_token_loss(self._forward(self.parallel, ready), batch.targets)
+            done("forward")
             nats.backward()
+        done("backward")
         self._sums[0] += nats.detach()
         self._sums[1] += targets
         self._sums[2] += batch.tokens

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from . import vocab
 from .checkpoint import restore_optimizer, save_checkpoint
-from .data import PackedSongs, State, prefetch
+from .data import PackedSongs, State
 from .errors import DivergedError
+from .feed import feed
 from .flops import peak_flops
 from .job import Job
 from .metrics import Meter, bar_fields
@@ -191,7 +192,7 @@ class Trainer:
         in_step = 0
         stepper.seed(self.step)
         self.meter.restart()
-        for batch, after in self.meter.waiting(prefetch([] if finished else batches)):
+        for batch, after in feed([] if finished else batches, stepper.prepare, job.device, self.meter):
             in_step += 1
             epoch_ends = after.epoch != self.state.epoch
             last = epoch_ends or in_step == config.gradient_accumulation_steps
