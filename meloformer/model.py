@@ -17,7 +17,6 @@ from .kernels.dense import CausalAttention
 from .kernels.structure import NEAR_BARS, NO_INSTRUMENT
 from .layers import DenseLayer, Layer, Rotary
 
-IGNORE = -100  # a target that counts for nothing
 INIT_STD = 0.02
 DENSE = "dense"  # names the attention of a model without summaries, as backends name those with them
 
@@ -151,19 +150,3 @@ class MeloFormer(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, the tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy in float32, as a sum, so that it adds up over batches and processes.
-
-    Args:
-        logits: [B, N, V] any floating dtype.
-        targets: int64 [B, N], the token after each; IGNORE (-100) where there is none to predict.
-
-    Returns:
-        The sum in nats, and the count (int64) of targets that were not ignored; 0-d tensors.
-    """
-    nats = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return nats, (targets != IGNORE).sum()

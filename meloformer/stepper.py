@@ -20,8 +20,9 @@ from .guard import Guard
 from .job import Job
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
+from .loss import next_token_loss
 from .metrics import StepFigures
-from .model import MeloFormer, ModelConfig, next_token_loss
+from .model import MeloFormer, ModelConfig
 from .optim import make_optimizer
 from .train_config import TrainConfig
 

@@ -14,7 +14,8 @@ from meloformer.flops import training_flops
 from meloformer.generate import generate, load_model
 from meloformer.generate import main as generate_command
 from meloformer.kernels.dense import CausalAttention
-from meloformer.model import IGNORE, SIZES, MeloFormer, next_token_loss
+from meloformer.loss import IGNORE, next_token_loss
+from meloformer.model import SIZES, MeloFormer
 from meloformer.pairs import Counts, count_pairs
 
 from attention_cases import (

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from meloformer import metrics, train, trainer
 from meloformer.data import PackedSongs, State
 from meloformer.flops import peak_flops, training_flops
-from meloformer.model import MeloFormer, ModelConfig, next_token_loss
+from meloformer.loss import next_token_loss
+from meloformer.model import MeloFormer, ModelConfig
 from meloformer.pairs import Counts, count_pairs
 from meloformer.shards import ShardSet
 

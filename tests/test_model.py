@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from meloformer import vocab
 from meloformer.kernels import make_attention
 from meloformer.layers import Rotary
-from meloformer.model import IGNORE, SIZES, MeloFormer, ModelConfig, next_token_loss
+from meloformer.loss import IGNORE, next_token_loss
+from meloformer.model import SIZES, MeloFormer, ModelConfig
 
 from attention_cases import CASES, DRUMS, NEAR_BARS, of_length, oracle_masks, plain_attention, song, structure
 from model_cases import influence, random_ids, tiny_model
@@ -243,18 +244,6 @@ def test_config_normalises_and_refuses():
     assert ModelConfig(1, 32, 2, 48, vocab_size=128).padded_vocab_size == 128
     with pytest.raises(ValueError, match="multiple"):
         ModelConfig(1, 30, 4, 48)
-
-
-def test_loss_is_a_sum_over_the_targets_that_count():
-    logits = torch.randn(2, 3, 64, dtype=torch.bfloat16)
-    targets = torch.tensor([[1, IGNORE, 5], [IGNORE, 63, 0]])
-    nats, count = next_token_loss(logits, targets)
-    log_p = logits.double().log_softmax(-1)
-    expected = -sum(log_p[b, n, targets[b, n]] for b, n in [(0, 0), (0, 2), (1, 1), (1, 2)])
-    assert nats.dtype == torch.float32 and count.dtype == torch.int64 and count == 4
-    torch.testing.assert_close(nats.double(), expected, rtol=1e-6, atol=0)
-    nats, count = next_token_loss(logits, torch.full_like(targets, IGNORE))
-    assert nats == 0 and count == 0
 
 
 def batches_of_one_shape(number: int, length: int, num_summaries: int, device="cpu"):
