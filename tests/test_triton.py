@@ -283,10 +283,11 @@ class TestCompiled:
 
     @pytest.mark.parametrize("phase", PHASES)
     def test_2048_bars(self, phase):
+        """In float32, beside plain float32: sums of ten thousand terms round more than the short ones do."""
         packed = structure([[song(Random(1), 2048, (128, 0), resting=0.6)]], num_summaries=2048).to("cuda")
         inputs = random_inputs(phase, packed, torch.float32, dim=64)
         reference = getattr(make_attention(packed, "reference"), phase)
-        check(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase]))
+        check_low_precision(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase]))
 
     def test_poisoned_results(self):
         """Every element is written, whatever was in memory: twice over different garbage."""
