@@ -47,11 +47,11 @@ def poison_uninitialized_memory(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def check(function, plain, inputs, names):
+def check(function, plain, inputs, names, tolerance=4e-6):
     """float32, to a few roundings of the largest value."""
     expected = outputs_and_gradients(plain, [x.double() for x in inputs])
     for what, a, b in zip(names, outputs_and_gradients(function, inputs), expected):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-6 * max(1, b.abs().max()), msg=what)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1, b.abs().max()), msg=what)
 
 
 def check_phase(masks, phase, dim=32, heads=1, split=0):
@@ -283,11 +283,15 @@ class TestCompiled:
 
     @pytest.mark.parametrize("phase", PHASES)
     def test_2048_bars(self, phase):
-        """In float32, beside plain float32: sums of ten thousand terms round more than the short ones do."""
         packed = structure([[song(Random(1), 2048, (128, 0), resting=0.6)]], num_summaries=2048).to("cuda")
         inputs = random_inputs(phase, packed, torch.float32, dim=64)
         reference = getattr(make_attention(packed, "reference"), phase)
-        check_low_precision(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase]))
+        # BOS is read by every token: a sum of n terms of either sign errs by about sqrt(n) roundings.
+        roundings = packed.doc.shape[1] ** 0.5
+        check(
+            *(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase])),
+            tolerance=roundings * torch.finfo(torch.float32).eps / 2,
+        )
 
     def test_poisoned_results(self):
         """Every element is written, whatever was in memory: twice over different garbage."""
