@@ -9,7 +9,7 @@ from meloformer.kernels import plan as plan_module
 from meloformer.kernels.plan import LINE, Plan
 from meloformer.kernels.structure import Facts, Structure, regular_sees
 
-from attention_cases import CASES, case, facts, oracle_masks, song, structure
+from attention_cases import CASES, case, dense_case, facts, oracle_masks, song, structure
 from plan_cases import DEVICE, coverage
 
 
@@ -34,8 +34,8 @@ def test_every_visible_pair_is_covered_once(name):
 def test_full_tiles():
     """One instrument that plays on: far columns that whole lines see."""
     batch = [[song(Random(2), 45, (0,), resting=0)], [song(Random(3), 20, (0, 33), resting=0)]]
-    plan = Plan(structure(batch).to(DEVICE))
-    _, mask = oracle_masks(batch)
+    packed = structure(batch)
+    plan, mask = Plan(packed.to(DEVICE)), dense_case(packed).regular_mask
     check_coverage(plan, mask)
     statistics = plan.statistics()
     assert statistics["full"] > 0
@@ -124,7 +124,7 @@ class TestCapacity:
         plan_module._capacities[good._key] = tuple(needed)
         plan = Plan(packed, split=1)
         assert plan.capacity == tuple(needed)
-        check_coverage(plan.settle(), oracle_masks(batch)[1])
+        check_coverage(plan.settle(), dense_case(packed.to("cpu")).regular_mask)
         assert plan.needs.tolist() == needs
 
     def test_later_plans_have_room_from_the_start(self):

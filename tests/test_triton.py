@@ -1,6 +1,8 @@
 """The Triton backend against the float64 oracle: interpreted on CPU in float32, compiled on a GPU."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,7 +15,6 @@ from meloformer.kernels import (
 )
 from meloformer.kernels.launch import Launch, Launches, safe
 from meloformer.kernels.plan import Plan
-from meloformer.kernels.structure import regular_sees, summary_sees
 from meloformer.kernels.triton_backend import Backend
 from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
@@ -23,9 +24,9 @@ from attention_cases import (
     CASES,
     INPUTS,
     PHASES,
-    Case,
     case,
     check_low_precision,
+    dense_case,
     outputs_and_gradients,
     plain_attention,
     plain_phase,
@@ -213,8 +214,18 @@ def test_unavailable_says_why(monkeypatch):
     assert triton_backend.unavailable(cpu) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in triton_backend.unavailable(cuda)
+    monkeypatch.setattr(triton_backend, "version", lambda name: "3.3.1")
+    assert "3.3 is too old, it takes 3.4" in triton_backend.unavailable(cuda)
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
     assert "not installed" in triton_backend.unavailable(cuda)
+
+
+def test_no_product_begins_with_a_transpose():
+    """Triton 3.4 to 3.7.0 miscompile that on Hopper."""
+    folder = Path(triton_backend.__file__).parent
+    sources = [(folder / name).read_text() for name in ("forward.py", "backward.py")]
+    assert any("tl.dot(" in source for source in sources)
+    assert not any(re.search(r"tl\.dot\(\s*tl\.trans\(", source) for source in sources)
 
 
 def model_gradients(backend, packed, ids):
@@ -356,10 +367,3 @@ class TestCompiled:
         expected = Backend(short).update(*cut, k2, v2)
         torch.testing.assert_close(got[:, :, :n], expected, rtol=2e-2, atol=2e-2)
         assert got[:, :, n:].eq(0).all()
-
-
-def dense_case(packed):
-    """The masks of a structure that is too long for the oracle in Python."""
-    keys = packed.keys.at(slice(None), None)
-    summaries, tokens = (x.at(slice(None), slice(None), None) for x in (packed.summaries, packed.tokens))
-    return Case(packed, summary_sees(summaries, keys), regular_sees(tokens, keys, packed.near_bars))
