@@ -7,7 +7,7 @@ samples back to back, as documents that attention never crosses.
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from . import facts, vocab
 from .errors import UserError
 from .kernels.structure import NEAR_BARS, Structure
+from .pairs import Counts, count_pairs
 from .shards import ShardSet
 
 IGNORED = -100  # the target of a token that predicts nothing; cross_entropy's ignore_index
@@ -178,24 +179,36 @@ class Batch:
     ids: [B, N] int64; PAD after the last document.
     targets: [B, N] int64, the next token of the same document; -100 where there is none.
     structure: of [B, N] tokens and [B, M] summaries; M is 128, 256, 512, ... so that shapes are few.
-    tokens: tokens that are no padding.
     num_targets: targets that are not -100.
+    counts: tokens that are no padding, and pairs of them.
     """
 
     ids: Tensor
     targets: Tensor
     structure: Structure
-    tokens: int
     num_targets: int
+    counts: Counts
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.counts.tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """This batch on another device."""
-        return Batch(
-            self.ids.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            self.structure.to(device, non_blocking=non_blocking),
-            self.tokens,
-            self.num_targets,
+        return replace(
+            self,
+            ids=self.ids.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            structure=self.structure.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """This batch in page-locked memory, from which a GPU copies without the host."""
+        facts = {name: x.pin_memory() for name, x in vars(self.structure).items() if isinstance(x, Tensor)}
+        structure = replace(self.structure, **facts)
+        return replace(
+            self, ids=self.ids.pin_memory(), targets=self.targets.pin_memory(), structure=structure
         )
 
 
@@ -262,7 +275,7 @@ class PackedSongs:
         ids = np.full(shape, vocab.PAD, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
-        most_bars = tokens = num_targets = 0
+        most_bars = num_targets = 0
         for b, number in enumerate(rows):
             if number >= len(of_epoch):
                 continue
@@ -279,14 +292,15 @@ class PackedSongs:
             bar[b, :n], inst[b, :n] = scanned.bar, scanned.inst
             kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset
             most_bars = max(most_bars, int(self.samples.bars[numbers].sum()))
-            tokens += n
             num_targets += n - len(documents)
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=max(MIN_SUMMARIES, 1 << (most_bars - 1).bit_length() if most_bars else 0),
             near_bars=self.near_bars,
         )
-        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), structure, tokens, num_targets)
+        return Batch(
+            torch.from_numpy(ids), torch.from_numpy(targets), structure, num_targets, count_pairs(structure)
+        )
 
     def require_samples(self) -> None:
         """Raises UserError if there is not a single sample."""

@@ -4,6 +4,7 @@ import torch
 
 from .errors import UserError
 from .kernels import resolve_backend
+from .model import DENSE, ModelConfig
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -31,12 +32,18 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def pick_attention(name: str, device: torch.device) -> str:
-    """The backend that an --attention flag means on `device`.
+def pick_attention(name: str, device: torch.device, model: ModelConfig) -> str:
+    """The attention that an --attention flag means for a model on `device`.
 
     Raises:
-        UserError: it cannot run there.
+        UserError: it is not of that model, or cannot run there.
     """
+    if model.dense:
+        if name not in ("auto", DENSE):
+            raise UserError(f"--attention {name}: the model is dense, it was trained without summaries")
+        return DENSE
+    if name == DENSE:
+        raise UserError(f"--attention {DENSE}: the model was trained with summaries, and needs them")
     try:
         return resolve_backend(name, device)
     except (RuntimeError, ValueError) as error:

@@ -72,7 +72,7 @@ def _measure(trainer: Trainer) -> float:
     batch, _ = next(batches)
     for _ in range(2):
         started = _now(job.device)
-        stepper.accumulate(batch, last=True)
+        stepper.accumulate(stepper.prepare(batch), last=True)
         accumulated = _now(job.device)
         stepper.update(learning_rate(0, trainer.total_steps, config))
         updated = _now(job.device)

@@ -32,11 +32,11 @@ def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int) -> int
 
     A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 8 vectors of
     width `dim` (queries, keys, values, outputs) and 4 of width `ffn`, and 4 of width `dim` in float32
-    (the residual stream and its norms). The loss holds the logits and three float32 copies of them.
+    (the residual stream and its norms). The loss holds the logits and their gradient.
     Masks, plans and work space of the attention are not counted.
     """
     per_layer = compute_bytes * (8 * model.dim + 4 * model.ffn) + 4 * 4 * model.dim
-    return tokens * (model.layers * per_layer + (compute_bytes + 3 * 4) * model.padded_vocab_size)
+    return tokens * (model.layers * per_layer + 2 * compute_bytes * model.padded_vocab_size)
 
 
 def estimate_memory(

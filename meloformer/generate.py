@@ -21,7 +21,7 @@ from .general_midi import PROGRAM_NAMES
 from .grammar import Grammar, check
 from .kernels import BACKENDS, Structure
 from .midi_writer import write_midi
-from .model import MeloFormer, ModelConfig
+from .model import DENSE, MeloFormer, ModelConfig
 from .tokenizer import HIDTokenizer
 
 DEFAULT_MAX_TOKENS = 4096
@@ -111,7 +111,7 @@ def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
 @torch.inference_mode()
 def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Tensor:
     """Logits [VOCAB_SIZE] (float32 on CPU) of the token after `ids` [n]."""
-    device = model.summary_embedding.device
+    device = model.device
     scanned = facts.scan(ids)
     length, bars = len(ids), int(scanned.bar[-1]) + 1
     if device.type == "cuda":  # every new shape would compile anew there, so let there be few
@@ -164,7 +164,7 @@ def generate(
     ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
     grammar = check(np.array(ids))
     generator = torch.Generator().manual_seed(seed)
-    attention = pick_attention(attention, model.summary_embedding.device)
+    attention = pick_attention(attention, model.device, model.config)
     wished = wishes.allows()
     has_note = any(token in vocab.P for token in ids)
     begin = complete = len(ids)  # `complete` tokens form a song that may end there
@@ -280,7 +280,7 @@ def make_parser() -> cli.Parser:
     add("--time_signature", help="time signature of the new bars, e.g. 3/4")
     add("--instruments", help="only these may play in the new bars: numbers, General MIDI names, drums")
     add("--seed", type=cli.seed, default=0, help="another seed, another song")
-    add("--attention", default="auto", choices=["auto", *BACKENDS], help="attention backend")
+    add("--attention", default="auto", choices=["auto", *BACKENDS, DENSE], help="attention backend")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
@@ -301,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{path}: there is no folder {Path(path).parent}")
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
+    attention = pick_attention(args.attention, model.device, model.config)
 
     bar = tqdm(total=args.bars or args.max_tokens, unit="bar" if args.bars else "token")
 
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         wishes=wishes,
         seed=args.seed,
         max_context=max_context,
-        attention=args.attention,
+        attention=attention,
         on_token=show,
     )
     bar.close()

@@ -2,7 +2,11 @@
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -10,6 +14,7 @@ class StepFigures:
     """What an optimizer step found, over all processes.
 
     loss: mean in nats per target. grad_norm: before clipping. tokens: without padding.
+    flops: useful operations, see `flops.training_flops`.
     taken: False if the step was skipped because loss or gradient are not finite.
     spike: the gradient norm as a multiple of the usual one, if it is a spike.
     """
@@ -17,24 +22,43 @@ class StepFigures:
     loss: float
     grad_norm: float
     tokens: int
+    flops: float
     taken: bool
     spike: float | None
 
 
 class Meter:
-    """Times steps. Time spent on validating, sampling and saving is not counted."""
+    """Times steps. Time spent on validating, sampling and saving is not counted.
 
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
+    Args:
+        peak: operations per second that all devices of the run could do; None gives no MFU.
+    """
+
+    def __init__(self, peak: float | None = None) -> None:
+        self._peak = peak
+        self.restart()
 
     def restart(self) -> None:
         """Count from now on."""
-        self._since = time.perf_counter()
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def waiting(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """The same items; the time until each is there counts as waiting for data."""
+        items = iter(items)
+        while True:
+            begun = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - begun
+            yield item
 
     def step_record(self, step: int, epoch: int, lr: float, figures: StepFigures) -> dict:
         """The record of a step that ends now: JSON values; a number that is not finite is None."""
         now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        seconds, waited = now - self._since, self._waited
+        self._since, self._waited = now, 0.0
         record = {
             "step": step,
             "epoch": epoch,
@@ -43,7 +67,10 @@ class Meter:
             "grad_norm": finite(figures.grad_norm),
             "tokens": figures.tokens,
             "tokens_per_s": figures.tokens / seconds,
+            "data_wait": waited / seconds,
         }
+        if self._peak is not None:
+            record["mfu"] = figures.flops / seconds / self._peak
         if not figures.taken:
             record["skipped"] = True
         if figures.spike is not None:
@@ -54,12 +81,15 @@ class Meter:
 def bar_fields(record: dict) -> dict[str, str]:
     """What the progress bar shows of a step's record besides steps and remaining time."""
     loss = record["loss"]
-    return {
+    fields = {
         "epoch": str(record["epoch"] + 1),
         "loss": "not finite" if loss is None else f"{loss:.3f}",
         "lr": f"{record['lr']:.1e}",
         "tok/s": f"{record['tokens_per_s']:,.0f}",
     }
+    if "mfu" in record:
+        fields["MFU"] = f"{record['mfu']:.1%}"
+    return fields | {"wait": f"{record['data_wait']:.1%}"}
 
 
 def finite(value: float) -> float | None:

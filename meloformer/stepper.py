@@ -5,7 +5,9 @@ batches, so that the same rows give the same step however they are dealt out.
 """
 
 import hashlib
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +15,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Batch
 from .device import pick_attention
+from .flops import training_flops
 from .guard import Guard
 from .job import Job
+from .kernels.attention import Attention
+from .kernels.dense import CausalAttention
+from .loss import next_token_loss
 from .metrics import StepFigures
-from .model import MeloFormer, ModelConfig, next_token_loss
+from .model import MeloFormer, ModelConfig
 from .optim import make_optimizer
 from .train_config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Ready(NamedTuple):
+    """A batch on the device, and its attention."""
+
+    batch: Batch
+    attention: Attention | CausalAttention
+
+
 class Stepper:
-    """Takes optimizer steps: `accumulate` the batches of a step, the last one as such, then `update`.
+    """Takes optimizer steps: `accumulate` what `prepare` made of the batches of a step, then `update`.
 
     Attributes:
         model: with its weights by the seed.
@@ -39,7 +52,7 @@ class Stepper:
         self.precision = config.precision
         if self.precision == "auto":
             self.precision = "bf16" if job.device.type == "cuda" else "fp32"
-        self.attention = pick_attention(config.attention, job.device)
+        self.attention = pick_attention(config.attention, job.device, model_config)
         torch.manual_seed(config.seed)
         self.model = MeloFormer(model_config).to(job.device)
         self.optimizer = make_optimizer(self.model, config, job.device)
@@ -55,14 +68,23 @@ class Stepper:
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
-    def logits(self, batch: Batch) -> Tensor:
-        """[B, N, V] for a batch that is on the device, without any exchange between processes."""
-        return self._forward(self.model, batch)
+    def prepare(self, batch: Batch) -> Ready:
+        """A batch for `accumulate`. Waits for the device only if the batch is there already."""
+        moved = batch.to(self._job.device, non_blocking=True)
+        # A dense model asks where documents end: of the batch on the host, since the device would stall.
+        structure = batch.structure if self.model.config.dense else moved.structure
+        return Ready(moved, self.model.attention_for(structure, self.attention))
 
-    def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, N, V], without any exchange between processes."""
+        return self._forward(self.model, self.prepare(batch))
+
+    def _forward(self, model: torch.nn.Module, ready: Ready) -> Tensor:
+        batch, attention = ready
+        attention.settle()  # here, for in a compiled model it could not wait
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
-            return model(batch.ids, batch.structure, self.attention)
+            return model(batch.ids, batch.structure, attention)
 
     def seed(self, step: int) -> None:
         """Make all that draws random numbers in step `step` draw by the seed, the step and the rank.
@@ -72,19 +94,23 @@ class Stepper:
         text = f"{self._config.seed} {step} {self._job.rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
 
-    def accumulate(self, batch: Batch, last: bool) -> None:
+    def accumulate(self, ready: Ready, last: bool, done: Callable[[str], None] = lambda part: None) -> None:
         """Add the gradients of a batch, and its nats, targets and tokens, to those of the step.
 
-        Gradients are exchanged between processes with the `last` batch of the step alone.
+        Gradients are exchanged between processes with the `last` batch of the step alone. `done` is
+        called after each part: "forward", "backward".
         """
-        batch = batch.to(self._job.device)
+        batch = ready.batch
         waits = self._job.world > 1 and not last
         with self.parallel.no_sync() if waits else nullcontext():
-            nats, targets = next_token_loss(self._forward(self.parallel, batch), batch.targets)
+            nats, targets = next_token_loss(self._forward(self.parallel, ready), batch.targets)
+            done("forward")
             nats.backward()
+        done("backward")
         self._sums[0] += nats.detach()
         self._sums[1] += targets
         self._sums[2] += batch.tokens
+        self._sums[3] += training_flops(self.model.config, batch.counts)
 
     def update(self, lr: float, *flags: bool) -> tuple[StepFigures, list[bool]]:
         """The optimizer step over what was accumulated; and whether any process has set each flag.
@@ -97,7 +123,7 @@ class Stepper:
         gradients = [parameter.grad for parameter in self.model.parameters()]
         torch._foreach_mul_(gradients, (self._job.world / sums[1]).float())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
-        nats, targets, tokens, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
+        nats, targets, tokens, flops, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
         loss = nats / targets
         taken = self.guard.admits(loss, norm)
         if taken:
@@ -107,7 +133,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = self._no_sums()
         spike = self.guard.spike(norm) if taken else None
-        return StepFigures(loss, norm, int(tokens), taken, spike), [flag > 0 for flag in any_flags]
+        return StepFigures(loss, norm, int(tokens), flops, taken, spike), [flag > 0 for flag in any_flags]
 
     def _no_sums(self) -> Tensor:
-        return torch.zeros(3, dtype=torch.float64, device=self._job.device)  # nats, targets, tokens
+        # nats, targets, tokens, floating-point operations
+        return torch.zeros(4, dtype=torch.float64, device=self._job.device)

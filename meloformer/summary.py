@@ -9,6 +9,7 @@ import torch
 
 from . import __version__
 from .checkpoint import best_checkpoint
+from .flops import peak_flops
 from .plot import loss_curve, read_log
 from .run_log import LOG
 from .shards import write_json
@@ -35,6 +36,8 @@ def describe(trainer: Trainer) -> None:
         )
     if not len(trainer.val_data.samples):
         print("no song fell into the validation split: there will be no validation loss")
+    if trainer.job.device.type == "cuda" and peak_flops(trainer.job.device) is None:
+        print(f"no MFU: what {_device_name(trainer.job.device)} could do at most is not known")
     if trainer.step:
         print(f"resuming after step {trainer.step}")
 

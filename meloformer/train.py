@@ -13,7 +13,7 @@ from .dry_run import dry_run
 from .errors import UserError
 from .estimate import is_out_of_memory, out_of_memory
 from .job import Job, start_job
-from .model import SIZES, ModelConfig
+from .model import DENSE, SIZES, ModelConfig
 from .stop import STOPPED, StopRequest
 from .train_config import TrainConfig, parse_args
 from .trainer import Trainer
@@ -24,19 +24,24 @@ _LOCK = ".lock"
 def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str | None:
     """Train as `config` says; `model_config` replaces the preset of `config.model_size`.
 
+    With the attention "dense" it is made dense, see `ModelConfig.as_dense`.
+
     Returns:
         None if the run is through, else what asked it to stop.
 
     Raises:
         UserError: something a user can mend; `DivergedError` if the numbers of the run went wild.
     """
+    model_config = model_config or SIZES[config.model_size]
+    if config.attention == DENSE:
+        model_config = model_config.as_dense()
     with StopRequest() as stop:
         if config.deterministic:
             _be_deterministic()
         job = start_job(config.device)
         try:
             with _errors_in_words(config, job):
-                trainer = Trainer(config, model_config or SIZES[config.model_size], job, lambda: stop.reason)
+                trainer = Trainer(config, model_config, job, lambda: stop.reason)
                 if config.dry_run:
                     dry_run(trainer)
                     reason = None

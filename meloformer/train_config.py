@@ -13,7 +13,7 @@ import yaml
 from . import cli
 from .errors import UserError
 from .kernels import BACKENDS
-from .model import SIZES
+from .model import DENSE, SIZES
 from .shards import write_atomic
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -86,7 +86,12 @@ def make_parser() -> cli.Parser:
     add("max_skipped_steps", "stop after so many steps in a row whose numbers are not finite", **count)
     add("epochs", "passes over the data", **count)
     add("max_steps", "stop after so many optimizer steps", **count)
-    add("attention", "attention backend; auto takes the best for the device", choices=["auto", *BACKENDS])
+    add(
+        "attention",
+        "attention backend, auto takes the best for the device; dense trains another model, a plain causal "
+        "Transformer of the same size, to compare with",
+        choices=["auto", *BACKENDS, DENSE],
+    )
     add("device", "auto, cpu, cuda or cuda:N")
     add("precision", "auto is bf16 on CUDA and fp32 elsewhere", choices=PRECISIONS)
     switch("deterministic", "the same bits in every run on the same machine, at some cost in speed")

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from . import vocab
 from .checkpoint import restore_optimizer, save_checkpoint
-from .data import PackedSongs, State, prefetch
+from .data import PackedSongs, State
 from .errors import DivergedError
+from .feed import feed
+from .flops import peak_flops
 from .job import Job
 from .metrics import Meter, bar_fields
 from .model import ModelConfig
@@ -69,7 +71,8 @@ class Trainer:
         self.state, self.step, self.tokens = State(), 0, 0
         self.due: list[str] = []
         self.best: dict | None = None
-        self.meter, self.log = Meter(), None
+        peak = peak_flops(job.device)
+        self.meter, self.log = Meter(peak and job.world * peak), None
         self._skipped: list[dict] = []  # the steps skipped in a row
 
         # For the schedule and the progress bar. Epochs are packed anew each, so one may take a step more
@@ -189,7 +192,7 @@ class Trainer:
         in_step = 0
         stepper.seed(self.step)
         self.meter.restart()
-        for batch, after in prefetch([] if finished else batches):
+        for batch, after in feed([] if finished else batches, stepper.prepare, job.device, self.meter):
             in_step += 1
             epoch_ends = after.epoch != self.state.epoch
             last = epoch_ends or in_step == config.gradient_accumulation_steps

@@ -9,8 +9,8 @@ from torch import Tensor
 from . import facts
 from .data import IGNORED, PackedSongs, State, prefetch
 from .job import Job
+from .loss import next_token_loss
 from .metrics import finite
-from .model import next_token_loss
 from .stepper import Stepper
 
 KINDS = {

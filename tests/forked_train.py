@@ -190,7 +190,9 @@ def _save_gradients(config: TrainConfig, file: Path) -> None:
     stepper.optimizer.step = keep
     batches = trainer.data.batches(State(), config.batch_size, rank=job.rank, world=job.world)
     for number in range(1, config.gradient_accumulation_steps + 1):
-        stepper.accumulate(next(batches)[0], last=number == config.gradient_accumulation_steps)
+        stepper.accumulate(
+            stepper.prepare(next(batches)[0]), last=number == config.gradient_accumulation_steps
+        )
     stepper.update(1e-3)
 
 

@@ -8,43 +8,18 @@ import torch.nn.functional as F
 
 from meloformer import vocab
 from meloformer.kernels import make_attention
-from meloformer.model import IGNORE, SIZES, MeloFormer, ModelConfig, Rotary, next_token_loss
+from meloformer.layers import Rotary
+from meloformer.loss import IGNORE, next_token_loss
+from meloformer.model import SIZES, MeloFormer, ModelConfig
 
 from attention_cases import CASES, DRUMS, NEAR_BARS, of_length, oracle_masks, plain_attention, song, structure
+from model_cases import influence, random_ids, tiny_model
 
-TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=48)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FlexAttention has no backward on CPU"),
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
 ]
-
-
-def tiny_model(config: ModelConfig = TINY, dtype=torch.float64) -> MeloFormer:
-    """A model with weights large enough for every connection to show."""
-    torch.manual_seed(0)
-    model = MeloFormer(config).to(dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def random_ids(batch, length=None, seed=0):
-    length = max(sum(map(len, row)) for row in batch) if length is None else length
-    return torch.randint(
-        0, vocab.VOCAB_SIZE, (len(batch), length), generator=torch.Generator().manual_seed(seed)
-    )
-
-
-def influence(model, ids, structure, attention, row, token) -> torch.Tensor:
-    """Largest gradient of a random mix of the logits of one token to every embedding: [B, N]."""
-    probe = torch.zeros(*ids.shape, model.config.dim, dtype=model.summary_embedding.dtype, device=ids.device)
-    probe.requires_grad_()
-    handle = model.token_embedding.register_forward_hook(lambda module, args, output: output + probe)
-    logits = model(ids, structure, attention)[row, token]
-    handle.remove()
-    (gradient,) = torch.autograd.grad(logits @ torch.randn_like(logits), probe)
-    return gradient.abs().amax(dim=-1)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -242,11 +217,10 @@ def test_initial_deviations():
 
 
 def test_rotary_products_depend_on_the_distance_alone():
-    config = ModelConfig(layers=1, dim=64, heads=1, ffn=64)
     q, k = torch.randn(2, 1, 1, 64, dtype=torch.float64)
 
     def product(position_q, position_k):
-        at = [Rotary(torch.tensor([[position]]), config) for position in (position_q, position_k)]
+        at = [Rotary(torch.tensor([[position]]), 64, 10000.0) for position in (position_q, position_k)]
         return (at[0](q[None]) * at[1](k[None])).sum()
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=0, atol=1e-3)
@@ -270,18 +244,6 @@ def test_config_normalises_and_refuses():
     assert ModelConfig(1, 32, 2, 48, vocab_size=128).padded_vocab_size == 128
     with pytest.raises(ValueError, match="multiple"):
         ModelConfig(1, 30, 4, 48)
-
-
-def test_loss_is_a_sum_over_the_targets_that_count():
-    logits = torch.randn(2, 3, 64, dtype=torch.bfloat16)
-    targets = torch.tensor([[1, IGNORE, 5], [IGNORE, 63, 0]])
-    nats, count = next_token_loss(logits, targets)
-    log_p = logits.double().log_softmax(-1)
-    expected = -sum(log_p[b, n, targets[b, n]] for b, n in [(0, 0), (0, 2), (1, 1), (1, 2)])
-    assert nats.dtype == torch.float32 and count.dtype == torch.int64 and count == 4
-    torch.testing.assert_close(nats.double(), expected, rtol=1e-6, atol=0)
-    nats, count = next_token_loss(logits, torch.full_like(targets, IGNORE))
-    assert nats == 0 and count == 0
 
 
 def batches_of_one_shape(number: int, length: int, num_summaries: int, device="cpu"):

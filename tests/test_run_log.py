@@ -74,17 +74,20 @@ def test_a_resumed_run_goes_on_with_its_own_curves_on_wandb(tmp_path, monkeypatc
 
 
 def test_the_record_of_a_step(monkeypatch):
-    clock = iter([10.0, 12.0, 20.0, 20.5])
+    clock = iter([10.0, 10.5, 11.0, 12.0, 20.0, 20.5])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    meter = Meter()
-    record = meter.step_record(1, 0, 1e-3, StepFigures(2.5, 0.5, 1000, True, None))
+    meter = Meter(peak=1e12)
+    assert next(meter.waiting(["batch"])) == "batch"
+    record = meter.step_record(1, 0, 1e-3, StepFigures(2.5, 0.5, 1000, 8e11, True, None))
     assert record == {
         "step": 1, "epoch": 0, "lr": 1e-3, "loss": 2.5, "grad_norm": 0.5, "tokens": 1000,
-        "tokens_per_s": 500.0,
+        "tokens_per_s": 500.0, "data_wait": 0.25, "mfu": 0.4,
     }  # fmt: skip
-    assert bar_fields(record) == {"epoch": "1", "loss": "2.500", "lr": "1.0e-03", "tok/s": "500"}
+    assert bar_fields(record) == {
+        "epoch": "1", "loss": "2.500", "lr": "1.0e-03", "tok/s": "500", "MFU": "40.0%", "wait": "25.0%",
+    }  # fmt: skip
     meter.restart()  # what took eight seconds was not a step
-    record = meter.step_record(2, 0, 1e-3, StepFigures(float("nan"), float("inf"), 1000, False, None))
-    assert record["tokens_per_s"] == 2000 and record["skipped"]
+    record = meter.step_record(2, 0, 1e-3, StepFigures(float("nan"), float("inf"), 1000, 8e11, False, None))
+    assert record["tokens_per_s"] == 2000 and record["skipped"] and record["data_wait"] == 0
     assert record["loss"] is None and record["grad_norm"] is None
     assert bar_fields(record)["loss"] == "not finite"

@@ -43,7 +43,7 @@ def test_rows_differ_enough_for_the_test_above(data, tmp_path):
 def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
     trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
     batch = trainer.data.batch(0, [0, 1])
-    trainer.stepper.accumulate(batch, last=True)
+    trainer.stepper.accumulate(trainer.stepper.prepare(batch), last=True)
     figures, flags = trainer.stepper.update(1e-3, False, True)
     assert flags == [False, True]
     assert (figures.tokens, figures.taken, figures.spike) == (batch.tokens, True, None)

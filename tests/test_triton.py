@@ -18,7 +18,8 @@ from meloformer.kernels.plan import Plan
 from meloformer.kernels.triton_backend import Backend
 from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
-from meloformer.model import SIZES, MeloFormer, ModelConfig, next_token_loss
+from meloformer.loss import next_token_loss
+from meloformer.model import SIZES, MeloFormer, ModelConfig
 
 from attention_cases import (
     CASES,

@@ -10,7 +10,7 @@ from meloformer.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TRAIN = ROOT / "tests" / "tiny_train.py"
-TIMES = ("tokens_per_s",)  # of a record, what two equal runs do not share
+TIMES = ("tokens_per_s", "data_wait", "mfu")  # of a record, what two equal runs do not share
 SETTINGS = {
     "model_size": "small",
     "max_seq_len": 512,

@@ -1,0 +1,73 @@
+"""Plain causal attention inside each document: for a Transformer without summaries, as a baseline.
+
+What runs where:
+
+- CUDA in half precision: FlashAttention over all documents of all rows in one call. The boundaries are a
+  tensor, padded to a power of two of documents, and the longest document is rounded up to one, so that a
+  run has few shapes.
+- elsewhere: PyTorch's fused attention, one document after the other.
+"""
+
+import inspect
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .structure import Structure
+
+_HALF = (torch.float16, torch.bfloat16)
+_MIN_DOCUMENTS, _MIN_LONGEST = 8, 1024
+
+
+class CausalAttention:
+    """The attention of one batch of B rows of N tokens, for all layers of a model.
+
+    The padding of a row attends as if it were a document: nobody looks at it.
+
+    Args:
+        structure: where the documents are. If it is on CUDA, this waits for the device.
+        device: where to compute, if not where the structure is.
+    """
+
+    def __init__(self, structure: Structure, device: torch.device | str | None = None):
+        doc = structure.doc
+        begins = torch.ones_like(doc, dtype=torch.bool)
+        begins[:, 1:] = doc[:, 1:] != doc[:, :-1]
+        bounds = [*begins.flatten().nonzero()[:, 0].tolist(), doc.numel()]
+        self._lengths = [stop - start for start, stop in pairwise(bounds)]
+        self._longest = max(_MIN_LONGEST, _power_of_two(max(self._lengths)))
+        missing = max(_MIN_DOCUMENTS, _power_of_two(len(self._lengths))) - len(self._lengths)
+        padded = torch.tensor(bounds + [doc.numel()] * missing, dtype=torch.int32)
+        self._bounds = padded.to(doc.device if device is None else device)
+
+    def settle(self) -> "CausalAttention":
+        """Does nothing, as nothing was left to do; other attentions have it, see `attention.Attention`."""
+        return self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(D)) V over what is not later in the document, [B, H, N, D] as q, k and v."""
+        rows, heads, length, dim = q.shape
+        q, k, v = (x.transpose(1, 2).reshape(rows * length, heads, dim) for x in (q, k, v))
+        attend = self._flash if q.device.type == "cuda" and q.dtype in _HALF else self._each
+        return attend(q, k, v).reshape(rows, length, heads, dim).transpose(1, 2)
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # registers operators: only where they are used
+
+        # PyTorch 2.10 has a flag for what is a window since.
+        flag = "is_causal" in inspect.signature(varlen_attn).parameters
+        causal = {"is_causal": True} if flag else {"window_size": (-1, 0)}
+        bounds, longest = self._bounds, self._longest
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
+
+    def _each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        documents = zip(*(x.transpose(0, 1)[None].split(self._lengths, dim=2) for x in (q, k, v)))
+        outputs = [scaled_dot_product_attention(*qkv, is_causal=True) for qkv in documents]
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,123 @@
+"""The layers of the model, and what they are made of.
+
+Shape suffixes: B rows, N regular tokens, M summary tokens, H heads, D = E / H channels of a head,
+E model width. `s_` and `r_` are the summary and the regular stream.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels.attention import Attention
+from .kernels.dense import CausalAttention
+
+
+class Rotary:
+    """RoPE (Su et al., 2021, arXiv:2104.09864) at given positions, channel i paired with i + D / 2.
+
+    The tables are float32 whatever the model computes in: bfloat16 cannot tell distant positions apart.
+    """
+
+    def __init__(self, position_BN: Tensor, head_dim: int, theta: float):
+        channel = torch.arange(0, head_dim, 2, device=position_BN.device, dtype=torch.float32)
+        frequency = theta ** (-channel / head_dim)
+        angle_BND = position_BN[..., None].float() * frequency
+        angle_BND = torch.cat([angle_BND, angle_BND], dim=-1)
+        self.cos_B1ND = angle_BND.cos()[:, None]
+        self.sin_B1ND = angle_BND.sin()[:, None]
+
+    def __call__(self, x_BHND: Tensor) -> Tensor:
+        first, second = x_BHND.chunk(2, dim=-1)
+        turned_BHND = torch.cat([-second, first], dim=-1)
+        cos_B1ND, sin_B1ND = self.cos_B1ND.to(x_BHND.dtype), self.sin_B1ND.to(x_BHND.dtype)
+        return x_BHND * cos_B1ND + turned_BHND * sin_B1ND
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W1) * x W2) W3 (Shazeer, 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Summarize, update, and one feed-forward network for both streams; pre-norm, residual.
+
+    What the last layer would add to the summary stream nobody reads, so it has no output projection
+    for it: a parameter without a gradient would stall distributed training.
+    """
+
+    def __init__(self, dim: int, heads: int, ffn: int, last: bool):
+        super().__init__()
+        self.heads = heads
+        self.norm_s, self.norm_r = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv_s = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv_r = nn.Linear(dim, 3 * dim, bias=False)
+        self.kv2 = nn.Linear(dim, 2 * dim, bias=False)
+        self.out_s = None if last else nn.Linear(dim, dim, bias=False)
+        self.out_r = nn.Linear(dim, dim, bias=False)
+        self.norm_ffn = nn.RMSNorm(dim)
+        self.ffn = SwiGLU(dim, ffn)
+
+    def forward(
+        self, s_BME: Tensor, r_BNE: Tensor, attention: Attention, rotary_s: Rotary, rotary_r: Rotary
+    ) -> tuple[Tensor, Tensor]:
+        q_s, k_s, v_s = _split(self.qkv_s(self.norm_s(s_BME)), 3, self.heads)  # [B, H, M, D]
+        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads)  # [B, H, N, D]
+        k_r = rotary_r(k_r)
+
+        o_s = _join(attention.summarize(rotary_s(q_s), rotary_s(k_s), v_s, k_r, v_r))
+        k2_s, v2_s = _split(self.kv2(o_s), 2, self.heads)
+        o_r = _join(attention.update(rotary_r(q_r), k_r, v_r, rotary_s(k2_s), v2_s))
+
+        r_BNE = r_BNE + self.out_r(o_r)
+        r_BNE = r_BNE + self.ffn(self.norm_ffn(r_BNE))
+        if self.out_s is not None:
+            s_BME = s_BME + self.out_s(o_s)
+            s_BME = s_BME + self.ffn(self.norm_ffn(s_BME))
+        return s_BME, r_BNE
+
+    @property
+    def residual_projections(self) -> list[nn.Linear]:
+        """Those whose results are added to a stream."""
+        return [p for p in (self.out_s, self.out_r, self.ffn.down) if p is not None]
+
+
+class DenseLayer(nn.Module):
+    """A layer without summaries: causal attention and a feed-forward network; pre-norm, residual."""
+
+    def __init__(self, dim: int, heads: int, ffn: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_r, self.norm_ffn = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv_r = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_r = nn.Linear(dim, dim, bias=False)
+        self.ffn = SwiGLU(dim, ffn)
+
+    def forward(self, r_BNE: Tensor, attention: CausalAttention, rotary_r: Rotary) -> Tensor:
+        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads)  # [B, H, N, D]
+        o_r = _join(attention(rotary_r(q_r), rotary_r(k_r), v_r))
+        r_BNE = r_BNE + self.out_r(o_r)
+        return r_BNE + self.ffn(self.norm_ffn(r_BNE))
+
+    @property
+    def residual_projections(self) -> list[nn.Linear]:
+        """Those whose results are added to the stream."""
+        return [self.out_r, self.ffn.down]
+
+
+def _split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, length, parts x E] -> parts of [B, H, length, D]."""
+    rows, length, _ = x.shape
+    return x.view(rows, length, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _join(x: Tensor) -> Tensor:
+    """[B, H, length, D] -> [B, length, E]."""
+    return x.transpose(1, 2).flatten(2)

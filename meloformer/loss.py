@@ -1,0 +1,49 @@
+"""The training loss, without copies of all logits in float32."""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that counts for nothing
+CHUNK = 4096  # tokens whose logits are held in float32 at a time
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy in float32, as a sum, so that it adds up over batches and processes.
+
+    Args:
+        logits: [B, N, V] any floating dtype.
+        targets: int64 [B, N], the token after each; IGNORE (-100) where there is none to predict.
+
+    Returns:
+        The sum in nats, and the count (int64) of targets that were not ignored; 0-d tensors.
+    """
+    nats = _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    return nats, (targets != IGNORE).sum()
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Of logits [T, V] and targets [T], chunk by chunk; keeps the logits and a number per token."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        nats = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for chunk, target, of_chunk in zip(logits.split(CHUNK), targets.split(CHUNK), lse.split(CHUNK)):
+            values = chunk.float()
+            torch.logsumexp(values, dim=-1, out=of_chunk)
+            of_target = values.gather(1, target.clamp(min=0)[:, None])[:, 0]
+            nats += (of_chunk - of_target).masked_fill(target == IGNORE, 0).sum()
+        ctx.save_for_backward(logits, targets, lse)
+        return nats
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, lse = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        parts = (x.split(CHUNK) for x in (logits, targets, lse, out))
+        for chunk, target, of_chunk, out_chunk in zip(*parts):
+            share = (chunk.float() - of_chunk[:, None]).exp_()
+            share.scatter_add_(1, target.clamp(min=0)[:, None], share.new_full((len(target), 1), -1.0))
+            share *= gradient.expand(len(target)).masked_fill(target == IGNORE, 0)[:, None]
+            out_chunk.copy_(share)
+        return out, None

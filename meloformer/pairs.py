@@ -1,0 +1,127 @@
+"""How many pairs of tokens attend to each other: what the attention of a batch is worth in work.
+
+Counted by totals over runs of tokens that share bar and instrument, instead of pair by pair, so that the
+loader can do it for every batch. The rule itself (`kernels/structure.py`) judges the result in the tests.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .kernels.structure import DRUMS, NO_INSTRUMENT, Kind, Structure
+
+# Tokens that the kind rule treats alike, and which of these classes a token of each sees whatever its onset.
+_STRUCTURAL, _ONSET_PITCH, _LENGTH, _VELOCITY = range(4)
+_CLASS = np.zeros(len(Kind), np.int64)
+_CLASS[[Kind.T, Kind.P, Kind.L, Kind.V]] = _ONSET_PITCH, _ONSET_PITCH, _LENGTH, _VELOCITY
+_SEES = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]], np.int64)
+_INSTRUMENTS = max(DRUMS, NO_INSTRUMENT) + 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is in a batch, padding apart.
+
+    tokens: regular tokens. summaries: summary tokens, one per bar.
+    summary_pairs: visible pairs of the summarize phase (SS and SR).
+    token_pairs: visible pairs of the update phase (RS and RR).
+    causal_pairs: pairs of a token and one that is not after it, of one document.
+    """
+
+    tokens: int
+    summaries: int
+    summary_pairs: int
+    token_pairs: int
+    causal_pairs: int
+
+
+def count_pairs(structure: Structure) -> Counts:
+    """The counts of all rows together; `structure` is on the CPU."""
+    real = structure.doc.numpy() >= 0
+    row = np.nonzero(real)[0]
+    doc, bar, inst, kind, onset = (
+        fact.numpy()[real].astype(np.int64)
+        for fact in (structure.doc, structure.bar, structure.inst, structure.kind, structure.onset)
+    )
+    if not len(doc):
+        return Counts(0, 0, 0, 0, 0)
+    begins = np.append(True, (np.diff(doc) != 0) | (np.diff(row) != 0))
+    doc = np.cumsum(begins) - 1  # counted through all rows
+    first = np.flatnonzero(begins)
+    lengths = np.diff(first, append=len(doc))
+
+    # Bars on one axis, with a gap before each document that no distance of `near_bars` spans.
+    near_bars = sorted(set(structure.near_bars))
+    gap = max(near_bars, default=0)
+    room = np.maximum.reduceat(bar, first) + 1 + gap
+    place = bar + (gap + np.cumsum(room) - room)[doc]
+    bar_begins = np.append(True, np.diff(place) != 0)
+    bars = np.add.reduceat(bar_begins, first)
+    earlier_bars = np.cumsum(bar_begins) - 1 - (np.cumsum(bars) - bars)[doc]
+
+    kind_class = _CLASS[kind]
+    one_hot = np.eye(4, dtype=np.int64)[kind_class]
+    total = np.cumsum(one_hot, axis=0)
+    run_begins = bar_begins | np.append(True, np.diff(inst) != 0)
+
+    # Pairs inside a run: the bar rule holds, and the kind rule by classes or else by the onset.
+    run, has = _runs(one_hot, run_begins)
+    looks = has @ _SEES  # queries of each run that see a class
+    pairs = _within(_SEES[kind_class], total, looks, has)
+    _, sharing = _runs(one_hot, run_begins | np.append(True, np.diff(onset) != 0))
+    pairs += _within(1 - _SEES[kind_class], total, sharing @ (1 - _SEES), sharing)
+
+    # Pairs of different runs: what the bar rule admits, by class. Onsets do not reach beyond a run.
+    doc, place, inst = doc[run], place[run], inst[run]
+    globals_ = np.where((inst == NO_INSTRUMENT)[:, None], has * np.eye(4, dtype=np.int64)[_STRUCTURAL], 0)
+    local = has - globals_
+    at = place * _INSTRUMENTS + inst
+    admitted = _before(doc, globals_) + _before(doc * _INSTRUMENTS + inst, local)
+    of_bar, of_instrument = _histogram(place, local), _histogram(at, local)
+    for distance in near_bars:
+        if distance:
+            admitted += of_bar[place - distance] - of_instrument[at - distance * _INSTRUMENTS]
+        else:
+            admitted += _before(place, local) - _before(at, local)
+    pairs += int((looks * admitted).sum())
+
+    return Counts(
+        tokens=len(kind),
+        summaries=int(bars.sum()),
+        summary_pairs=int((bars * (bars + 1) // 2).sum()) + len(kind),
+        token_pairs=int(earlier_bars.sum()) + pairs,
+        causal_pairs=int((lengths * (lengths + 1) // 2).sum()),
+    )
+
+
+def _runs(values: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first index of every run, and the sum of `values` [n, 4] over it."""
+    first = np.flatnonzero(begins)
+    return first, np.add.reduceat(values, first)
+
+
+def _within(sees: np.ndarray, total: np.ndarray, looks: np.ndarray, has: np.ndarray) -> int:
+    """Pairs of a token and one of a class it sees (`sees` [n, 4]), not after it in the same run.
+
+    `total` [n, 4] counts the classes up to each token; `has`, `looks` [runs, 4] are a run's own tokens of a
+    class, and those that see it.
+    """
+    return int((sees * total).sum() - (looks * (np.cumsum(has, axis=0) - has)).sum())
+
+
+def _before(key: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each i the sum of `values` [n, 4] over j < i with an equal key."""
+    order = np.argsort(key, kind="stable")
+    moved = values[order]
+    total = np.cumsum(moved, axis=0) - moved
+    begins = np.flatnonzero(np.append(True, np.diff(key[order]) != 0))
+    out = np.empty_like(total)
+    out[order] = total - np.repeat(total[begins], np.diff(begins, append=len(key)), axis=0)
+    return out
+
+
+def _histogram(key: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The sum of `values` [n, 4] for every key from 0 to the largest: [keys, 4]."""
+    flat = (4 * key[:, None] + np.arange(4)).ravel()
+    counts = np.bincount(flat, weights=values.ravel(), minlength=4 * (int(key.max()) + 1))
+    return counts.astype(np.int64).reshape(-1, 4)
