@@ -37,16 +37,16 @@ def provenance(machine: dict) -> str:
 
 
 def _commit() -> str | None:
-    """The checked-out commit, with '+' if tracked files differ from it.
-
-    Outside a checkout, as on a machine that got a copy, what the variable GIT_COMMIT says, or None.
-    """
+    """What the variable GIT_COMMIT says, for copies of a checkout on another machine; else the commit that
+    is checked out, with '+' if tracked files differ from it; None outside a checkout."""
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
+        return None
     return commit.stdout.strip() + ("+" if changed else "")
 
 

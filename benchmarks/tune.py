@@ -32,15 +32,16 @@ from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
 
 KERNELS = tuple(field.name for field in fields(Launches))
-ROWS, COLUMNS, WARPS, STAGES, REGISTERS = (64,), (32, 64, 128), (4,), (1, 2, 3, 4), (None, 128, 168)
-WARPS_FP32 = (4, 8, 16)
+ROWS, COLUMNS, WARPS, STAGES, REGISTERS = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4), (None, 128, 168)
+QUICK = (64,), COLUMNS, WARPS, (2, 3), (None,)
+FP32 = ROWS, (32, 64), (4, 8, 16), (1, 2), (None,)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TUNED = Path(ops.__file__).with_name("tuned.py")
 
 
-def candidates(dtype: torch.dtype) -> list[Launch]:
-    warps = WARPS_FP32 if dtype == torch.float32 else WARPS
-    return [Launch(*values) for values in product(ROWS, COLUMNS, warps, STAGES, REGISTERS)]
+def candidates(dtype: torch.dtype, quick: bool) -> list[Launch]:
+    space = FP32 if dtype == torch.float32 else QUICK if quick else (ROWS, COLUMNS, WARPS, STAGES, REGISTERS)
+    return [Launch(*values) for values in product(*space)]
 
 
 class Row:
@@ -181,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--heads", type=cli.positive_int, default=8, help="heads")
     add("--dtype", choices=DTYPES, default="bf16", help="fp16 shares the entries of bf16")
     add("--kernels", nargs="*", choices=KERNELS, default=KERNELS, help="only these")
+    add("--quick", action="store_true", help="try the likely ones only: much fewer in bf16 and fp16")
     add("--repeats", type=cli.positive_int, default=8, help="runs of each candidate")
     add("--workers", type=cli.positive_int, default=8, help="processes that compile")
     add("--json", type=Path, help="write all times here")
@@ -195,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
             rows if len(rows) < 4 else {}
         )
     shape = (arguments.heads, arguments.head_dim, DTYPES[arguments.dtype])
-    results = search(rows, list(arguments.kernels), shape, arguments.repeats, arguments.workers)
+    tries = list(product(arguments.kernels, candidates(shape[2], arguments.quick)))
+    results = search(rows, tries, shape, arguments.repeats, arguments.workers)
     machine = describe()
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

@@ -48,7 +48,7 @@ LINE = BLOCK.value  # tokens of a line, and columns of a tile
 NEAR, FAR = 0, 1
 
 _NEVER = 2**30  # a distance between bars that does not occur
-_FIRST_GUESS = 24  # tiles per line, before anything is known
+_FIRST_GUESS = 4  # tiles per line, before anything is known: the first plan is made again anyway
 _SLACK = 1.25
 _ROUND = 32
 
@@ -189,7 +189,7 @@ class Plan:
             needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], max(needs[SLOTS : SLOTS + 4]))
             known = _capacities.get(self._key)
             if known is None or any(n > c for n, c in zip(needed, self.capacity)):
-                # The first guess is generous, and every kernel has a program for all that might be there.
+                # After a first guess too: every kernel has a program for all that might be there.
                 _capacities[self._key] = tuple(
                     k if n <= k else triton.cdiv(int(n * _SLACK) + 1, _ROUND) * _ROUND
                     for n, k in zip(needed, known or (-1,) * len(needed))

@@ -2,7 +2,8 @@
 
 Songs are lists of (bar, inst, kind, onset) made by a generator that follows the token grammar; a row
 is a list of songs, a batch a list of rows. The oracle is written from the rule table of the design,
-pair by pair in Python, and from the attention formula; it uses nothing of the code under test.
+pair by pair in Python, and from the attention formula; it uses nothing of the code under test. (Long
+structures, in `dense_case`, go by the rule itself, which is tested against the oracle.)
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from meloformer.kernels import Structure
+from meloformer.kernels.structure import regular_sees, summary_sees
 
 STRUCTURAL, T, P, L, V = range(5)
 DRUMS, NONE = 128, 129
@@ -102,6 +104,13 @@ class Case(NamedTuple):
     structure: Structure
     summary_mask: Tensor  # bool [B, M, M + N]
     regular_mask: Tensor  # bool [B, N, M + N]
+
+
+def dense_case(packed: Structure) -> Case:
+    """The masks by the rule itself, for structures that are too long for the oracle in Python."""
+    keys = packed.keys.at(slice(None), None)
+    summaries, tokens = (x.at(slice(None), slice(None), None) for x in (packed.summaries, packed.tokens))
+    return Case(packed, summary_sees(summaries, keys), regular_sees(tokens, keys, packed.near_bars))
 
 
 @cache

@@ -9,7 +9,7 @@ from meloformer.kernels import plan as plan_module
 from meloformer.kernels.plan import LINE, Plan
 from meloformer.kernels.structure import Facts, Structure, regular_sees
 
-from attention_cases import CASES, case, facts, oracle_masks, song, structure
+from attention_cases import CASES, case, dense_case, facts, oracle_masks, song, structure
 from plan_cases import DEVICE, coverage
 
 
@@ -33,9 +33,9 @@ def test_every_visible_pair_is_covered_once(name):
 
 def test_full_tiles():
     """One instrument that plays on: far columns that whole lines see."""
-    batch = [[song(Random(2), 45, (0,), resting=0)], [song(Random(3), 20, (0, 33), resting=0)]]
-    plan = Plan(structure(batch).to(DEVICE))
-    _, mask = oracle_masks(batch)
+    batch = [[song(Random(2), 40, (0,), resting=0)]]
+    packed = structure(batch)
+    plan, mask = Plan(packed.to(DEVICE)), dense_case(packed).regular_mask
     check_coverage(plan, mask)
     statistics = plan.statistics()
     assert statistics["full"] > 0
@@ -69,7 +69,7 @@ def test_tokens_without_any_grammar(seed):
 
 @pytest.mark.parametrize("split", [1, 2, 0])
 def test_work_is_complete_and_longest_first(split):
-    batch = [[song(Random(4), 24, (0, 33), resting=0.1)], [song(Random(5), 3)]]
+    batch = [[song(Random(4), 12, (0, 33), resting=0.1)], [song(Random(5), 3)]]
     plan = Plan(structure(batch).to(DEVICE), split=split).settle()
     q, k = plan.rows * plan.q_blocks, plan.rows * plan.k_blocks
     needs = plan.needs.tolist()
@@ -101,21 +101,21 @@ def test_two_plans_are_equal():
 
 class TestCapacity:
     def plan(self, seed=6):
-        return Plan(structure([[song(Random(seed), 30, (0, 33))]], length=900).to(DEVICE), split=1)
+        return Plan(structure([[song(Random(seed), 12, (0, 33))]], length=400).to(DEVICE), split=1)
 
     def test_what_does_not_fit_is_made_again_with_room(self, monkeypatch):
         monkeypatch.setattr(plan_module, "_FIRST_GUESS", 1)
         plan = self.plan()
         first = plan.capacity
         plan.settle()
-        assert all(a < b for a, b in zip(first[1:3], plan.capacity[1:3]))
         needs = plan.needs.tolist()
+        assert needs[1] > first[1], "the guess was enough: this tests nothing"
         assert all(needs[i] <= plan.capacity[i] for i in range(3))
 
     @pytest.mark.parametrize("short", range(4), ids=["candidates", "tiles", "masked", "slots"])
     def test_each_shortage_is_noticed(self, short):
         """A capacity that is a little too small in one respect gives the plan of one that is not."""
-        batch = [[song(Random(6), 30, (0, 33))]]
+        batch = [[song(Random(6), 12, (0, 33))]]
         packed = structure(batch).to(DEVICE)
         good = Plan(packed, split=1).settle()
         needs = good.needs.tolist()
@@ -124,7 +124,7 @@ class TestCapacity:
         plan_module._capacities[good._key] = tuple(needed)
         plan = Plan(packed, split=1)
         assert plan.capacity == tuple(needed)
-        check_coverage(plan.settle(), oracle_masks(batch)[1])
+        check_coverage(plan.settle(), dense_case(packed.to("cpu")).regular_mask)
         assert plan.needs.tolist() == needs
 
     def test_later_plans_have_room_from_the_start(self):

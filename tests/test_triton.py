@@ -1,6 +1,8 @@
 """The Triton backend against the float64 oracle: interpreted on CPU in float32, compiled on a GPU."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,7 +15,6 @@ from meloformer.kernels import (
 )
 from meloformer.kernels.launch import Launch, Launches, safe
 from meloformer.kernels.plan import Plan
-from meloformer.kernels.structure import regular_sees, summary_sees
 from meloformer.kernels.triton_backend import Backend
 from meloformer.kernels.tuned import TABLE
 from meloformer.kernels.tuning import override
@@ -24,9 +25,9 @@ from attention_cases import (
     CASES,
     INPUTS,
     PHASES,
-    Case,
     case,
     check_low_precision,
+    dense_case,
     outputs_and_gradients,
     plain_attention,
     plain_phase,
@@ -48,11 +49,11 @@ def poison_uninitialized_memory(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def check(function, plain, inputs, names):
+def check(function, plain, inputs, names, tolerance=4e-6):
     """float32, to a few roundings of the largest value."""
     expected = outputs_and_gradients(plain, [x.double() for x in inputs])
     for what, a, b in zip(names, outputs_and_gradients(function, inputs), expected):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-6 * max(1, b.abs().max()), msg=what)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1, b.abs().max()), msg=what)
 
 
 def check_phase(masks, phase, dim=32, heads=1, split=0):
@@ -138,7 +139,7 @@ class TestAnyMask:
 
 
 def test_full_tiles():
-    batch = [[song(Random(2), 45, (0,), resting=0)], [song(Random(3), 20, (0, 33), resting=0)]]
+    batch = [[song(Random(2), 40, (0,), resting=0)]]
     packed = structure(batch)
     assert Plan(packed.to(DEVICE)).statistics()["full"] > 0
     check_phase(dense_case(packed), "update")
@@ -214,8 +215,18 @@ def test_unavailable_says_why(monkeypatch):
     assert triton_backend.unavailable(cpu) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in triton_backend.unavailable(cuda)
+    monkeypatch.setattr(triton_backend, "version", lambda name: "3.3.1")
+    assert "3.3 is too old, it takes 3.4" in triton_backend.unavailable(cuda)
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
     assert "not installed" in triton_backend.unavailable(cuda)
+
+
+def test_no_product_begins_with_a_transpose():
+    """Triton 3.4 to 3.7.0 miscompile that on Hopper."""
+    folder = Path(triton_backend.__file__).parent
+    sources = [(folder / name).read_text() for name in ("forward.py", "backward.py")]
+    assert any("tl.dot(" in source for source in sources)
+    assert not any(re.search(r"tl\.dot\(\s*tl\.trans\(", source) for source in sources)
 
 
 def model_gradients(backend, packed, ids):
@@ -287,7 +298,12 @@ class TestCompiled:
         packed = structure([[song(Random(1), 2048, (128, 0), resting=0.6)]], num_summaries=2048).to("cuda")
         inputs = random_inputs(phase, packed, torch.float32, dim=64)
         reference = getattr(make_attention(packed, "reference"), phase)
-        check(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase]))
+        # BOS is read by every token: a sum of n terms of either sign errs by about sqrt(n) roundings.
+        roundings = packed.doc.shape[1] ** 0.5
+        check(
+            *(getattr(Backend(packed), phase), reference, inputs, ("o", *INPUTS[phase])),
+            tolerance=roundings * torch.finfo(torch.float32).eps / 2,
+        )
 
     def test_poisoned_results(self):
         """Every element is written, whatever was in memory: twice over different garbage."""
@@ -352,10 +368,3 @@ class TestCompiled:
         expected = Backend(short).update(*cut, k2, v2)
         torch.testing.assert_close(got[:, :, :n], expected, rtol=2e-2, atol=2e-2)
         assert got[:, :, n:].eq(0).all()
-
-
-def dense_case(packed):
-    """The masks of a structure that is too long for the oracle in Python."""
-    keys = packed.keys.at(slice(None), None)
-    summaries, tokens = (x.at(slice(None), slice(None), None) for x in (packed.summaries, packed.tokens))
-    return Case(packed, summary_sees(summaries, keys), regular_sees(tokens, keys, packed.near_bars))
