@@ -118,6 +118,7 @@ class MeloFormer(nn.Module):
             options: for `torch.compile`.
         """
         config = torch._dynamo.config
+        config.optimize_ddp = False  # it would cut layers up; gradients travel between layers anyway
         config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
         self._run_in_training = torch.compile(_run, fullgraph=True, dynamic=False, **options)
 

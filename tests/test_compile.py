@@ -1,10 +1,12 @@
 """Compiled layers: how often they are compiled, that they are whole graphs, and that they change nothing."""
 
+import dataclasses
 from random import Random
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from meloformer.errors import UserError
 from meloformer.job import Job
@@ -114,6 +116,23 @@ def test_the_kernels_operators_in_compiled_layers():
             _, gradients = step(model, packed, ids, attention)
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert counter.frame_count == 2
+
+
+def test_distributed_training_compiles_the_same_graphs():
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = MeloFormer(dataclasses.replace(SPARSE, ffn=2000), "ffn")
+        counter = CompileCounterWithBackend("aot_eager")
+        model.compile_layers(backend=counter)
+        parallel = DistributedDataParallel(model, bucket_cap_mb=1)  # less than a layer
+        packed, ids = next(batches(1))
+        nats, _ = next_token_loss(parallel(ids, packed, _Static(packed)), ids)
+        nats.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counter.frame_count == 2
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_dense_layers_are_one_graph_of_few_shapes():
