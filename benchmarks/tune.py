@@ -99,10 +99,9 @@ def _compile(
 
 
 def search(
-    rows: dict[str, tuple], kernels: list[str], shape: tuple, repeats: int, workers: int
+    rows: dict[str, tuple], tries: list[tuple[str, Launch]], shape: tuple, repeats: int, workers: int
 ) -> list[dict]:
-    """Times in ms of every candidate of every kernel on every row, or why there are none."""
-    tries = [(kernel, launch) for kernel in kernels for launch in candidates(shape[2])]
+    """Times in ms of every kernel and launch in `tries` on every row, or why there are none."""
     smallest = min(rows.values(), key=lambda row: row[1] or sum(map(len, row[0])))
     failed = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -133,7 +133,7 @@ def forward_kernel(
         line, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
         table = table_ptr + (first_line + line) * 4
         first, first_masked, masked = tl.load(table), tl.load(table + 1), tl.load(table + 2)
-        if FIRST or end > 0:
+        if FIRST or tl.load(table + 3) > 0:
             row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
             offs_row, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
             query = tl.load(order_ptr + (first_block + line) * LINE + offs_row)  # [BM]

@@ -35,11 +35,15 @@ class Launcher:
     ) -> None:
         """Run `programs` programs. `constants` stand in the order of the kernel's parameters; the options
         of the compiler (num_warps, maxnreg) may follow them."""
+        first = tensors[0]
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):  # Triton launches on the current one
+                self(programs, tensors, numbers, **constants)
+            return
         pointers = [x.data_ptr() for x in tensors]
         misaligned = 0
         for pointer in pointers:
             misaligned |= pointer
-        first = tensors[0]
         key = (first.device, first.dtype, tuple(numbers), tuple(constants.values()))
         known = None if misaligned % _ALIGNED else self._known.get(key)
         if known is None:

@@ -41,6 +41,7 @@ _library.define(f"update_backward({_INPUTS}, {_PLAN}, Tensor o, Tensor lse, Tens
 
 def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     """o [B, H, M, D] and its log-sum-exp in base 2, float32 [B, H, M]. See `summarize.bars_kernel`."""
+    _refuse_mixtures(q, k_s, v_s, k_r, v_r)
     q, k_s, v_s, k_r, v_r = map(_addressable, (q, k_s, v_s, k_r, v_r))
     rows, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
@@ -55,6 +56,7 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
 
 def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     q, k_s, v_s, k_r, v_r, do = map(_addressable, (q, k_s, v_s, k_r, v_r, do))
+    o, lse = _as_made(o, q), lse.contiguous()
     rows, heads, summaries, dim = q.shape
     regular = k_r.shape[2]
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
@@ -88,6 +90,7 @@ def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=4)
     gradients = tuple(map(_empty_like, run.inputs))
     do, stats = _addressable(do), lse.new_empty(*lse.shape, 2)
+    o, lse = _as_made(o, run.inputs[0]), lse.contiguous()
     for far in (False, True):
         run.query_gradient(gradients[0], o, lse, do, stats, far)
         run.key_gradients(gradients[1:], do, stats, far)
@@ -102,6 +105,7 @@ class Update:
 
     def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor], kernels: int):
         """`plan` as in `plan.Plan.tensors`; `kernels` is the number of launches to come."""
+        _refuse_mixtures(*inputs)
         self.inputs = tuple(map(_addressable, inputs))
         q, k_s = self.inputs[:2]
         self.plan = tuple(plan)
@@ -205,6 +209,25 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty(rows, length, heads, dim).transpose(1, 2)
 
 
+def _as_made(o: Tensor, q: Tensor) -> Tensor:
+    """`o` in the strides that `_outputs` gave it, if someone has laid it out anew since."""
+    made = _empty_like(q)
+    return o if o.stride() == made.stride() else made.copy_(o)
+
+
+def _refuse_mixtures(q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> None:
+    """Raises ValueError for shapes or dtypes that do not belong together: kernels would read beyond them."""
+    rows, heads, _, dim = q.shape
+    for k, v in ((k_s, v_s), (k_r, v_r)):
+        if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (rows, heads, dim):
+            shapes = [list(x.shape) for x in (q, k, v)]
+            raise ValueError(f"queries, keys and values do not fit each other: {shapes}")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(
+                f"queries, keys and values must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            )
+
+
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -212,6 +235,10 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 def _strides(*tensors: Tensor) -> list[int]:
     """Of row, head and token of each."""
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _refuse_second_gradients(ctx, *gradients):
+    raise RuntimeError("attention 'triton' can be differentiated once: take 'reference' for second gradients")
 
 
 def _register(name: str, forward, backward) -> None:
@@ -239,6 +266,7 @@ def _register(name: str, forward, backward) -> None:
         f"{qualified}_backward", lambda *x: tuple(map(_empty_like, x[:5])), lib=_library
     )
     torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"{qualified}_backward", _refuse_second_gradients, lib=_library)
 
 
 _register("summarize", summarize, summarize_backward)

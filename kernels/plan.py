@@ -18,9 +18,12 @@ equal. Nothing waits for the device but `Plan.settle`, which is called before th
 and finds its answer ready if the plan was made ahead of time.
 
 Memory in bytes: 768 per tile with a mask and 256 per full one, by queries and by keys; the capacity
-for them follows what earlier plans of the same shape needed. While a plan is made, 36 more for every
-pair of blocks that might see each other.
+for them follows what earlier plans of the same shape needed. While a plan is made, 28 more for every
+pair of blocks that might see each other. The parts of split lines take 512 x (D + 2) for each of H heads
+and each slot while a phase runs.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -45,7 +48,6 @@ from .plan_kernels import (
 from .structure import Structure
 
 LINE = BLOCK.value  # tokens of a line, and columns of a tile
-NEAR, FAR = 0, 1
 
 _NEVER = 2**30  # a distance between bars that does not occur
 _FIRST_GUESS = 4  # tiles per line, before anything is known: the first plan is made again anyway
@@ -55,6 +57,11 @@ _ROUND = 32
 # What plans of one (device, B, M, N, split) have needed, with slack: of candidates, tiles, tiles with a
 # mask, and slots.
 _capacities: dict[tuple, "tuple[int, ...]"] = {}
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """`device` as the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Plan:
@@ -91,7 +98,8 @@ class Plan:
         self.lines = self.rows * (3 * self.q_blocks + self.k_blocks)
         self._key = (structure.device, self.rows, self.summaries, self.regular, split)
         guess = self.lines * _FIRST_GUESS
-        self._make(_capacities.get(self._key, (2 * guess, guess, guess, self.lines)))
+        with on_device(structure.device):
+            self._make(_capacities.get(self._key, (2 * guess, guess, guess, self.lines)))
 
     def _make(self, capacity: "tuple[int, ...]") -> None:
         structure, device = self.structure, self.structure.device
@@ -194,7 +202,8 @@ class Plan:
                     k if n <= k else triton.cdiv(int(n * _SLACK) + 1, _ROUND) * _ROUND
                     for n, k in zip(needed, known or (-1,) * len(needed))
                 )
-                self._make(_capacities[self._key])
+                with on_device(self.structure.device):
+                    self._make(_capacities[self._key])
         # Capacities grow now and then, which is no reason to compile a model anew.
         for tensor, dimension in ((self.tokens, 0), (self.bits, 0), (self.items, 1)):
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)

@@ -314,6 +314,12 @@ def bits_kernel(
             tl.store(bits_ptr + (tile * 2 + word) * BLOCK + offs, bits)
 
 
+@triton.jit
+def _cut(tile, masked):
+    """Where a line is cut near `tile`: full tiles stay in pairs, the most that a kernel takes at once."""
+    return tl.where(tile > masked, masked + (tile - masked) // 2 * 2, tile)
+
+
 @triton.jit(do_not_specialize=["lines", "items", "rows", "q_blocks", "k_blocks", "split"])
 def work_kernel(
     tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
@@ -335,6 +341,7 @@ def work_kernel(
     most = tl.where(split > 0, split, tl.maximum(share, LEAST_SPLIT))
     mine = chunk * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(tiles_ptr + first + mine, mask=mine < number, other=0)
+    masked = tl.load(tiles_ptr + lines + first + mine, mask=mine < number, other=0)
     parts = tl.maximum((total + most - 1) // most, 1)
     item = tl.zeros([CHUNK], tl.int32)
     all_items, all_slots = 0, 0
@@ -355,8 +362,8 @@ def work_kernel(
         keep = (mine < number) & (part < parts) & (item + part < items)
         at = out + part * 8
         tl.store(at, mine, mask=keep)
-        tl.store(at + 1, part * total // parts, mask=keep)
-        tl.store(at + 2, (part + 1) * total // parts, mask=keep)
+        tl.store(at + 1, _cut(part * total // parts, masked), mask=keep)
+        tl.store(at + 2, _cut((part + 1) * total // parts, masked), mask=keep)
         tl.store(at + 3, tl.where(parts > 1, item + part, -1), mask=keep)
         tl.store(at + 4, item, mask=keep)
         tl.store(at + 5, parts, mask=keep)

@@ -1,16 +1,13 @@
 """The visibility rule in Triton: on pairs of tokens, and on blocks, to dismiss most of them unseen.
 
 `structure.py` states the rule; this is its copy for the plan, and the tests hold the two to be equal
-pair by pair. A token is six int32, `FACTS`: document (-1 is padding, -2 a slot without a token), bar,
+pair by pair. A token is six int32: document (-1 is padding, -2 a slot without a token), bar,
 instrument, code, onset and position. The code says in its low bits what a token is as a key and in
 its high bits what a note or structural token sees as a query, so that the kind rule is one `and`.
 """
 
 import triton
 import triton.language as tl
-
-FACTS = tl.constexpr(6)
-RANGES = tl.constexpr(12)
 
 ABSENT = tl.constexpr(-2)  # the document of a slot without a token
 
@@ -78,7 +75,7 @@ def sees(x, y, x_is_query, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def load_ranges(ranges_ptr, blocks, block, mask):
-    """The `RANGES` of some blocks: what a block holds at least and at most. See `store_ranges`."""
+    """The twelve ranges of some blocks: what a block holds at least and at most. See `store_ranges`."""
     at = ranges_ptr + block
     return (
         tl.load(at, mask=mask, other=0), tl.load(at + blocks, mask=mask, other=0),

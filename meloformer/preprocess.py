@@ -224,8 +224,8 @@ def _run(folder: Path, run: dict, files: list[str], count: int, num_workers: int
                 timeout_s=run["timeout_s"],
                 memory_bytes=run["memory_mb"] << 20,
             )
-            with contextlib.closing(results):
-                shown = _with_progress(results, len(files), counts)
+            shown = _with_progress(results, len(files), counts)
+            with contextlib.closing(results), contextlib.closing(shown):  # the bar ends before an error shows
                 write_shards(folder, shown, len(files), run["shard_size"], finished, seen)
         _finish(folder, run, count)
 

@@ -61,6 +61,11 @@ def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -
     return out.transpose(1, 2) if by_keys else out
 
 
+def cut(tile: int, masked: int) -> int:
+    """Full tiles stay in pairs."""
+    return tile if tile <= masked else masked + (tile - masked) // 2 * 2
+
+
 class PlanOfMasks:
     """The tensors of a plan over any pairs: `near` and `far` are bool [B, N, M + N], far without summaries.
 
@@ -87,7 +92,7 @@ class PlanOfMasks:
         ]
         table, tokens, bits, items = [], [], [], []
         for order, mask, by_keys in groups:
-            totals = []
+            totals, first_line = [], len(table)
             for row, slots in enumerate(order):
                 for own in slots.view(-1, LINE):
                     columns, tiles = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
@@ -99,7 +104,8 @@ class PlanOfMasks:
             for line in sorted(range(len(totals)), key=lambda i: (-totals[i], i)):
                 parts, first = max(-(-totals[line] // split), 1), len(group)
                 for part in range(parts):
-                    bounds = [part * totals[line] // parts, (part + 1) * totals[line] // parts]
+                    masked = table[first_line + line][2]
+                    bounds = [cut((part + i) * totals[line] // parts, masked) for i in (0, 1)]
                     group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
             items.append(group)
 

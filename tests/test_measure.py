@@ -1,5 +1,6 @@
 """The rows that benchmarks measure, the timer, and the figures of a column, on CPU."""
 
+import os
 import re
 import subprocess
 import sys
@@ -261,9 +262,11 @@ def test_pytest_benchmarks_run_on_cpu():
         "-p",
         "no:cacheprovider",
     ]
+    # A test process is a worker of pytest-xdist: the new one is not.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, "-k", "small-256-batch1 or base-2048"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b7 passed, 35 skipped", done.stdout), done.stdout

@@ -58,3 +58,13 @@ def test_a_compiled_model_is_one_graph_for_all_batches():
         for a, b in zip(*(torch.autograd.grad(x.square().mean(), parameters) for x in (got, expected))):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("wrong", ["length", "heads", "dtype"])
+def test_inputs_that_do_not_belong_together_are_refused(wrong):
+    packed = case("one_bar").structure.to(DEVICE)
+    *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
+    q, k, v, k2, v2 = arguments
+    k = {"length": k[:, :, :-1], "heads": k[:, :1], "dtype": k.half()}[wrong]
+    with pytest.raises(ValueError, match="queries, keys and values"):
+        torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.settle().tensors)
