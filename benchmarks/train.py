@@ -28,7 +28,7 @@ from meloformer.flops import peak_flops
 from meloformer.job import Job
 from meloformer.kernels import BACKENDS
 from meloformer.metrics import Meter, StepFigures
-from meloformer.model import DENSE, SIZES
+from meloformer.model import DENSE, RECOMPUTE, SIZES
 from meloformer.shards import ShardSet
 from meloformer.stepper import Ready, Stepper
 from meloformer.train_config import TrainConfig
@@ -152,6 +152,8 @@ def measure_all(args: argparse.Namespace, folder: Path, path: Path) -> dict:
     settings = {
         "batch_size": args.batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "compile": args.compile,
+        "checkpoint_activations": args.checkpoint_activations,
         "warmup": args.warmup,
         "steps": args.steps,
         "data": "composed songs" if args.data_dir is None else "a folder of shards",
@@ -167,6 +169,8 @@ def measure_all(args: argparse.Namespace, folder: Path, path: Path) -> dict:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             device=args.device,
             precision=args.precision,
+            compile=args.compile,
+            checkpoint_activations=args.checkpoint_activations,
         )
         row = {"size": size, "attention": attention, "tokens_per_row": length}
         row |= attempt(config, shards, args)
@@ -231,6 +235,8 @@ def make_parser() -> cli.Parser:
     add("--gradient_accumulation_steps", type=cli.positive_int, default=1, help="batches per step")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    add("--compile", action=argparse.BooleanOptionalAction, help="by default as in training")
+    add("--checkpoint_activations", default="none", choices=RECOMPUTE)
     add("--warmup", type=cli.positive_int, default=5, help="steps before those that count")
     add("--steps", type=cli.positive_int, default=20, help="steps that count")
     add("--data_dir", type=Path, help="shards by meloformer.preprocess; without it songs are composed")

@@ -27,13 +27,20 @@ def page(results: list[dict], sources: list[str]) -> str:
         parts += [
             f"## {machine['gpu'] or 'CPU'}: {settings['batch_size']} rows per batch\n",
             f"Steps of {settings['gradient_accumulation_steps']} batch(es) on {settings['data']}, "
-            f"{settings['steps']} of them measured.\n",
+            f"{settings['steps']} of them measured; layers {_compiled(settings['compile'])}, activations "
+            f"computed again: {settings['checkpoint_activations']}.\n",
             _speed(result["rows"]),
             _parts(result["rows"]),
             _failed(result["rows"]),
             f"Made by `python -m benchmarks.train` on {provenance(machine)}; figures in `{source}`.\n",
         ]
     return "\n".join(part for part in [*parts, "## What is what\n", MEANINGS] if part)
+
+
+def _compiled(flag: bool | None) -> str:
+    return (
+        "compiled where training does by default" if flag is None else "compiled" if flag else "not compiled"
+    )
 
 
 def _speed(rows: list[dict]) -> str:

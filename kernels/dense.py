@@ -9,6 +9,8 @@ What runs where:
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -41,6 +43,7 @@ class CausalAttention:
         missing = max(_MIN_DOCUMENTS, _power_of_two(len(self._lengths))) - len(self._lengths)
         padded = torch.tensor(bounds + [doc.numel()] * missing, dtype=torch.int32)
         self._bounds = padded.to(doc.device if device is None else device)
+        self._varlen = _causal_varlen()
 
     def settle(self) -> "CausalAttention":
         """Does nothing, as nothing was left to do; other attentions have it, see `attention.Attention`."""
@@ -54,18 +57,22 @@ class CausalAttention:
         return attend(q, k, v).reshape(rows, length, heads, dim).transpose(1, 2)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # registers operators: only where they are used
-
-        # PyTorch 2.10 has a flag for what is a window since.
-        flag = "is_causal" in inspect.signature(varlen_attn).parameters
-        causal = {"is_causal": True} if flag else {"window_size": (-1, 0)}
         bounds, longest = self._bounds, self._longest
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
+        return self._varlen(q, k, v, bounds, bounds, longest, longest)
 
     def _each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         documents = zip(*(x.transpose(0, 1)[None].split(self._lengths, dim=2) for x in (q, k, v)))
         outputs = [scaled_dot_product_attention(*qkv, is_causal=True) for qkv in documents]
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+@cache
+def _causal_varlen() -> Callable[..., Tensor]:
+    from torch.nn.attention.varlen import varlen_attn  # registers operators: only where they are used
+
+    # PyTorch 2.10 has a flag for what is a window since.
+    flag = "is_causal" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, **({"is_causal": True} if flag else {"window_size": (-1, 0)}))
 
 
 def _power_of_two(n: int) -> int:

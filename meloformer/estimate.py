@@ -27,16 +27,21 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int) -> int:
+def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int, recompute: str = "none") -> int:
     """What a backward pass finds saved for `tokens` regular and summary tokens, and the loss needs at once.
 
     A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 8 vectors of
     width `dim` (queries, keys, values, outputs) and 4 of width `ffn`, and 4 of width `dim` in float32
     (the residual stream and its norms). The loss holds the logits and their gradient.
-    Masks, plans and work space of the attention are not counted.
+    Masks, plans and work space of the attention are not counted. What is computed again (`recompute`, see
+    `MeloFormer`) is there for one layer at a time: all of it but the stream that goes in, or the
+    feed-forward network and its norm.
     """
-    per_layer = compute_bytes * (8 * model.dim + 4 * model.ffn) + 4 * 4 * model.dim
-    return tokens * (model.layers * per_layer + 2 * compute_bytes * model.padded_vocab_size)
+    ffn = compute_bytes * (model.dim + 4 * model.ffn) + 4 * model.dim
+    layer = compute_bytes * 7 * model.dim + 4 * 3 * model.dim + ffn
+    at_once = {"none": 0, "ffn": ffn, "layer": layer - 4 * model.dim}[recompute]
+    logits = 2 * compute_bytes * model.padded_vocab_size
+    return tokens * (model.layers * (layer - at_once) + at_once + logits)
 
 
 def estimate_memory(
@@ -52,7 +57,7 @@ def estimate_memory(
         weights=4 * parameters + copies,
         gradients=4 * parameters * (1 if world == 1 else 2),
         optimizer=8 * parameters,
-        activations=activation_bytes(model, tokens, compute_bytes),
+        activations=activation_bytes(model, tokens, compute_bytes, config.checkpoint_activations),
     )
 
 
@@ -78,6 +83,8 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
         )
     else:
         advice = f"lower --max_seq_len (now {config.max_seq_len}) or take a smaller --model_size"
+        if config.checkpoint_activations != "layer":
+            advice = f"try --checkpoint_activations layer, or {advice}"
         if config.precision == "fp32":
             advice = f"try --precision bf16, or {advice}"
     return UserError(

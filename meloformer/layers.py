@@ -4,9 +4,12 @@ Shape suffixes: B rows, N regular tokens, M summary tokens, H heads, D = E / H c
 E model width. `s_` and `r_` are the summary and the regular stream.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
@@ -15,22 +18,22 @@ from .kernels.dense import CausalAttention
 class Rotary:
     """RoPE (Su et al., 2021, arXiv:2104.09864) at given positions, channel i paired with i + D / 2.
 
-    The tables are float32 whatever the model computes in: bfloat16 cannot tell distant positions apart.
+    Angles are float32 whatever the model computes in, since bfloat16 cannot tell distant positions apart;
+    the tables are rounded to `dtype`, once for all layers.
     """
 
-    def __init__(self, position_BN: Tensor, head_dim: int, theta: float):
+    def __init__(self, position_BN: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
         channel = torch.arange(0, head_dim, 2, device=position_BN.device, dtype=torch.float32)
         frequency = theta ** (-channel / head_dim)
         angle_BND = position_BN[..., None].float() * frequency
         angle_BND = torch.cat([angle_BND, angle_BND], dim=-1)
-        self.cos_B1ND = angle_BND.cos()[:, None]
-        self.sin_B1ND = angle_BND.sin()[:, None]
+        self.cos_B1ND = angle_BND.cos().to(dtype)[:, None]
+        self.sin_B1ND = angle_BND.sin().to(dtype)[:, None]
 
     def __call__(self, x_BHND: Tensor) -> Tensor:
         first, second = x_BHND.chunk(2, dim=-1)
         turned_BHND = torch.cat([-second, first], dim=-1)
-        cos_B1ND, sin_B1ND = self.cos_B1ND.to(x_BHND.dtype), self.sin_B1ND.to(x_BHND.dtype)
-        return x_BHND * cos_B1ND + turned_BHND * sin_B1ND
+        return x_BHND * self.cos_B1ND + turned_BHND * self.sin_B1ND
 
 
 class SwiGLU(nn.Module):
@@ -46,7 +49,28 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-class Layer(nn.Module):
+class _FeedsForward(nn.Module):
+    """A layer that ends in `ffn` of the stream normed by `norm_ffn`.
+
+    With `recompute_ffn` that part keeps its input alone for the backward, which computes the rest again.
+    """
+
+    norm_ffn: nn.RMSNorm
+    ffn: SwiGLU
+    recompute_ffn = False
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.recompute_ffn and torch.is_grad_enabled():
+            return recomputed(lambda y: self.ffn(self.norm_ffn(y)), x)
+        return self.ffn(self.norm_ffn(x))
+
+
+def recomputed(function: Callable, *args):
+    """function(*args), of which nothing but the arguments is kept for the backward."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+
+
+class Layer(_FeedsForward):
     """Summarize, update, and one feed-forward network for both streams; pre-norm, residual.
 
     What the last layer would add to the summary stream nobody reads, so it has no output projection
@@ -77,10 +101,10 @@ class Layer(nn.Module):
         o_r = _join(attention.update(rotary_r(q_r), k_r, v_r, rotary_s(k2_s), v2_s))
 
         r_BNE = r_BNE + self.out_r(o_r)
-        r_BNE = r_BNE + self.ffn(self.norm_ffn(r_BNE))
+        r_BNE = r_BNE + self._feed_forward(r_BNE)
         if self.out_s is not None:
             s_BME = s_BME + self.out_s(o_s)
-            s_BME = s_BME + self.ffn(self.norm_ffn(s_BME))
+            s_BME = s_BME + self._feed_forward(s_BME)
         return s_BME, r_BNE
 
     @property
@@ -89,7 +113,7 @@ class Layer(nn.Module):
         return [p for p in (self.out_s, self.out_r, self.ffn.down) if p is not None]
 
 
-class DenseLayer(nn.Module):
+class DenseLayer(_FeedsForward):
     """A layer without summaries: causal attention and a feed-forward network; pre-norm, residual."""
 
     def __init__(self, dim: int, heads: int, ffn: int):
@@ -104,7 +128,7 @@ class DenseLayer(nn.Module):
         q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads)  # [B, H, N, D]
         o_r = _join(attention(rotary_r(q_r), rotary_r(k_r), v_r))
         r_BNE = r_BNE + self.out_r(o_r)
-        return r_BNE + self.ffn(self.norm_ffn(r_BNE))
+        return r_BNE + self._feed_forward(r_BNE)
 
     @property
     def residual_projections(self) -> list[nn.Linear]:

@@ -5,6 +5,7 @@ E model width, V padded vocabulary. `s_` and `r_` are the summary and the regula
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from .kernels import Structure, make_attention
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
 from .kernels.structure import NEAR_BARS, NO_INSTRUMENT
-from .layers import DenseLayer, Layer, Rotary
+from .layers import DenseLayer, Layer, Rotary, recomputed
 
 INIT_STD = 0.02
 DENSE = "dense"  # names the attention of a model without summaries, as backends name those with them
@@ -65,16 +66,26 @@ SIZES: dict[str, ModelConfig] = {
 }
 
 
+# Two kinds of layers times the numbers of summaries, powers of two, that rows have: more than PyTorch's 8.
+RECOMPILE_LIMIT = 64
+RECOMPUTE = ("none", "ffn", "layer")  # what a backward may compute again, to save memory
+
+
 class MeloFormer(nn.Module):
     """Predicts the next token of packed songs from tokens, instruments and summaries of past bars.
 
     Initialised as GPT-2 is: normal with deviation 0.02, and for the projections that end in a
     residual stream 0.02 / sqrt(2 x layers).
+
+    Args:
+        config: its shape.
+        recompute: one of `RECOMPUTE`; what does not change the results, but time and memory.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, recompute: str = "none"):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
+        self._run_in_training = _run
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.dim)
         self.instrument_embedding = nn.Embedding(NO_INSTRUMENT + 1, config.dim)
         shape = config.dim, config.heads, config.ffn
@@ -84,6 +95,8 @@ class MeloFormer(nn.Module):
             self.summary_embedding = nn.Parameter(torch.empty(config.dim))
             last = config.layers - 1
             self.layers = nn.ModuleList(Layer(*shape, last=i == last) for i in range(config.layers))
+        for layer in self.layers:
+            layer.recompute_ffn = recompute == "ffn"
         self.norm_out = nn.RMSNorm(config.dim)
         self._initialise()
 
@@ -95,6 +108,19 @@ class MeloFormer(nn.Module):
         for layer in self.layers:
             for projection in layer.residual_projections:
                 nn.init.normal_(projection.weight, std=residual_std)
+
+    def compile_layers(self, **options) -> None:
+        """Compile each layer, for training mode alone; other modes have other shapes and less to do.
+
+        Layers of one kind share their code. Shapes are static: a new one compiles anew.
+
+        Args:
+            options: for `torch.compile`.
+        """
+        config = torch._dynamo.config
+        config.optimize_ddp = False  # it would cut layers up; gradients travel between layers anyway
+        config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+        self._run_in_training = torch.compile(_run, fullgraph=True, dynamic=False, **options)
 
     @property
     def device(self) -> torch.device:
@@ -133,20 +159,30 @@ class MeloFormer(nn.Module):
             attention = self.attention_for(structure, attention)
 
         r_BNE = self.token_embedding(ids_BN) + self.instrument_embedding(structure.inst)
+        run = self._run_in_training if self.training else _run
+        if self.recompute == "layer" and torch.is_grad_enabled():
+            run = partial(recomputed, run)
         rotary_r = self._rotary(structure.position)
         if self.config.dense:
             for layer in self.layers:
-                r_BNE = layer(r_BNE, attention, rotary_r)
+                r_BNE = run(layer, r_BNE, attention, rotary_r)
         else:
-            s_BME = self.summary_embedding.expand(*structure.summary_doc.shape, -1)
+            s_BME = self.summary_embedding.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
             rotary_s = self._rotary(structure.summary_position)
             for layer in self.layers:
-                s_BME, r_BNE = layer(s_BME, r_BNE, attention, rotary_s, rotary_r)
+                s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
         return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
 
     def _rotary(self, position_BN: Tensor) -> Rotary:
-        return Rotary(position_BN, self.config.head_dim, self.config.rope_theta)
+        device, dtype = position_BN.device.type, self.token_embedding.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return Rotary(position_BN, self.config.head_dim, self.config.rope_theta, dtype)
 
     def num_parameters(self) -> int:
         """Parameters, the tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _run(layer: nn.Module, *args):
+    return layer(*args)

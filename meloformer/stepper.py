@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Batch
 from .device import pick_attention
+from .errors import UserError
 from .flops import training_flops
 from .guard import Guard
 from .job import Job
@@ -54,7 +55,9 @@ class Stepper:
             self.precision = "bf16" if job.device.type == "cuda" else "fp32"
         self.attention = pick_attention(config.attention, job.device, model_config)
         torch.manual_seed(config.seed)
-        self.model = MeloFormer(model_config).to(job.device)
+        self.model = MeloFormer(model_config, config.checkpoint_activations).to(job.device)
+        if self._compiles():
+            self.model.compile_layers()
         self.optimizer = make_optimizer(self.model, config, job.device)
         self.guard = Guard()
         self.parallel = self.model
@@ -67,6 +70,13 @@ class Stepper:
     @property
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
+
+    def _compiles(self) -> bool:
+        # The shapes of the reference follow the batch: it would compile anew for each.
+        can = self._job.device.type == "cuda" and self.attention != "reference"
+        if self._config.compile and not can:
+            raise UserError("--compile: needs a GPU, and another attention than reference")
+        return can if self._config.compile is None else self._config.compile
 
     def prepare(self, batch: Batch) -> Ready:
         """A batch for `accumulate`. Waits for the device only if the batch is there already."""

@@ -13,7 +13,7 @@ import yaml
 from . import cli
 from .errors import UserError
 from .kernels import BACKENDS
-from .model import DENSE, SIZES
+from .model import DENSE, RECOMPUTE, SIZES
 from .shards import write_atomic
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -42,6 +42,8 @@ class TrainConfig:
     attention: str = "auto"
     device: str = "auto"
     precision: str = "auto"
+    compile: bool | None = None
+    checkpoint_activations: str = "none"
     deterministic: bool = False
     seed: int = 0
     validate_every: int | None = None
@@ -94,6 +96,12 @@ def make_parser() -> cli.Parser:
     )
     add("device", "auto, cpu, cuda or cuda:N")
     add("precision", "auto is bf16 on CUDA and fp32 elsewhere", choices=PRECISIONS)
+    switch("compile", "compile the layers; by default on a GPU, with any attention but reference")
+    add(
+        "checkpoint_activations",
+        "save memory: keep less for the backward of each layer, and compute it again",
+        choices=RECOMPUTE,
+    )
     switch("deterministic", "the same bits in every run on the same machine, at some cost in speed")
     add("seed", "of the weights and the order of the data", type=cli.seed)
     add("validate_every", "validate every so many steps besides after each epoch", **every)
@@ -153,7 +161,7 @@ def _file_arguments(path: Path, parser: cli.Parser) -> list[str]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold settings of the form 'name: value'")
     known = [field.name for field in dataclasses.fields(TrainConfig)]
-    switches = {field.name for field in dataclasses.fields(TrainConfig) if field.type is bool}
+    switches = {field.name for field in dataclasses.fields(TrainConfig) if field.type in (bool, bool | None)}
     arguments = []
     for key, value in values.items():
         name = str(key).replace("-", "_")

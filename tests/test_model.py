@@ -220,12 +220,26 @@ def test_rotary_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 64, dtype=torch.float64)
 
     def product(position_q, position_k):
-        at = [Rotary(torch.tensor([[position]]), 64, 10000.0) for position in (position_q, position_k)]
+        at = [
+            Rotary(torch.tensor([[position]]), 64, 10000.0, torch.float64)
+            for position in (position_q, position_k)
+        ]
         return (at[0](q[None]) * at[1](k[None])).sum()
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=0, atol=1e-3)
     torch.testing.assert_close(product(0, 0), (q * k).sum())
     assert (product(7, 3) - product(8, 3)).abs() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_tables_of_rope_are_made_once_in_the_precision_of_the_products(dtype, monkeypatch):
+    made = []
+    init = Rotary.__init__
+    monkeypatch.setattr(Rotary, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    batch = CASES["one_bar"](Random(9))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        tiny_model(dtype=torch.float32)(random_ids(batch), structure(batch), "reference")
+    assert [table.cos_B1ND.dtype for table in made] == [dtype, dtype]  # of the two streams
 
 
 def test_wrong_structure_is_refused():

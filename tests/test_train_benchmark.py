@@ -61,8 +61,21 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
 def test_without_data_songs_are_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "COMPOSED_BARS", 4)
     target = tmp_path / "page.md"
-    train.main([*QUICK, "--attention", "dense", "--songs", "2", "--output", str(target)])
-    assert "composed songs" in target.read_text()
+    train.main(
+        [
+            *QUICK,
+            "--attention",
+            "dense",
+            "--songs",
+            "2",
+            "--checkpoint_activations",
+            "layer",
+            "--output",
+            str(target),
+        ]
+    )
+    text = target.read_text()
+    assert "on composed songs" in text and "activations computed again: layer" in text
 
 
 def test_speed_beside_dense_is_of_the_same_size_and_length():
@@ -78,7 +91,14 @@ def test_speed_beside_dense_is_of_the_same_size_and_length():
         row("base", "dense", 24576, 300e3),
         row("base", "triton", 512, 1e6),
     ]
-    settings = {"batch_size": 4, "gradient_accumulation_steps": 1, "steps": 20, "data": "composed songs"}
+    settings = {
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "steps": 20,
+        "data": "composed songs",
+        "compile": None,
+        "checkpoint_activations": "none",
+    }
     text = page([{"settings": settings, "machine": MACHINE, "rows": rows}], ["a.json"])
     lines = [line for line in text.splitlines() if "600,000" in line or "1,000,000" in line]
     assert "| 600,000 | 2.00 | 40.0% | 20.0 | 0.10% |" in lines[0] and "| 1,000,000 | - |" in lines[1]

@@ -52,8 +52,8 @@ def test_a_file_gives_settings_and_flags_go_before_it(tmp_path, name):
 
 def test_a_saved_configuration_is_taken_back(tmp_path):
     config = TrainConfig(
-        data_dir="some: 'odd' folder", learning_rate=1e-9, deterministic=True, wandb="no", max_samples=3,
-        resume="auto", dry_run=True,
+        data_dir="some: 'odd' folder", learning_rate=1e-9, deterministic=True, compile=False, wandb="no",
+        max_samples=3, resume="auto", dry_run=True,
     )  # fmt: skip
     save_config(config, tmp_path / "config.yaml")
     found = parse_args(["--config", str(tmp_path / "config.yaml")])
