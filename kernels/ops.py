@@ -21,7 +21,7 @@ from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient
 from .tuning import launches_for
 
 _LOG2_E = log2(2.718281828459045)
-_TILE = 2048  # elements that a program of the summarize phase takes at a time
+_SUMMARIES = 16  # that a program of the summarize phase takes
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
 _key_gradient = Launcher(key_gradient_kernel)
 _summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
@@ -46,11 +46,11 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     rows, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
     _summarize(
-        (summaries * heads, rows),
+        (-(-summaries // _SUMMARIES) * heads, rows),
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * _LOG2_E, heads, summaries),
-        BN=_TILE // dim, D=dim, num_warps=2,
-    )  # fmt: skip
+        **_summary_constants(q),
+    )
     return o, lse
 
 
@@ -58,22 +58,29 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     q, k_s, v_s, k_r, v_r, do = map(_addressable, (q, k_s, v_s, k_r, v_r, do))
     o, lse = _as_made(o, q), lse.contiguous()
     rows, heads, summaries, dim = q.shape
-    regular = k_r.shape[2]
+    regular, tokens = k_r.shape[2], 2048 // dim  # tokens of a program: what is fast, by trial
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
     scales = (dim**-0.5 * _LOG2_E, dim**-0.5, heads, summaries)
     _summary_gradient(
-        (summaries * heads, rows),
+        (2 * -(-summaries // _SUMMARIES) * heads, rows),
         (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales),
-        BN=_TILE // 2 // dim, D=dim, num_warps=2,
-    )  # fmt: skip
+        **_summary_constants(q),
+    )
     _token_gradient(
-        (-(-regular // (_TILE // dim)) * heads, rows),
+        (-(-regular // tokens) * heads, rows),
         (q, k_r, v_r, o, lse, do, dk_r, dv_r, slot),
         (*_strides(q, k_r, v_r, o, do, dk_r), *scales, regular),
-        BN=_TILE // dim, D=dim,
-    )  # fmt: skip
+        BN=tokens,
+        D=dim,
+    )
     return dq, dk_s, dv_s, dk_r, dv_r
+
+
+def _summary_constants(q: Tensor) -> dict:
+    # Tiles of 8 KiB for 64 channels, or 16 in float32 with 128.
+    columns = 64 if q.element_size() == 2 else 32
+    return {"BM": _SUMMARIES, "BN": columns, "D": q.shape[3], "PRECISION": "ieee"}
 
 
 def update(q, k_s, v_s, k_r, v_r, *plan):
