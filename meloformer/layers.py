@@ -7,12 +7,12 @@ E model width. `s_` and `r_` are the summary and the regular stream.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
+from .kernels.swiglu import swiglu
 
 
 class Rotary:
@@ -45,8 +45,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class _FeedsForward(nn.Module):
