@@ -12,11 +12,10 @@ from meloformer import facts
 from meloformer.errors import MidiError, UserError
 from meloformer.inputs import find_files
 from meloformer.kernels import Structure
-from meloformer.kernels.structure import NEAR_BARS, Facts, Kind, regular_sees
+from meloformer.kernels.structure import NEAR_BARS, Facts, Kind, regular_sees, summary_room
 
 COMPOSED = 8
 COMPOSED_BARS = 150
-MIN_SUMMARIES = 128
 _PAIRS_AT_ONCE = 2**25
 _KIND_CLASS = {Kind.STRUCTURAL: 0, Kind.T: 1, Kind.P: 1, Kind.L: 2, Kind.V: 3}
 
@@ -97,12 +96,11 @@ def _row(songs: list[np.ndarray], length: int) -> Facts:
 
 
 def _build(tokens: Facts, near_bars: tuple[int, ...] = NEAR_BARS) -> Structure:
-    """A structure with room for a power of two of bars, so that rows share few shapes."""
+    """A structure with room for its bars in few sizes, as in training."""
     bars = 1
     for doc, bar in zip(tokens.doc, tokens.bar):
         bars = max(bars, len(torch.unique(torch.stack([doc, bar])[:, doc >= 0], dim=1)[0]))
-    room = max(MIN_SUMMARIES, 1 << (bars - 1).bit_length())
-    return Structure.build(*tokens[:5], num_summaries=room, near_bars=near_bars)
+    return Structure.build(*tokens[:5], num_summaries=summary_room(bars), near_bars=near_bars)
 
 
 def cut(structure: Structure, length: int) -> Structure:

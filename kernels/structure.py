@@ -16,6 +16,20 @@ NO_INSTRUMENT = 129
 NEAR_BARS = (0, 1, 2, 4)
 
 
+MIN_SUMMARIES = 128
+
+
+def summary_room(bars: int) -> int:
+    """Room for the summaries of so many bars in sizes that are few, since compiled code is made for each.
+
+    At least `MIN_SUMMARIES`; beyond, four sizes between powers of two.
+    """
+    if bars <= MIN_SUMMARIES:
+        return MIN_SUMMARIES
+    step = 1 << ((bars - 1).bit_length() - 3)
+    return -(-bars // step) * step
+
+
 class Kind(IntEnum):
     """What a token says: a note attribute, or (STRUCTURAL) BOS, EOS, CHORD, TS, BPM, INST."""
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+_BLOCK, _WARPS = 4096, 8
 
 
 @triton.jit
@@ -59,4 +59,4 @@ def _launch(kernel, width: int, *tensors: Tensor) -> None:
         return
     device = tensors[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on it
-        kernel[rows, triton.cdiv(width, _BLOCK)](*tensors, width, BLOCK=_BLOCK)
+        kernel[rows, triton.cdiv(width, _BLOCK)](*tensors, width, BLOCK=_BLOCK, num_warps=_WARPS)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from . import facts, vocab
 from .errors import UserError
-from .kernels.structure import NEAR_BARS, Structure
+from .kernels.structure import NEAR_BARS, Structure, summary_room
 from .pairs import Counts, count_pairs
 from .shards import ShardSet
 
 IGNORED = -100  # the target of a token that predicts nothing; cross_entropy's ignore_index
-MIN_SUMMARIES = 128
 _MAX_HEADER = 4  # CHORD, TS, CUT, BPM
 _OPEN_ROWS = 256
 _BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
@@ -295,7 +294,7 @@ class PackedSongs:
             num_targets += n - len(documents)
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
-            num_summaries=max(MIN_SUMMARIES, 1 << (most_bars - 1).bit_length() if most_bars else 0),
+            num_summaries=summary_room(most_bars),
             near_bars=self.near_bars,
         )
         return Batch(

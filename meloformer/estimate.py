@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import MIN_SUMMARIES
 from .errors import UserError
+from .kernels.structure import MIN_SUMMARIES
 from .model import ModelConfig
 from .train_config import TrainConfig
 
@@ -31,13 +31,13 @@ def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int, recomp
     """What a backward pass finds saved for `tokens` regular and summary tokens, and the loss needs at once.
 
     A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 8 vectors of
-    width `dim` (queries, keys, values, outputs) and 4 of width `ffn`, and 4 of width `dim` in float32
+    width `dim` (queries, keys, values, outputs) and 3 of width `ffn`, and 4 of width `dim` in float32
     (the residual stream and its norms). The loss holds the logits and their gradient.
     Masks, plans and work space of the attention are not counted. What is computed again (`recompute`, see
     `MeloFormer`) is there for one layer at a time: all of it but the stream that goes in, or the
     feed-forward network and its norm.
     """
-    ffn = compute_bytes * (model.dim + 4 * model.ffn) + 4 * model.dim
+    ffn = compute_bytes * (model.dim + 3 * model.ffn) + 4 * model.dim
     layer = compute_bytes * 7 * model.dim + 4 * 3 * model.dim + ffn
     at_once = {"none": 0, "ffn": ffn, "layer": layer - 4 * model.dim}[recompute]
     logits = 2 * compute_bytes * model.padded_vocab_size

@@ -27,13 +27,14 @@ class Rotary:
         frequency = theta ** (-channel / head_dim)
         angle_BND = position_BN[..., None].float() * frequency
         angle_BND = torch.cat([angle_BND, angle_BND], dim=-1)
-        self.cos_B1ND = angle_BND.cos().to(dtype)[:, None]
-        self.sin_B1ND = angle_BND.sin().to(dtype)[:, None]
+        self.cos_BN11D = angle_BND.cos().to(dtype)[:, :, None, None]
+        self.sin_BN11D = angle_BND.sin().to(dtype)[:, :, None, None]
 
-    def __call__(self, x_BHND: Tensor) -> Tensor:
-        first, second = x_BHND.chunk(2, dim=-1)
-        turned_BHND = torch.cat([-second, first], dim=-1)
-        return x_BHND * self.cos_B1ND + turned_BHND * self.sin_B1ND
+    def __call__(self, x_BNPHD: Tensor) -> Tensor:
+        """P vectors of each token and head, turned."""
+        first, second = x_BNPHD.chunk(2, dim=-1)
+        turned_BNPHD = torch.cat([-second, first], dim=-1)
+        return x_BNPHD * self.cos_BN11D + turned_BNPHD * self.sin_BN11D
 
 
 class SwiGLU(nn.Module):
@@ -91,13 +92,11 @@ class Layer(_FeedsForward):
     def forward(
         self, s_BME: Tensor, r_BNE: Tensor, attention: Attention, rotary_s: Rotary, rotary_r: Rotary
     ) -> tuple[Tensor, Tensor]:
-        q_s, k_s, v_s = _split(self.qkv_s(self.norm_s(s_BME)), 3, self.heads)  # [B, H, M, D]
-        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads)  # [B, H, N, D]
-        k_r = rotary_r(k_r)
-
-        o_s = _join(attention.summarize(rotary_s(q_s), rotary_s(k_s), v_s, k_r, v_r))
-        k2_s, v2_s = _split(self.kv2(o_s), 2, self.heads)
-        o_r = _join(attention.update(rotary_r(q_r), k_r, v_r, rotary_s(k2_s), v2_s))
+        q_s, k_s, v_s = _split(self.qkv_s(self.norm_s(s_BME)), 3, self.heads, rotary_s)  # [B, H, M, D]
+        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads, rotary_r)  # [B, H, N, D]
+        o_s = _join(attention.summarize(q_s, k_s, v_s, k_r, v_r))
+        k2_s, v2_s = _split(self.kv2(o_s), 2, self.heads, rotary_s)
+        o_r = _join(attention.update(q_r, k_r, v_r, k2_s, v2_s))
 
         r_BNE = r_BNE + self.out_r(o_r)
         r_BNE = r_BNE + self._feed_forward(r_BNE)
@@ -124,8 +123,8 @@ class DenseLayer(_FeedsForward):
         self.ffn = SwiGLU(dim, ffn)
 
     def forward(self, r_BNE: Tensor, attention: CausalAttention, rotary_r: Rotary) -> Tensor:
-        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads)  # [B, H, N, D]
-        o_r = _join(attention(rotary_r(q_r), rotary_r(k_r), v_r))
+        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads, rotary_r)  # [B, H, N, D]
+        o_r = _join(attention(q_r, k_r, v_r))
         r_BNE = r_BNE + self.out_r(o_r)
         return r_BNE + self._feed_forward(r_BNE)
 
@@ -135,10 +134,13 @@ class DenseLayer(_FeedsForward):
         return [self.out_r, self.ffn.down]
 
 
-def _split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[B, length, parts x E] -> parts of [B, H, length, D]."""
+def _split(x: Tensor, parts: int, heads: int, rotary: Rotary) -> tuple[Tensor, ...]:
+    """[B, length, parts x E] -> parts of [B, H, length, D]; all but the last, the values, are turned."""
     rows, length, _ = x.shape
-    return x.view(rows, length, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    x = x.view(rows, length, parts, heads, -1)
+    # Turned at once, queries and keys are one kernel each way when compiled.
+    turned = rotary(x[:, :, :-1]).permute(2, 0, 3, 1, 4).unbind(0)
+    return (*turned, x[:, :, -1].transpose(1, 2))
 
 
 def _join(x: Tensor) -> Tensor:

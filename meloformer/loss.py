@@ -1,24 +1,38 @@
 """The training loss, without copies of all logits in float32."""
 
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a target that counts for nothing
 CHUNK = 4096  # tokens whose logits are held in float32 at a time
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(logits: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Cross entropy in float32, as a sum, so that it adds up over batches and processes.
 
     Args:
         logits: [B, N, V] any floating dtype.
         targets: int64 [B, N], the token after each; IGNORE (-100) where there is none to predict.
+        compiled: let torch.compile fuse it, anew for each shape; otherwise it goes chunk by chunk.
 
     Returns:
         The sum in nats, and the count (int64) of targets that were not ignored; 0-d tensors.
     """
-    nats = _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    total = _compiled() if compiled else _SummedCrossEntropy.apply
+    nats = total(logits.flatten(0, 1), targets.flatten())
     return nats, (targets != IGNORE).sum()
+
+
+def _at_once(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+@cache
+def _compiled():
+    return torch.compile(_at_once, fullgraph=True, dynamic=False)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -66,7 +66,7 @@ SIZES: dict[str, ModelConfig] = {
 }
 
 
-# Two kinds of layers times the numbers of summaries, powers of two, that rows have: more than PyTorch's 8.
+# Two kinds of layers times the numbers of summaries that rows have (`summary_room`): more than PyTorch's 8.
 RECOMPILE_LIMIT = 64
 RECOMPUTE = ("none", "ffn", "layer")  # what a backward may compute again, to save memory
 

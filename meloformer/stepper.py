@@ -56,7 +56,8 @@ class Stepper:
         self.attention = pick_attention(config.attention, job.device, model_config)
         torch.manual_seed(config.seed)
         self.model = MeloFormer(model_config, config.checkpoint_activations).to(job.device)
-        if self._compiles():
+        self._compiled = self._compiles()
+        if self._compiled:
             self.model.compile_layers()
         self.optimizer = make_optimizer(self.model, config, job.device)
         self.guard = Guard()
@@ -113,7 +114,9 @@ class Stepper:
         batch = ready.batch
         waits = self._job.world > 1 and not last
         with self.parallel.no_sync() if waits else nullcontext():
-            nats, targets = next_token_loss(self._forward(self.parallel, ready), batch.targets)
+            nats, targets = next_token_loss(
+                self._forward(self.parallel, ready), batch.targets, self._compiled
+            )
             done("forward")
             nats.backward()
         done("backward")

@@ -207,13 +207,15 @@ def outputs_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor])
 def check_low_precision(function, plain, inputs, names):
     """The error rule: against float64, at most 2x (output) or 3x (gradients) what plain PyTorch errs.
 
-    Plus one rounding of the largest value, since plain PyTorch may err by nothing at all.
+    Plus one rounding of the largest value, since plain PyTorch may err by nothing at all, and 64 in float32
+    of the largest of all results: where only one key is seen, gradients are sums whose terms cancel.
     """
     gold = outputs_and_gradients(plain, [x.double() for x in inputs])
+    cancels = 64 * torch.finfo(torch.float32).eps * max(exact.abs().max() for exact in gold)
     results = zip(names, gold, outputs_and_gradients(plain, inputs), outputs_and_gradients(function, inputs))
     for name, exact, low, got in results:
         assert got.dtype == inputs[0].dtype and got.isfinite().all(), name
         allowed = (2 if name == "o" else 3) * (low - exact).abs().max()
-        allowed += torch.finfo(got.dtype).eps * exact.abs().max()
+        allowed += torch.finfo(got.dtype).eps * exact.abs().max() + cancels
         error = (got - exact).abs().max()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

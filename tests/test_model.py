@@ -239,7 +239,7 @@ def test_tables_of_rope_are_made_once_in_the_precision_of_the_products(dtype, mo
     batch = CASES["one_bar"](Random(9))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         tiny_model(dtype=torch.float32)(random_ids(batch), structure(batch), "reference")
-    assert [table.cos_B1ND.dtype for table in made] == [dtype, dtype]  # of the two streams
+    assert [table.cos_BN11D.dtype for table in made] == [dtype, dtype]  # of the two streams
 
 
 def test_wrong_structure_is_refused():
