@@ -21,9 +21,12 @@ import torch._dynamo  # the first optimizer would, in every fork anew
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from benchmarks import train as train_benchmark
+from benchmarks import train_run
 from meloformer import cli
 from meloformer.data import State
 from meloformer.job import start_job
+from meloformer.stepper import Stepper
 from meloformer.train_config import TrainConfig, parse_args
 from meloformer.trainer import Trainer
 
@@ -196,6 +199,25 @@ def _save_gradients(config: TrainConfig, file: Path) -> None:
     stepper.update(1e-3)
 
 
+def benchmark(world: str, failing: str, *args: str) -> dict:
+    """`benchmarks.train` in `world` processes, of which that of rank `failing` fails in the end of a step."""
+
+    def work() -> None:
+        train_run.SIZES["small"] = tiny_train.TINY
+        if os.environ["RANK"] == failing:
+            Stepper.update = lambda *_: 1 / 0
+        train_benchmark.main([*args])
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "output.txt"
+        pids = launch(int(world), work, log)
+        codes = wait(pids, seconds=60)
+        kill([pid for pid, code in zip(pids, codes) if code is None])
+        return {"codes": codes, "output": log.read_text()}
+
+
+SCENARIOS = {"kills": kills, "runs": runs, "gradients": gradients, "benchmark": benchmark}
+
 if __name__ == "__main__":
     scenario, *arguments = sys.argv[1:]
-    print(json.dumps({"kills": kills, "runs": runs, "gradients": gradients}[scenario](*arguments)))
+    print(json.dumps(SCENARIOS[scenario](*arguments)))
