@@ -217,3 +217,18 @@ def check_low_precision(function, plain, inputs, names):
         allowed += torch.finfo(got.dtype).eps * exact.abs().max()
         error = (got - exact).abs().max()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_padding(function: Callable[..., Tensor], phase: str, structure: Structure, dim: int) -> None:
+    """Padding gets exactly 0, output and gradients, and what it holds changes nobody's results."""
+    padding = {"s": structure.summary_doc < 0, "r": structure.doc < 0}
+    streams = [name[-1] for name in (*INPUTS[phase], INPUTS[phase][0])]
+    inputs = random_inputs(phase, structure, torch.float32, dim=dim)
+    other = [
+        x.where(~padding[stream][:, None, :, None], torch.randn_like(x) * 10)
+        for x, stream in zip(inputs, streams)
+    ]
+    results = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, other))
+    for (a, b), stream in zip(results, (streams[0], *streams)):
+        assert torch.equal(a, b)
+        assert a.transpose(1, 2)[padding[stream]].eq(0).all()
