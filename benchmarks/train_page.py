@@ -17,7 +17,7 @@ MEANINGS = """\
 - **First step**: from nothing to the end of the first step; it holds the compilation, less what caches on
   disk saved. **Warm-up** goes on until nothing new was compiled for some steps.
 - **Graphs, kernels**: how many were compiled, over all processes, before and during the steps that were
-  measured: graphs by PyTorch, kernels (the attention's) by Triton.
+  measured: graphs by PyTorch, anew for each row; kernels (the attention's) by Triton, for later rows too.
 - **Step by parts**: measured apart from the above, with the device waited for after each part: *data* is all
   that the loader does, *prepare* the copies to the device and the plan of the attention. In training both are
   hidden behind the parts that follow, so the sum is more than the step.
