@@ -212,11 +212,17 @@ def check_low_precision(function, plain, inputs, names):
     gold = outputs_and_gradients(plain, [x.double() for x in inputs])
     results = zip(names, gold, outputs_and_gradients(plain, inputs), outputs_and_gradients(function, inputs))
     for name, exact, low, got in results:
-        assert got.dtype == inputs[0].dtype and got.isfinite().all(), name
-        allowed = (2 if name == "o" else 3) * (low - exact).abs().max()
-        allowed += torch.finfo(got.dtype).eps * exact.abs().max()
-        error = (got - exact).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        assert got.dtype == inputs[0].dtype, name
+        check_error(name, got, low, exact, times=2 if name == "o" else 3)
+
+
+def check_error(name: str, got: Tensor, low: Tensor, exact: Tensor, times: int, dtype=None) -> None:
+    """`got` errs at most `times` what `low` does, which was computed in the same low precision, plus one
+    rounding of the largest value; `dtype` names the precision if the tensors do not."""
+    assert got.isfinite().all(), name
+    allowed = times * (low - exact).abs().max() + torch.finfo(dtype or got.dtype).eps * exact.abs().max()
+    error = (got - exact).abs().max()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def check_padding(function: Callable[..., Tensor], phase: str, structure: Structure, dim: int) -> None:

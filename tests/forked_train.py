@@ -27,7 +27,7 @@ from meloformer import cli
 from meloformer.data import State
 from meloformer.job import start_job
 from meloformer.stepper import Stepper
-from meloformer.train_config import TrainConfig, parse_args
+from meloformer.train_config import parse_args
 from meloformer.trainer import Trainer
 
 import tiny_train
@@ -168,15 +168,16 @@ def gradients(folder: str, shapes: str, *args: str) -> None:
         world, batches, rows = map(int, shape.split("x"))
         file = Path(folder) / f"{shape}.safetensors"
         numbers = ["--gradient_accumulation_steps", str(batches), "--batch_size", str(rows)]
-        config = parse_args([*args, *numbers])
-        codes = wait(
-            launch(world, functools.partial(_save_gradients, config, file), file.with_suffix(".txt"))
-        )
+        work = functools.partial(save_gradients, str(file), *args, *numbers)
+        codes = wait(launch(world, work, file.with_suffix(".txt")))
         assert codes == [0] * world, file.with_suffix(".txt").read_text()
 
 
-def _save_gradients(config: TrainConfig, file: Path) -> None:
-    trainer = Trainer(config, tiny_train.TINY, start_job("cpu"))
+def save_gradients(file: str, *args: str) -> None:
+    """The same of this process, one of those that torchrun or `launch` started."""
+    config = parse_args([*args])
+    model = {"small": tiny_train.TINY, "base": tiny_train.TINY_BASE}[config.model_size]
+    trainer = Trainer(config, model, start_job(config.device))
     job, stepper, exchanged = trainer.job, trainer.stepper, []
 
     def hook(_, bucket):
@@ -197,6 +198,7 @@ def _save_gradients(config: TrainConfig, file: Path) -> None:
             stepper.prepare(next(batches)[0]), last=number == config.gradient_accumulation_steps
         )
     stepper.update(1e-3)
+    job.leave()
 
 
 def benchmark(world: str, failing: str, *args: str) -> dict:
@@ -216,7 +218,7 @@ def benchmark(world: str, failing: str, *args: str) -> dict:
         return {"codes": codes, "output": log.read_text()}
 
 
-SCENARIOS = {"kills": kills, "runs": runs, "gradients": gradients, "benchmark": benchmark}
+SCENARIOS = {function.__name__: function for function in (kills, runs, gradients, save_gradients, benchmark)}
 
 if __name__ == "__main__":
     scenario, *arguments = sys.argv[1:]
