@@ -3,15 +3,14 @@
 The readings of a song below share no code with the tokenizer.
 """
 
-import json
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import folder_page
 from benchmarks.machine import describe, provenance
 from meloformer import cli
 from meloformer.errors import MidiError, UserError
@@ -183,10 +182,7 @@ def page(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(prog="python -m benchmarks.fidelity", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="folder of MIDI files, or a list file")
-    parser.add_argument("--json", type=Path, help="write the figures there, and a page beside it")
-    args = parser.parse_args(argv)
+    args = folder_page.parse("python -m benchmarks.fidelity", __doc__.splitlines()[0], argv)
     songs, refused = [], Counter()
     for path in tqdm(find_files(args.folder), unit="file"):
         try:
@@ -200,10 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         values = np.array([song[key] for song in songs])
         summary[key] = [float(values.min()), float(np.median(values)), float(values.max())]
     result = {"machine": describe(), "songs": len(songs), "refused": refused, "min_median_max": summary}
-    print(page(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.json.with_suffix(".md").write_text(page(result), encoding="utf-8")
+    folder_page.publish(result, page(result), args.json)
 
 
 if __name__ == "__main__":

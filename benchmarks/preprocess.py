@@ -1,6 +1,5 @@
 """`python -m benchmarks.preprocess FOLDER`: the memory that preprocess takes, and its speed (Linux)."""
 
-import json
 import multiprocessing
 import re
 import tempfile
@@ -12,6 +11,7 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import folder_page
 from benchmarks.machine import describe, provenance
 from meloformer import cli, grammar, preprocess, vocab
 from meloformer.errors import UserError
@@ -119,16 +119,10 @@ def page(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(prog="python -m benchmarks.preprocess", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="folder of MIDI files, or a list file")
-    parser.add_argument("--json", type=Path, help="write the figures there, and a page beside it")
-    args = parser.parse_args(argv)
+    args = folder_page.parse("python -m benchmarks.preprocess", __doc__.splitlines()[0], argv)
     result = {"memory": memory(), "speed": speed(args.folder)}
     result["machine"] = describe()  # last, since it imports torch
-    print(page(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.json.with_suffix(".md").write_text(page(result), encoding="utf-8")
+    folder_page.publish(result, page(result), args.json)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ also without a GPU (`--from`); compares two of them (`--compare`). See docs/benc
 """
 
 import argparse
-import gc
 import sys
 import time
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,9 +15,10 @@ import torch
 
 from benchmarks import figures, measure, songs
 from benchmarks.compare import compare
+from benchmarks.failures import check_gpu, free_memory, one_line
 from benchmarks.machine import describe
 from benchmarks.page import page, update_readme
-from benchmarks.results_file import FORMAT, load, merge, save
+from benchmarks.results_file import FORMAT, load, merge, save, write
 from benchmarks.timing import Timer
 from meloformer import cli
 from meloformer.errors import UserError
@@ -83,16 +82,8 @@ def attempt(column: str, structure, shape: measure.Shape, timer: Timer) -> dict:
         return measure.measure(column, structure, shape, timer)
     except Exception as error:
         reason = one_line(error)
-    gc.collect()  # the frames of the error held tensors
-    if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a GPU that is lost is told after the row: see `_check_gpu`
-            torch.cuda.empty_cache()
+    free_memory()
     return {"failed": reason}
-
-
-def one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:200]
 
 
 def _outcome(row: dict, column: str) -> str:
@@ -114,17 +105,8 @@ def measure_all(args: argparse.Namespace, path: Path) -> dict:
         print(f"[{number}/{len(rows)}] ", end="")
         result["rows"].append(measure_row(name, documents, length, args, timer))
         save(result, path)
-        if args.device == "cuda":
-            _check_gpu(path)
+        check_gpu(path)
     return result
-
-
-def _check_gpu(path: Path) -> None:
-    """After an illegal access nothing works any more in this process."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        raise UserError(f"the GPU failed ({one_line(error)}); {path} has what was measured") from None
 
 
 def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Path], target: Path) -> None:
@@ -141,14 +123,6 @@ def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Pat
     if args.readme:
         picture = target.with_name(drawn[0]) if drawn else None
         update_readme(args.readme, result, sources, target, picture)
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def numbers(text: str) -> list[int]:
@@ -189,20 +163,9 @@ def parser() -> cli.Parser:
     p.add_argument("--heads", type=cli.positive_int, default=8)
     p.add_argument("--dim", type=cli.positive_int, default=64, help="channels per head")
     p.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    p.add_argument(
-        "--flex-up-to",
-        type=cli.positive_int,
-        default=49_152,
-        metavar="N",
-        help="FlexAttention only on rows of at most N tokens",
-    )
-    p.add_argument(
-        "--flex-fp32-up-to",
-        type=cli.positive_int,
-        default=24_576,
-        metavar="N",
-        help="FlexAttention in float32 likewise",
-    )
+    for flag, most, what in (("--flex-up-to", 49_152, ""), ("--flex-fp32-up-to", 24_576, " in float32")):
+        help = f"FlexAttention{what} only on rows of at most N tokens"
+        p.add_argument(flag, type=cli.positive_int, default=most, metavar="N", help=help)
     p.add_argument(
         "--output",
         type=Path,

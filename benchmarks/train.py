@@ -1,165 +1,51 @@
-"""`python -m benchmarks.train`: speed and memory of training by size, attention and length of the rows.
+"""`python -m benchmarks.train`: speed and memory of training by size, attention, length of the rows, what is
+computed again, and number of GPUs.
 
 Takes the training loop's own steps, writes a JSON file after every row and a page of it; `--from` makes the
-page of earlier files. See docs/benchmarks.md.
+page of earlier files. On several GPUs: `torchrun --nproc_per_node=2 -m benchmarks.train`. See
+docs/benchmarks.md.
 """
 
 import argparse
-import gc
+import hashlib
 import itertools
 import json
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from benchmarks.failures import check_gpu
 from benchmarks.machine import describe
-from benchmarks.results_file import save
+from benchmarks.results_file import load, save, write
 from benchmarks.train_page import page
+from benchmarks.train_run import attempt
 from meloformer import cli
-from meloformer.data import PackedSongs, State
-from meloformer.device import pick_device
 from meloformer.errors import UserError
-from meloformer.estimate import is_out_of_memory
-from meloformer.feed import feed
-from meloformer.flops import peak_flops
-from meloformer.job import Job
+from meloformer.job import Job, start_job
 from meloformer.kernels import BACKENDS
-from meloformer.metrics import Meter, StepFigures
 from meloformer.model import DENSE, RECOMPUTE, SIZES
 from meloformer.shards import ShardSet
-from meloformer.stepper import Ready, Stepper
-from meloformer.train_config import TrainConfig
+from meloformer.train_config import PRECISIONS, TrainConfig
 
-FORMAT = "meloformer training 1"
+FORMAT = "meloformer training 2"
 COMPOSED_BARS = 150
-PARTS = ("data", "prepare", "forward", "backward", "optimizer")
 
 
-class Run:
-    """One combination of settings: its steps, over batches without end."""
-
-    def __init__(self, config: TrainConfig, shards: ShardSet):
-        self.config, self.device = config, pick_device(config.device)
-        model = SIZES[config.model_size]
-        if config.attention == DENSE:
-            model = model.as_dense()
-        self.stepper = Stepper(config, model, Job(0, 1, self.device))
-        self.meter = Meter(peak_flops(self.device))
-        data = PackedSongs(shards, "train", max_seq_len=config.max_seq_len, max_bars=config.max_bars)
-        self.batches = data.batches(State(), config.batch_size)
-        self.fed = feed(self.batches, self.stepper.prepare, self.device, self.meter)
-
-    def step(self, batches: Iterator[tuple[Ready, State]]) -> StepFigures:
-        number = self.config.gradient_accumulation_steps
-        for i in range(1, number + 1):
-            self.stepper.accumulate(next(batches)[0], last=i == number)
-        return self.stepper.update(self.config.learning_rate)[0]
-
-    def steps(self, number: int) -> dict:
-        """What the meter finds over so many steps, as if they were one."""
-        self.meter.restart()
-        figures = [self.step(self.fed) for _ in range(number)]
-        whole = StepFigures(
-            loss=figures[-1].loss,
-            grad_norm=figures[-1].grad_norm,
-            tokens=sum(f.tokens for f in figures),
-            flops=sum(f.flops for f in figures),
-            taken=all(f.taken for f in figures),
-            spike=None,
-        )
-        return self.meter.step_record(number, 0, self.config.learning_rate, whole)
-
-    def breakdown(self, number: int) -> dict[str, float]:
-        """Milliseconds of each of `PARTS` per step, each of them waited for, over so many steps."""
-        spent = dict.fromkeys(PARTS, 0.0)
-        since = self._now()
-
-        def done(part: str) -> None:
-            nonlocal since
-            now = self._now()
-            spent[part] += (now - since) * 1e3 / number
-            since = now
-
-        def in_turn() -> Iterator[tuple[Ready, State]]:
-            for batch, after in self.batches:  # made on the spot: this is all that the loader does
-                done("data")
-                ready = self.stepper.prepare(batch)
-                ready.attention.settle()
-                done("prepare")
-                yield ready, after
-
-        batches = in_turn()
-        for _ in range(number):
-            for i in range(1, self.config.gradient_accumulation_steps + 1):
-                ready, _ = next(batches)
-                self.stepper.accumulate(ready, i == self.config.gradient_accumulation_steps, done)
-            self.stepper.update(self.config.learning_rate)
-            done("optimizer")
-        return spent
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def measure(config: TrainConfig, shards: ShardSet, warmup: int, steps: int) -> dict:
-    """The figures of one row, as JSON values."""
-    cuda = pick_device(config.device).type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    run = Run(config, shards)
-    run.steps(1)
-    first = time.perf_counter() - begun
-    run.steps(warmup)
-    found = run.steps(steps)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-    run.fed.close()
-    return {
-        "parameters": run.stepper.model.num_parameters(),
-        "attention_used": run.stepper.attention,
-        "precision": run.stepper.precision,
-        "first_step_s": first,
-        "tokens_per_s": found["tokens_per_s"],
-        "mfu": found.get("mfu"),
-        "data_wait": found["data_wait"],
-        "step_ms": 1e3 * found["tokens"] / found["tokens_per_s"] / steps,
-        "tokens_per_step": found["tokens"] / steps,
-        "peak_gb": peak,
-        "breakdown_ms": run.breakdown(steps),
-        "loss": found["loss"],
-    }
-
-
-def attempt(config: TrainConfig, shards: ShardSet, args: argparse.Namespace) -> dict:
-    """The figures, or why there are none: one row that fails must not take the others along."""
-    try:
-        return measure(config, shards, args.warmup, args.steps)
-    except (UserError, RuntimeError, MemoryError, ValueError) as error:
-        reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split())[:200]
-    gc.collect()  # the frames of the error held tensors
-    return {"failed": reason}
-
-
-def measure_all(args: argparse.Namespace, folder: Path, path: Path) -> dict:
-    """Measures every row, writing all of them to `path` after each."""
+def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) -> dict:
+    """Measures every row; process 0 writes all of them to `path` after each."""
     shards = ShardSet(folder)
+    digest = hashlib.sha256(shards.digests.tobytes()).hexdigest()[:12]
     settings = {
-        "batch_size": args.batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "precision": args.precision,
         "compile": args.compile,
-        "checkpoint_activations": args.checkpoint_activations,
+        "data": f"{len(shards)} {'songs' if args.data_dir else 'composed songs'}, {digest}",
         "warmup": args.warmup,
         "steps": args.steps,
-        "data": "composed songs" if args.data_dir is None else "a folder of shards",
     }
     result = {"format": FORMAT, "machine": describe(), "settings": settings, "rows": []}
-    for size, attention, length in itertools.product(args.sizes, args.attention, args.lengths):
+    axes = args.sizes, args.lengths, args.attention, args.checkpoint_activations
+    for size, length, attention, again in itertools.product(*axes):
         config = TrainConfig(
             data_dir=str(folder),
             model_size=size,
@@ -170,26 +56,21 @@ def measure_all(args: argparse.Namespace, folder: Path, path: Path) -> dict:
             device=args.device,
             precision=args.precision,
             compile=args.compile,
-            checkpoint_activations=args.checkpoint_activations,
+            checkpoint_activations=again,
         )
-        row = {"size": size, "attention": attention, "tokens_per_row": length}
-        row |= attempt(config, shards, args)
-        print(json.dumps(row), flush=True)
+        row = {
+            "size": size,
+            "attention": attention,
+            "tokens_per_row": length,
+            "checkpoint_activations": again,
+            "gpus": job.world,
+        }
+        row |= attempt(config, shards, job, args.warmup, args.steps)
         result["rows"].append(row)
-        save(result, path)
-    return result
-
-
-def load(path: Path) -> dict:
-    """Raises UserError if it cannot be read or is no such file."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}: is not JSON") from None
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a result of benchmarks.train")
+        if job.leads:
+            print(json.dumps(row), flush=True)
+            save(result, path)
+        check_gpu(path)
     return result
 
 
@@ -207,7 +88,7 @@ def compose_shards(count: int, folder: Path) -> Path:
     return folder / "shards"
 
 
-def _listed(known: list[str]):
+def _listed(known: list[str]) -> Callable[[str], list[str]]:
     """An argparse type: some of these names, with commas."""
 
     def parse(text: str) -> list[str]:
@@ -231,13 +112,29 @@ def make_parser() -> cli.Parser:
         metavar="N,N",
         help="tokens per row",
     )
-    add("--batch_size", type=cli.positive_int, default=4, help="rows per batch")
+    add(
+        "--checkpoint_activations",
+        type=_listed([*RECOMPUTE]),
+        default="none",
+        metavar="A,B",
+        help=f"what is computed again to save memory, of {', '.join(RECOMPUTE)}",
+    )
+    add(
+        "--batch_size",
+        type=cli.positive_int,
+        default=4,
+        help="rows per batch and GPU; half of it, and so on, where memory is short (not on several GPUs)",
+    )
     add("--gradient_accumulation_steps", type=cli.positive_int, default=1, help="batches per step")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    add("--precision", default="auto", choices=PRECISIONS)
     add("--compile", action=argparse.BooleanOptionalAction, help="by default as in training")
-    add("--checkpoint_activations", default="none", choices=RECOMPUTE)
-    add("--warmup", type=cli.positive_int, default=5, help="steps before those that count")
+    add(
+        "--warmup",
+        type=cli.positive_int,
+        default=5,
+        help="so many steps in a row must compile nothing before those that count",
+    )
     add("--steps", type=cli.positive_int, default=20, help="steps that count")
     add("--data_dir", type=Path, help="shards by meloformer.preprocess; without it songs are composed")
     add("--songs", type=cli.positive_int, default=48, help="how many to compose")
@@ -250,21 +147,32 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.output.suffix != ".md":
         raise UserError(f"--output {args.output}: must end in .md")
-    sources, results = args.sources, []
-    if sources:
-        results = [load(source) for source in sources]
-    else:
-        sources = [args.output.with_suffix(".json")]
-        pick_device(args.device)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = args.data_dir or compose_shards(args.songs, Path(scratch))
-            results = [measure_all(args, folder, sources[0])]
-    text = page(results, [source.name for source in sources])
+    if args.sources:
+        results = [load(source, FORMAT, "benchmarks.train") for source in args.sources]
+        _publish(results, args.sources, args.output)
+        return
+    job = start_job(args.device)
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}") from None
+        _measure_and_publish(args, job)
+    except BaseException as error:
+        job.fail(error)
+        raise
+    job.leave()
+
+
+def _measure_and_publish(args: argparse.Namespace, job: Job) -> None:
+    path = args.output.with_suffix(".json")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.data_dir
+        if folder is None:  # process 0 makes them for all, who are on the same machine
+            folder = Path(job.lead_does(lambda: str(compose_shards(args.songs, Path(scratch)))))
+        result = measure_all(args, folder, job, path)
+        job.lead_does(lambda: _publish([result], [path], args.output))
+
+
+def _publish(results: list[dict], sources: list[Path], target: Path) -> None:
+    text = page(results, [source.name for source in sources])
+    write(target, text)
     print(text)
 
 

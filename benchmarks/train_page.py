@@ -1,52 +1,92 @@
 """What `benchmarks.train` measured as a Markdown page, from results alone."""
 
 from benchmarks.machine import provenance
+from meloformer.errors import UserError
 
 MEANINGS = """\
 - **Tokens/s** count real tokens: padding is none. They are of whole steps as training takes them, by the
-  clock, with the loader at work beside.
+  clock, with the loader at work beside; with several GPUs, of all of them together.
+- **Times dense, times flex**: its tokens/s over those of that attention with the same size, length, GPUs and
+  recomputation; if that was measured with several numbers of rows per batch, over its fastest.
+- **Rows per batch** are those of each GPU. Where memory is short, half as many are tried, and so on.
+- **Computed again**: what the backward computes anew instead of keeping it (`--checkpoint_activations`).
 - **MFU**: useful operations (matrix products, visible pairs alone, forward and backward; no padding, nothing
-  that is computed twice) over the GPU's peak; the formula is in `meloformer/flops.py`.
-- **Waiting**: share of the time in which the process waited for the loader.
-- **Memory**: peak of what PyTorch allocated, weights and optimizer included.
+  that is computed twice) over the GPUs' peak; the formula is in `meloformer/flops.py`.
+- **Waiting**: share of the time in which process 0 waited for the loader.
+- **Memory**: peak of what PyTorch allocated on the GPU of process 0, weights and optimizer included.
 - **First step**: from nothing to the end of the first step; it holds the compilation, less what caches on
-  disk saved.
+  disk saved. **Warm-up** goes on until nothing new was compiled for some steps.
+- **Graphs, kernels**: how many were compiled, over all processes, before and during the steps that were
+  measured: graphs by PyTorch, anew for each row; kernels (the attention's) by Triton, for later rows too.
 - **Step by parts**: measured apart from the above, with the device waited for after each part: *data* is all
   that the loader does, *prepare* the copies to the device and the plan of the attention. In training both are
   hidden behind the parts that follow, so the sum is more than the step.
 - **dense** is a plain causal Transformer without summaries, of as many parameters; its MFU counts its own
   operations, of which it has more.
+- Batches are full: the rows of one epoch over and over. In training the last step of an epoch has padding.
 """
+COMMON = ("data", "precision", "compile", "gradient_accumulation_steps")  # settings of all files of a page
+KEYS = ("size", "attention", "tokens_per_row", "checkpoint_activations", "gpus", "rows_per_batch")
+NAMES = ["size", "attention", "tokens per row", "computed again", "GPUs", "rows per batch"]
 
 
 def page(results: list[dict], sources: list[str]) -> str:
-    """The report; `sources` are the names of the files that hold the results."""
-    parts = ["# Training, measured\n"]
+    """The report; `sources` are the names of the files that hold the results. Of equal rows the last counts.
+
+    Raises:
+        UserError: they were measured on different GPUs, or with different settings or data.
+    """
+    settings, machine = results[0]["settings"], results[0]["machine"]
     for result, source in zip(results, sources):
-        settings, machine = result["settings"], result["machine"]
-        parts += [
-            f"## {machine['gpu'] or 'CPU'}: {settings['batch_size']} rows per batch\n",
-            f"Steps of {settings['gradient_accumulation_steps']} batch(es) on {settings['data']}, "
-            f"{settings['steps']} of them measured; layers {_compiled(settings['compile'])}, activations "
-            f"computed again: {settings['checkpoint_activations']}.\n",
-            _speed(result["rows"]),
-            _parts(result["rows"]),
-            _failed(result["rows"]),
-            f"Made by `python -m benchmarks.train` on {provenance(machine)}; figures in `{source}`.\n",
-        ]
-    return "\n".join(part for part in [*parts, "## What is what\n", MEANINGS] if part)
+        pairs = [("GPU", machine["gpu"], result["machine"]["gpu"])]
+        pairs += [(name, settings[name], result["settings"][name]) for name in COMMON]
+        for name, first, other in pairs:
+            if first != other:
+                raise UserError(
+                    f"{source} and {sources[0]} differ in {name} ({other} and {first}): no page of both"
+                )
+    every = [
+        row | {"attention": row.get("attention_used", row["attention"])}  # what "auto" was
+        for result in results
+        for row in result["rows"]
+    ]
+    rows = list({tuple(row[key] for key in KEYS): row for row in every}.values())
+    measured = [row for row in rows if "failed" not in row]
+    parts = [
+        "# Training, measured\n",
+        f"{machine['gpu'] or 'CPU'}; steps of {settings['gradient_accumulation_steps']} batch(es) of "
+        f"{settings['data']}; layers {_compiled(settings['compile'])}.\n",
+        _speed(measured),
+        _memory(measured),
+        _scaling(measured),
+        _compilation(measured),
+        _parts(measured),
+        _failed(rows),
+        "## What is what\n",
+        MEANINGS,
+        *(_made(result, source) for result, source in zip(results, sources)),
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _compiled(flag: bool | None) -> str:
+    if flag is None:
+        return "compiled where training does by default"
+    return "compiled" if flag else "not compiled"
+
+
+def _made(result: dict, source: str) -> str:
+    settings = result["settings"]
     return (
-        "compiled where training does by default" if flag is None else "compiled" if flag else "not compiled"
+        f"`{source}`: {settings['steps']} steps measured after a warm-up of {settings['warmup']} or more, by "
+        f"`python -m benchmarks.train` on {provenance(result['machine'])}.\n"
     )
 
 
 def _speed(rows: list[dict]) -> str:
     heads = [
-        "size", "attention", "tokens per row", "parameters", "precision", "tokens/s", "times dense", "MFU",
-        "memory, GB", "waiting", "step, ms", "first step, s",
+        *NAMES, "parameters", "precision", "tokens/s", "times dense", "times flex", "MFU", "memory, GB",
+        "waiting", "step, ms",
     ]  # fmt: skip
     lines = [
         [
@@ -54,47 +94,119 @@ def _speed(rows: list[dict]) -> str:
             f"{row['parameters'] / 1e6:.1f}M",
             row["precision"],
             f"{row['tokens_per_s']:,.0f}",
-            _cell(_times_dense(row, rows), "{:.2f}"),
+            _cell(_times(row, rows, "dense"), "{:.2f}"),
+            _cell(_times(row, rows, "flex"), "{:.2f}"),
             _cell(row["mfu"], "{:.1%}"),
             _cell(row["peak_gb"], "{:.1f}"),
             f"{row['data_wait']:.2%}",
             f"{row['step_ms']:.1f}",
-            f"{row['first_step_s']:.1f}",
         ]
         for row in rows
-        if "failed" not in row
     ]
-    return _table(heads, lines)
+    return "## Speed\n\n" + (_table(heads, lines) if lines else "Nothing was measured.\n")
+
+
+def _memory(rows: list[dict]) -> str:
+    """Rows that were measured with more than one kind of recomputation."""
+    lines = []
+    for row in rows:
+        others = _others(row, rows, free=("checkpoint_activations", "rows_per_batch"))
+        if len({other["checkpoint_activations"] for other in others}) < 2:
+            continue
+        plain = _one([x for x in others if x["checkpoint_activations"] == "none"], row["rows_per_batch"])
+        memory = None
+        if plain and row["peak_gb"] and plain["rows_per_batch"] == row["rows_per_batch"]:
+            memory = row["peak_gb"] / plain["peak_gb"]
+        speed = row["tokens_per_s"] / plain["tokens_per_s"] if plain else None
+        lines.append(
+            [
+                *_names(row),
+                _cell(row["peak_gb"], "{:.1f}"),
+                _cell(memory, "{:.0%}"),
+                f"{row['tokens_per_s']:,.0f}",
+                _cell(speed, "{:.0%}"),
+            ]
+        )
+    heads = [*NAMES, "memory, GB", "of that of none", "tokens/s", "of those of none"]
+    return "## Memory and speed by what is computed again\n\n" + _table(heads, lines) if lines else ""
+
+
+def _scaling(rows: list[dict]) -> str:
+    """Rows on several GPUs beside those that agree in everything else."""
+    lines = []
+    for row in rows:
+        single = [other for other in _others(row, rows, free=("gpus",)) if other["gpus"] == 1]
+        if row["gpus"] > 1:
+            alone = single[0]["tokens_per_s"] if single else None
+            times = row["tokens_per_s"] / alone if alone else None
+            lines.append(
+                [
+                    *_names(row),
+                    f"{row['tokens_per_s']:,.0f}",
+                    _cell(alone, "{:,.0f}"),
+                    _cell(times, "{:.2f}"),
+                ]
+            )
+    heads = [*NAMES, "tokens/s", "tokens/s of one GPU", "times one GPU"]
+    return "## Scaling\n\n" + _table(heads, lines) if lines else ""
+
+
+def _compilation(rows: list[dict]) -> str:
+    heads = [
+        *NAMES, "first step, s", "steps of warm-up", "graphs in warm-up", "kernels in warm-up",
+        "graphs later", "kernels later",
+    ]  # fmt: skip
+    lines = [
+        [
+            *_names(row),
+            f"{row['first_step_s']:.1f}",
+            str(row["warmup_steps"]),
+            *(
+                str(row[when][what])
+                for when in ("compiled_in_warmup", "compiled_later")
+                for what in row[when]
+            ),
+        ]
+        for row in rows
+    ]
+    return "## Compilation\n\n" + _table(heads, lines) if lines else ""
 
 
 def _parts(rows: list[dict]) -> str:
-    measured = [row for row in rows if "failed" not in row]
-    if not measured:
+    if not rows:
         return ""
-    parts = list(measured[0]["breakdown_ms"])
-    heads = ["size", "attention", "tokens per row", *(f"{part}, ms" for part in parts)]
-    lines = [[*_names(row), *(f"{row['breakdown_ms'][part]:.1f}" for part in parts)] for row in measured]
-    return "Step by parts:\n\n" + _table(heads, lines)
+    parts = list(rows[0]["breakdown_ms"])
+    heads = [*NAMES, *(f"{part}, ms" for part in parts)]
+    lines = [[*_names(row), *(f"{row['breakdown_ms'][part]:.1f}" for part in parts)] for row in rows]
+    return "## Step by parts\n\n" + _table(heads, lines)
 
 
 def _failed(rows: list[dict]) -> str:
     lines = [[*_names(row), row["failed"].replace("|", "\\|")] for row in rows if "failed" in row]
-    return (
-        "Not measured:\n\n" + _table(["size", "attention", "tokens per row", "why"], lines) if lines else ""
-    )
+    return "## Not measured\n\n" + _table([*NAMES, "why"], lines) if lines else ""
 
 
 def _names(row: dict) -> list[str]:
-    return [row["size"], row.get("attention_used", row["attention"]), f"{row['tokens_per_row']:,}"]
+    return [f"{row[key]:,}" if isinstance(row[key], int) else row[key] for key in KEYS]
 
 
-def _times_dense(row: dict, rows: list[dict]) -> float | None:
-    """Its speed over that of the dense model of the same size and length, measured beside it."""
-    for other in rows:
-        same = all(other[key] == row[key] for key in ("size", "tokens_per_row"))
-        if other["attention"] == "dense" and same and "failed" not in other:
-            return row["tokens_per_s"] / other["tokens_per_s"]
-    return None
+def _others(row: dict, rows: list[dict], free: tuple[str, ...]) -> list[dict]:
+    """Rows that agree with it in all keys but those that are `free`, itself among them."""
+    return [other for other in rows if all(other[key] == row[key] for key in KEYS if key not in free)]
+
+
+def _one(rows: list[dict], rows_per_batch: int) -> dict | None:
+    """That with so many rows per batch, else the fastest."""
+    return max(
+        rows, key=lambda row: (row["rows_per_batch"] == rows_per_batch, row["tokens_per_s"]), default=None
+    )
+
+
+def _times(row: dict, rows: list[dict], attention: str) -> float | None:
+    """Its speed over the best of those with `attention` that agree with it else."""
+    others = _others(row, rows, free=("attention", "rows_per_batch"))
+    speeds = [other["tokens_per_s"] for other in others if other["attention"] == attention]
+    return row["tokens_per_s"] / max(speeds) if speeds else None
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -102,7 +214,5 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _table(heads: list[str], lines: list[list[str]]) -> str:
-    if not lines:
-        return "Nothing was measured.\n"
     aligned = ["---"] * 2 + ["---:"] * (len(heads) - 2)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [heads, aligned, *lines])

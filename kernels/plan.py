@@ -64,6 +64,9 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+_ROW_STRIDE = 65536
+
+
 class Plan:
     """The plan of one structure, for all heads, layers, forward and backward.
 
@@ -163,7 +166,7 @@ class Plan:
         self.needs, self.items = empty(NEEDS), empty(4, rows * k_blocks + slots, 8)
         work_kernel[triton.cdiv(rows * k_blocks, 32), 4](
             sizes, ends, end, self.items, self.needs,
-            lines, self.items.shape[1], rows, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
+            lines, self.items.shape[1], rows, q_blocks, k_blocks, self.split, _ROW_STRIDE, CHUNK=32, ACROSS=128,
         )  # fmt: skip
         self._ask()
 

@@ -320,10 +320,15 @@ def _cut(tile, masked):
     return tl.where(tile > masked, masked + (tile - masked) // 2 * 2, tile)
 
 
-@triton.jit(do_not_specialize=["lines", "items", "rows", "q_blocks", "k_blocks", "split"])
+@triton.jit
+def _work_key(line, tiles, parts, rows, blocks, stride):
+    return tl.where(parts > 1, (1 << 30) + tiles, (rows - 1 - line // blocks) * stride + tiles)
+
+
+@triton.jit(do_not_specialize=["lines", "items", "rows", "q_blocks", "k_blocks", "split", "stride"])
 def work_kernel(
     tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
-    lines, items, rows, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
+    lines, items, rows, q_blocks, k_blocks, split, stride, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """The order of work in one group, int32 [4, items, 8], longest line first: lines, or parts of them.
 
@@ -343,6 +348,8 @@ def work_kernel(
     total = tl.load(tiles_ptr + first + mine, mask=mine < number, other=0)
     masked = tl.load(tiles_ptr + lines + first + mine, mask=mine < number, other=0)
     parts = tl.maximum((total + most - 1) // most, 1)
+    blocks = tl.where(group == 2, k_blocks, q_blocks)
+    key = _work_key(mine, total, parts, rows, blocks, stride)
     item = tl.zeros([CHUNK], tl.int32)
     all_items, all_slots = 0, 0
     for start in range(0, number, ACROSS):
@@ -350,13 +357,14 @@ def work_kernel(
         there = other < number
         other_total = tl.load(tiles_ptr + first + other, mask=there, other=-1)
         other_parts = tl.where(there, tl.maximum((other_total + most - 1) // most, 1), 0)
-        before = other_total[None, :] > total[:, None]
-        before |= (other_total[None, :] == total[:, None]) & (other[None, :] < mine[:, None])
+        other_key = _work_key(other, other_total, other_parts, rows, blocks, stride)
+        before = other_key[None, :] > key[:, None]
+        before |= (other_key[None, :] == key[:, None]) & (other[None, :] < mine[:, None])
         before &= there[None, :]
         item += tl.sum(tl.where(before, other_parts[None, :], 0), 1)
         all_items += tl.sum(other_parts, 0)
         all_slots += tl.sum(tl.where(other_parts > 1, other_parts, 0), 0)
-    # Lines in several parts are the longest, so that they come first: their items are the slots.
+    # Lines in several parts come first: their items are the slots.
     out = items_ptr + (group * items + item) * 8
     for part in range(0, tl.max(parts, 0)):
         keep = (mine < number) & (part < parts) & (item + part < items)

@@ -214,8 +214,33 @@ def check_low_precision(function, plain, inputs, names):
     cancels = 64 * torch.finfo(torch.float32).eps * max(exact.abs().max() for exact in gold)
     results = zip(names, gold, outputs_and_gradients(plain, inputs), outputs_and_gradients(function, inputs))
     for name, exact, low, got in results:
-        assert got.dtype == inputs[0].dtype and got.isfinite().all(), name
-        allowed = (2 if name == "o" else 3) * (low - exact).abs().max()
-        allowed += torch.finfo(got.dtype).eps * exact.abs().max() + cancels
-        error = (got - exact).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        assert got.dtype == inputs[0].dtype, name
+        check_error(name, got, low, exact, times=2 if name == "o" else 3, cancels=cancels)
+
+
+def check_error(
+    name: str, got: Tensor, low: Tensor, exact: Tensor, times: int, dtype=None, cancels: float = 0.0
+) -> None:
+    """`got` errs at most `times` what `low` does, which was computed in the same low precision, plus one
+    rounding of the largest value and what terms that cancel leave, `cancels`; `dtype` names the precision if the
+    tensors do not."""
+    assert got.isfinite().all(), name
+    allowed = times * (low - exact).abs().max() + torch.finfo(dtype or got.dtype).eps * exact.abs().max()
+    allowed += cancels
+    error = (got - exact).abs().max()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_padding(function: Callable[..., Tensor], phase: str, structure: Structure, dim: int) -> None:
+    """Padding gets exactly 0, output and gradients, and what it holds changes nobody's results."""
+    padding = {"s": structure.summary_doc < 0, "r": structure.doc < 0}
+    streams = [name[-1] for name in (*INPUTS[phase], INPUTS[phase][0])]
+    inputs = random_inputs(phase, structure, torch.float32, dim=dim)
+    other = [
+        x.where(~padding[stream][:, None, :, None], torch.randn_like(x) * 10)
+        for x, stream in zip(inputs, streams)
+    ]
+    results = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, other))
+    for (a, b), stream in zip(results, (streams[0], *streams)):
+        assert torch.equal(a, b)
+        assert a.transpose(1, 2)[padding[stream]].eq(0).all()

@@ -21,10 +21,13 @@ import torch._dynamo  # the first optimizer would, in every fork anew
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from benchmarks import train as train_benchmark
+from benchmarks import train_run
 from meloformer import cli
 from meloformer.data import State
 from meloformer.job import start_job
-from meloformer.train_config import TrainConfig, parse_args
+from meloformer.stepper import Stepper
+from meloformer.train_config import parse_args
 from meloformer.trainer import Trainer
 
 import tiny_train
@@ -165,15 +168,16 @@ def gradients(folder: str, shapes: str, *args: str) -> None:
         world, batches, rows = map(int, shape.split("x"))
         file = Path(folder) / f"{shape}.safetensors"
         numbers = ["--gradient_accumulation_steps", str(batches), "--batch_size", str(rows)]
-        config = parse_args([*args, *numbers])
-        codes = wait(
-            launch(world, functools.partial(_save_gradients, config, file), file.with_suffix(".txt"))
-        )
+        work = functools.partial(save_gradients, str(file), *args, *numbers)
+        codes = wait(launch(world, work, file.with_suffix(".txt")))
         assert codes == [0] * world, file.with_suffix(".txt").read_text()
 
 
-def _save_gradients(config: TrainConfig, file: Path) -> None:
-    trainer = Trainer(config, tiny_train.TINY, start_job("cpu"))
+def save_gradients(file: str, *args: str) -> None:
+    """The same of this process, one of those that torchrun or `launch` started."""
+    config = parse_args([*args])
+    model = {"small": tiny_train.TINY, "base": tiny_train.TINY_BASE}[config.model_size]
+    trainer = Trainer(config, model, start_job(config.device))
     job, stepper, exchanged = trainer.job, trainer.stepper, []
 
     def hook(_, bucket):
@@ -194,8 +198,28 @@ def _save_gradients(config: TrainConfig, file: Path) -> None:
             stepper.prepare(next(batches)[0]), last=number == config.gradient_accumulation_steps
         )
     stepper.update(1e-3)
+    job.leave()
 
+
+def benchmark(world: str, failing: str, *args: str) -> dict:
+    """`benchmarks.train` in `world` processes, of which that of rank `failing` fails in the end of a step."""
+
+    def work() -> None:
+        train_run.SIZES["small"] = tiny_train.TINY
+        if os.environ["RANK"] == failing:
+            Stepper.update = lambda *_: 1 / 0
+        train_benchmark.main([*args])
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "output.txt"
+        pids = launch(int(world), work, log)
+        codes = wait(pids, seconds=60)
+        kill([pid for pid, code in zip(pids, codes) if code is None])
+        return {"codes": codes, "output": log.read_text()}
+
+
+SCENARIOS = {function.__name__: function for function in (kills, runs, gradients, save_gradients, benchmark)}
 
 if __name__ == "__main__":
     scenario, *arguments = sys.argv[1:]
-    print(json.dumps({"kills": kills, "runs": runs, "gradients": gradients}[scenario](*arguments)))
+    print(json.dumps(SCENARIOS[scenario](*arguments)))

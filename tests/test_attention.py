@@ -14,6 +14,7 @@ from attention_cases import (
     PHASES,
     case,
     check_low_precision,
+    check_padding,
     outputs_and_gradients,
     plain_phase,
     random_inputs,
@@ -73,18 +74,7 @@ def test_error_in_low_precision(backend, name, phase, dtype):
 @pytest.mark.parametrize("backend", PORTABLE)
 def test_padding_gets_zero_and_matters_to_nobody(backend, phase):
     structure = case("rows").structure
-    function = getattr(make_attention(structure, backend), phase)
-    padding = {"s": structure.summary_doc < 0, "r": structure.doc < 0}
-    streams = [name[-1] for name in (*INPUTS[phase], INPUTS[phase][0])]
-    inputs = random_inputs(phase, structure, torch.float32)
-    other = [
-        x.where(~padding[stream][:, None, :, None], torch.randn_like(x) * 10)
-        for x, stream in zip(inputs, streams)
-    ]
-    results = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, other))
-    for (a, b), stream in zip(results, (streams[0], *streams)):
-        assert torch.equal(a, b)
-        assert a.transpose(1, 2)[padding[stream]].eq(0).all()
+    check_padding(getattr(make_attention(structure, backend), phase), phase, structure, dim=8)
 
 
 def test_flex_says_once_that_it_is_dense_on_cpu():

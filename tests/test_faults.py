@@ -152,15 +152,19 @@ def test_torchrun_restarts_a_failed_run_where_it_was(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["raise", "kill"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_failing_process_takes_the_others_down_and_its_error_is_shown(data, tmp_path, device):
+def test_a_failing_process_takes_the_others_down_and_its_error_is_shown(data, tmp_path, device, what):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     started = time.monotonic()
     args = [*settings(data, 2, device=device), "--output_dir", tmp_path]
-    done = run(torchrun(2, *args), [fault("raise", 2, rank=1)])
+    done = run(torchrun(2, *args), [fault(what, 2, rank=1)])
     assert done.returncode == 1 and time.monotonic() - started < 60
-    assert "in process 1:" in done.stderr and "RuntimeError: the fault of step 2" in done.stderr
+    if what == "raise":
+        assert "in process 1:" in done.stderr and "RuntimeError: the fault of step 2" in done.stderr
+    else:
+        assert "Signal 9 (SIGKILL) received" in done.stderr
 
 
 @pytest.mark.slow

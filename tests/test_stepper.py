@@ -1,10 +1,7 @@
 """One optimizer step: the same whatever deals out its rows."""
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from meloformer.data import State
 from meloformer.job import start_job
@@ -12,7 +9,7 @@ from meloformer.stepper import Stepper
 from meloformer.trainer import Trainer
 
 from tiny_train import TINY
-from training import arguments, config, forked
+from training import arguments, config, forked, read_gradients
 
 
 @pytest.mark.slow
@@ -23,9 +20,7 @@ def test_gradients_do_not_depend_on_how_rows_are_dealt_out(data, tmp_path):
     forked("gradients", tmp_path, " ".join(shapes), *args)
     found = {}
     for shape in shapes:
-        with safe_open(tmp_path / f"{shape}.safetensors", "pt") as opened:
-            found[shape] = {name: opened.get_tensor(name) for name in opened.keys()}
-            exchanged = json.loads(opened.metadata()["exchanged"])
+        found[shape], exchanged = read_gradients(tmp_path / f"{shape}.safetensors")
         # Each bucket of gradients once a step, however many batches the step has.
         assert len(exchanged) == len(set(exchanged)) and bool(exchanged) == (shape[0] != "1")
     for name, gradient in found[shapes[0]].items():

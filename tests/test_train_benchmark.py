@@ -1,31 +1,29 @@
 """`benchmarks.train` and its page, on a tiny model."""
 
 import json
+import math
 
 import pytest
+import torch
 
-from benchmarks import train
+from benchmarks import train, train_run
+from benchmarks.compilations import counted
 from benchmarks.train_page import page
+from meloformer.data import PackedSongs
 from meloformer.errors import UserError
+from meloformer.job import Job
 from meloformer.model import SIZES
+from meloformer.shards import ShardSet
 
 from report_cases import MACHINE
 from tiny_train import TINY
+from training import forked
 
 QUICK = [
-    "--sizes",
-    "small",
-    "--lengths",
-    "512",
-    "--batch_size",
-    "1",
-    "--warmup",
-    "1",
-    "--steps",
-    "2",
-    "--device",
-    "cpu",
+    *("--sizes", "small", "--lengths", "512", "--batch_size", "1", "--warmup", "1", "--steps", "2"),
+    *("--device", "cpu", "--attention", "reference"),
 ]
+NAMED = ("size", "attention", "tokens_per_row", "checkpoint_activations", "gpus", "rows_per_batch")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +32,7 @@ def tiny(monkeypatch):
 
 
 def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(train_run, "peak_flops", lambda device: 1e12)
     target = tmp_path / "new" / "page.md"
     args = ["--attention", "reference,dense,triton", "--data_dir", str(data), "--output", str(target)]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -44,14 +42,15 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
     for row in (reference, dense):
         assert row["tokens_per_s"] > 0 and 0 < row["mfu"] < 1 and 0 <= row["data_wait"] < 1
         assert row["step_ms"] == pytest.approx(1e3 * row["tokens_per_step"] / row["tokens_per_s"])
-        assert list(row["breakdown_ms"]) == list(train.PARTS)
+        assert list(row["breakdown_ms"]) == list(train_run.PARTS)
         assert all(ms > 0 for ms in row["breakdown_ms"].values())
-        assert row["tokens_per_step"] <= 512
+        assert row["tokens_per_step"] <= 512 and row["warmup_steps"] == 2 and row["gpus"] == 1
+        assert set(row["compiled_later"].values()) == {0}
     assert dense["attention_used"] == "dense" and dense["parameters"] != reference["parameters"]
-    assert set(triton) == {"size", "attention", "tokens_per_row", "failed"}
+    assert set(triton) == {*NAMED, "failed"} and triton["failed"].startswith("--attention triton:")
     text = target.read_text()
     assert f"| {reference['tokens_per_s']:,.0f} |" in text and "| 1.00 |" in text
-    assert "Not measured:" in text and "triton" in text
+    assert "## Not measured" in text and "triton" in text
 
     again = tmp_path / "again.md"
     train.main(["--from", str(target.with_suffix(".json")), "--output", str(again)])
@@ -61,47 +60,204 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
 def test_without_data_songs_are_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "COMPOSED_BARS", 4)
     target = tmp_path / "page.md"
-    train.main(
-        [
-            *QUICK,
-            "--attention",
-            "dense",
-            "--songs",
-            "2",
-            "--checkpoint_activations",
-            "layer",
-            "--output",
-            str(target),
-        ]
-    )
+    again = ["--checkpoint_activations", "none,layer"]
+    train.main([*QUICK, *again, "--attention", "dense", "--songs", "2", "--output", str(target)])
+    rows = json.loads(target.with_suffix(".json").read_text())["rows"]
+    assert [row["checkpoint_activations"] for row in rows] == ["none", "layer"]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
     text = target.read_text()
-    assert "on composed songs" in text and "activations computed again: layer" in text
+    assert "2 composed songs" in text and "## Memory and speed by what is computed again" in text
 
 
-def test_speed_beside_dense_is_of_the_same_size_and_length():
-    def row(size, attention, length, speed):
-        return {
-            "size": size, "attention": attention, "tokens_per_row": length, "tokens_per_s": speed,
-            "parameters": 85e6, "precision": "bf16", "mfu": 0.4, "peak_gb": 20.0, "data_wait": 0.001,
-            "step_ms": 160.0, "first_step_s": 9.0, "breakdown_ms": dict.fromkeys(train.PARTS, 1.0),
-        }  # fmt: skip
+def measured(monkeypatch, error, most_rows=0):
+    """What `attempt` tells of 6 rows per batch if batches of more than `most_rows` raise `error`."""
 
-    rows = [
-        row("base", "triton", 24576, 600e3),
-        row("base", "dense", 24576, 300e3),
-        row("base", "triton", 512, 1e6),
-    ]
+    def measure(config, *_):
+        if config.batch_size > most_rows:
+            raise error
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(train_run, "measure", measure)
+    config = train_run.TrainConfig(data_dir="", batch_size=6, device="cpu")
+    return lambda world=1: train_run.attempt(config, None, Job(0, world, torch.device("cpu")), 1, 1)
+
+
+def test_a_row_without_memory_is_tried_with_half_the_rows(monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    assert measured(monkeypatch, error, most_rows=3)() == {"rows_per_batch": 3, "loss": 1.0}
+    assert measured(monkeypatch, error)() == {"rows_per_batch": 1, "failed": "out of memory"}
+    with pytest.raises(UserError, match=r"out of memory on cpu.*lower --batch_size \(now 6\)"):
+        measured(monkeypatch, error)(world=2)
+
+
+def test_any_other_error_costs_its_row_alone_but_ends_a_job_of_several(monkeypatch):
+    told = measured(monkeypatch, KeyError("a | b"))()
+    assert told == {"rows_per_batch": 6, "failed": "KeyError: 'a | b'"}
+    with pytest.raises(KeyError):
+        measured(monkeypatch, KeyError("a | b"))(world=2)
+
+
+def test_batches_are_full_and_dealt_out_in_turn(data):
+    packed = PackedSongs(ShardSet(data), "train", max_seq_len=512, max_bars=100)
+    of_epoch = packed.rows_per_epoch(0)
+    expected = [packed.batch(0, [row]).ids for row in range(of_epoch)]
+    both = [train_run.full_batches(packed, 2, Job(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    for step in range(of_epoch):
+        for rank, batches in enumerate(both):
+            first = 4 * step + 2 * rank
+            ids = next(batches)[0].ids
+            assert torch.equal(ids, torch.cat([expected[(first + i) % of_epoch] for i in range(2)]))
+
+
+def test_warm_up_lasts_until_nothing_is_compiled(data, monkeypatch):
+    """Something new in the second and the fourth step; what comes later is told as such."""
+    new = iter([2, 1, 0, 3, 0, 0])
+    fed = []
+
+    class Counting:
+        def __enter__(self):
+            return lambda: {"graphs": next(new, 5), "kernels": 0}
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(train_run, "counted", Counting)
+    steps = train_run.Run.steps
+    monkeypatch.setattr(train_run.Run, "steps", lambda run, number: fed.append(number) or steps(run, number))
+    config = train_run.TrainConfig(
+        data_dir="", model_size="small", attention="reference", max_seq_len=512, batch_size=1,
+        gradient_accumulation_steps=1, device="cpu",
+    )  # fmt: skip
+    found = train_run.measure(config, ShardSet(data), Job(0, 1, torch.device("cpu")), 2, 3)
+    assert fed == [1] * 6 + [3] and found["warmup_steps"] == 6
+    assert found["compiled_in_warmup"]["graphs"] == 6 and found["compiled_later"]["graphs"] == 5
+
+
+def test_graphs_are_counted():
+    torch._dynamo.reset()
+    twice = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    with counted() as compiled:
+        twice(torch.ones(2))
+        twice(torch.ones(2))
+        assert compiled() == {"graphs": 1, "kernels": 0}
+        twice(torch.ones(2))
+        assert compiled() == {"graphs": 0, "kernels": 0}
+        twice(torch.ones(3))
+        assert compiled() == {"graphs": 1, "kernels": 0}
+
+
+@pytest.mark.slow
+def test_two_processes(data, tmp_path):
+    one, two, both = (tmp_path / f"{name}.md" for name in ("one", "two", "both"))
+    words = [*QUICK, "--data_dir", str(data), "--steps", "8"]
+    train.main([*words, "--output", str(one)])
+    told = forked("benchmark", "2", "none", *words, "--output", str(two))
+    assert told["codes"] == [0, 0], told["output"]
+    (alone,), (row,) = (json.loads(p.with_suffix(".json").read_text())["rows"] for p in (one, two))
+    assert (alone["gpus"], row["gpus"]) == (1, 2)
+    assert 1.5 < row["tokens_per_step"] / alone["tokens_per_step"] < 2.5
+    assert math.isfinite(row["loss"])
+    sources = [str(path.with_suffix(".json")) for path in (one, two)]
+    train.main(["--from", *sources, "--output", str(both)])
+    times = row["tokens_per_s"] / alone["tokens_per_s"]
+    assert f"| {row['tokens_per_s']:,.0f} | {alone['tokens_per_s']:,.0f} | {times:.2f} |" in both.read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_all_of_them_with_its_error(data, tmp_path):
+    told = forked(
+        "benchmark", "2", "1", *QUICK, "--data_dir", str(data), "--output", str(tmp_path / "page.md")
+    )
+    assert told["codes"] == [1, 1] and "ZeroDivisionError" in told["output"]
+
+
+def row(size, attention, length, speed, memory=20.0, again="none", gpus=1, rows=4):
+    return {
+        "size": size, "attention": attention, "attention_used": attention, "tokens_per_row": length,
+        "checkpoint_activations": again, "gpus": gpus, "rows_per_batch": rows, "tokens_per_s": speed,
+        "parameters": 85e6, "precision": "bf16", "mfu": 0.4, "peak_gb": memory, "data_wait": 0.001,
+        "step_ms": 160.0, "first_step_s": 9.0, "warmup_steps": 6,
+        "compiled_in_warmup": {"graphs": 2, "kernels": 31}, "compiled_later": {"graphs": 0, "kernels": 7},
+        "breakdown_ms": dict.fromkeys(train_run.PARTS, 1.0),
+    }  # fmt: skip
+
+
+def of(*rows, **settings):
     settings = {
-        "batch_size": 4,
         "gradient_accumulation_steps": 1,
-        "steps": 20,
-        "data": "composed songs",
+        "precision": "auto",
         "compile": None,
-        "checkpoint_activations": "none",
-    }
-    text = page([{"settings": settings, "machine": MACHINE, "rows": rows}], ["a.json"])
-    lines = [line for line in text.splitlines() if "600,000" in line or "1,000,000" in line]
-    assert "| 600,000 | 2.00 | 40.0% | 20.0 | 0.10% |" in lines[0] and "| 1,000,000 | - |" in lines[1]
+        "data": "48 composed songs, abc",
+        "warmup": 5,
+        "steps": 20,
+    } | settings
+    return {"settings": settings, "machine": MACHINE, "rows": list(rows)}
+
+
+def lines(text, title):
+    """The lines of the table under a title."""
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_speed_is_set_beside_dense_and_flex_of_the_same_kind():
+    first = of(row("base", "triton", 24576, 600e3), row("base", "dense", 24576, 300e3))
+    second = of(
+        row("base", "flex", 24576, 50e3),
+        row("base", "flex", 24576, 60e3, rows=2),
+        row("base", "triton", 512, 1e6),
+        row("base", "triton", 24576, 1.1e6, gpus=2),
+    )
+    triton, _, flex, _, short, two = lines(page([first, second], ["a.json", "b.json"]), "Speed")
+    assert "| 600,000 | 2.00 | 10.00 | 40.0% | 20.0 | 0.10% |" in triton
+    assert "| 50,000 | 0.17 | 0.83 |" in flex
+    assert "| 1,000,000 | - | - |" in short and "| 1,100,000 | - | - |" in two
+
+
+def test_several_gpus_are_set_beside_one():
+    rows = [row("base", "triton", 24576, 600e3), row("base", "triton", 24576, 1.17e6, gpus=2)]
+    odd = row("base", "triton", 24576, 1e6, gpus=2, rows=2)
+    scaled, alone = lines(page([of(*rows, odd)], ["a.json"]), "Scaling")
+    assert scaled == "| base | triton | 24,576 | none | 2 | 4 | 1,170,000 | 600,000 | 1.95 |"
+    assert alone.endswith("| 1,000,000 | - | - |")
+    assert "## Scaling" not in page([of(rows[0])], ["a.json"])
+
+
+def test_recomputation_is_set_beside_none():
+    base = [
+        row("base", "triton", 24576, 600e3, 80.0),
+        row("base", "triton", 24576, 450e3, 20.0, again="layer"),
+    ]
+    large = [
+        row("large", "triton", 24576, 300e3, 90.0, rows=2),
+        row("large", "triton", 24576, 200e3, 60.0, "ffn"),
+    ]
+    text = page([of(*base, *large, row("small", "triton", 24576, 1e6))], ["a.json"])
+    plain, layer, _, ffn = lines(text, "Memory and speed by what is computed again")
+    assert plain.endswith("| 80.0 | 100% | 600,000 | 100% |")
+    assert layer.endswith("| layer | 1 | 4 | 20.0 | 25% | 450,000 | 75% |")
+    assert ffn.endswith("| ffn | 1 | 4 | 60.0 | - | 200,000 | 67% |")
+
+
+def test_what_was_compiled_is_told():
+    (line,) = lines(page([of(row("base", "triton", 24576, 600e3))], ["a.json"]), "Compilation")
+    assert line.endswith("| 9.0 | 6 | 2 | 31 | 0 | 7 |")
+
+
+def test_of_equal_rows_the_last_counts():
+    failed = {name: row("base", "dense", 512, 1.0)[name] for name in NAMED} | {"failed": "a | b"}
+    text = page([of(failed), of(row("base", "dense", 512, 5e5))], ["a.json", "b.json"])
+    assert len(lines(text, "Speed")) == 1 and "Not measured" not in text
+    text = page([of(row("base", "dense", 512, 5e5)), of(failed)], ["a.json", "b.json"])
+    assert "Nothing was measured." in text and lines(text, "Not measured")[0].endswith("| a \\| b |")
+
+
+@pytest.mark.parametrize("change", [{"data": "others"}, {"compile": True}, {"precision": "fp32"}], ids=str)
+def test_results_that_cannot_be_compared_make_no_page(change):
+    with pytest.raises(UserError, match=r"b and a differ in \w+ .*: no page of both"):
+        page([of(), of(**change)], ["a", "b"])
+    with pytest.raises(UserError, match="b and a differ in GPU"):
+        page([of(), of() | {"machine": MACHINE | {"gpu": "Other GPU"}}], ["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from attention_cases import (
     PHASES,
     case,
     check_low_precision,
+    check_padding,
     dense_case,
     outputs_and_gradients,
     plain_attention,
@@ -159,18 +160,7 @@ def test_full_tiles():
 @pytest.mark.parametrize("phase", PHASES)
 def test_padding_gets_zero_and_matters_to_nobody(phase):
     packed = case("rows").structure.to(DEVICE)
-    function = getattr(Backend(packed), phase)
-    padding = {"s": packed.summary_doc < 0, "r": packed.doc < 0}
-    streams = [name[-1] for name in (*INPUTS[phase], INPUTS[phase][0])]
-    inputs = random_inputs(phase, packed, torch.float32, dim=32)
-    other = [
-        x.where(~padding[stream][:, None, :, None], torch.randn_like(x) * 10)
-        for x, stream in zip(inputs, streams)
-    ]
-    results = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, other))
-    for (a, b), stream in zip(results, (streams[0], *streams)):
-        assert torch.equal(a, b)
-        assert a.transpose(1, 2)[padding[stream]].eq(0).all()
+    check_padding(getattr(Backend(packed), phase), phase, packed, dim=32)
 
 
 def test_any_strides():

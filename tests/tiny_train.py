@@ -1,4 +1,5 @@
-"""`python tests/tiny_train.py ...`: meloformer.train with a tiny model for "small", and faults on demand.
+"""`python tests/tiny_train.py ...`: meloformer.train with tiny models for "small" and "base", and faults on
+demand. That for "base" has the channels per head of real models: kernels for GPUs take it.
 
 FAULTS in the environment is a JSON list of {"attempt", "rank", "step", "what"}: what happens to a process
 when it begins that step (steps count from 0, attempts are torchrun's restarts). TIMEOUT_S replaces the
@@ -17,6 +18,7 @@ from meloformer import cli, job, stepper, train, validation
 from meloformer.model import ModelConfig
 
 TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
+TINY_BASE = ModelConfig(layers=3, dim=128, heads=2, ffn=256)
 
 
 def _meet_faults() -> None:
@@ -68,7 +70,7 @@ def _meet_faults() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    train.SIZES["small"] = TINY
+    train.SIZES |= {"small": TINY, "base": TINY_BASE}
     if "TIMEOUT_S" in os.environ:
         job.TIMEOUT = timedelta(seconds=float(os.environ["TIMEOUT_S"]))
     _meet_faults()

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor
+
 from meloformer.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TRAIN = ROOT / "tests" / "tiny_train.py"
+FORKED_TRAIN = ROOT / "tests" / "forked_train.py"
 TIMES = ("tokens_per_s", "data_wait", "mfu")  # of a record, what two equal runs do not share
 SETTINGS = {
     "model_size": "small",
@@ -68,9 +72,9 @@ def tiny(*args) -> list:
     return [sys.executable, TINY_TRAIN, *args]
 
 
-def torchrun(processes: int, *args, restarts: int = 0) -> list:
+def torchrun(processes: int, *args, restarts: int = 0, script: Path = TINY_TRAIN) -> list:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
-    return [*launcher, f"--nproc_per_node={processes}", TINY_TRAIN, *args]
+    return [*launcher, f"--nproc_per_node={processes}", script, *args]
 
 
 def spec(world: int, *args, faults=()) -> str:
@@ -81,6 +85,13 @@ def spec(world: int, *args, faults=()) -> str:
 
 def forked(scenario: str, *args, **more):
     """What a scenario of `forked_train` tells."""
-    done = run([sys.executable, ROOT / "tests" / "forked_train.py", scenario, *args], **more)
+    done = run([sys.executable, FORKED_TRAIN, scenario, *args], **more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def read_gradients(file: Path) -> tuple[dict[str, Tensor], list[int]]:
+    """What a scenario of `forked_train` saved: gradients by name, and the buckets that were exchanged."""
+    with safe_open(file, "pt") as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}
+        return found, json.loads(opened.metadata()["exchanged"])

@@ -1,0 +1,42 @@
+"""Counts what is compiled: graphs by torch.compile, and this project's kernels by Triton."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from torch._dynamo.utils import counters
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], dict[str, int]]]:
+    """A function that tells how many "graphs" and "kernels" were compiled since it was last called.
+
+    Kernels inside of compiled graphs are PyTorch's, and are not counted one by one. A kernel that comes from
+    a cache on disk counts too: Triton had not met its arguments before.
+    """
+    kernels = 0
+
+    def note(**_) -> None:
+        nonlocal kernels
+        kernels += 1
+
+    def so_far() -> dict[str, int]:
+        return {"graphs": counters["stats"]["unique_graphs"], "kernels": kernels}
+
+    told = so_far()
+
+    def since() -> dict[str, int]:
+        nonlocal told
+        before, told = told, so_far()
+        return {what: count - before[what] for what, count in told.items()}
+
+    if find_spec("triton") is None:
+        yield since
+        return
+    from triton import knobs
+
+    earlier, knobs.runtime.jit_post_compile_hook = knobs.runtime.jit_post_compile_hook, note
+    try:
+        yield since
+    finally:
+        knobs.runtime.jit_post_compile_hook = earlier
