@@ -10,8 +10,8 @@ import torch
 from . import __version__
 from .checkpoint import best_checkpoint
 from .flops import peak_flops
-from .plot import loss_curve, read_log
-from .run_log import LOG
+from .loss_plot import loss_curve
+from .run_log import LOG, read_log
 from .shards import write_json
 
 if TYPE_CHECKING:
