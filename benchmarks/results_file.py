@@ -1,4 +1,4 @@
-"""The JSON files that `benchmarks.report` writes, and how several of them become one."""
+"""The JSON files that benchmarks write, and how several of `benchmarks.report` become one."""
 
 import json
 import os
@@ -20,16 +20,25 @@ def save(result: dict, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load(path: Path) -> dict:
-    """Raises UserError if it cannot be read or is no such file."""
+def write(path: Path, text: str) -> None:
+    """Raises UserError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load(path: Path, form: int | str = FORMAT, maker: str = "benchmarks.report") -> dict:
+    """A result of format `form`. Raises UserError if it cannot be read, or is another file."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"{path}: is not JSON") from None
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a result of benchmarks.report (format {FORMAT})")
+    if not isinstance(result, dict) or result.get("format") != form:
+        raise UserError(f"{path}: is not a result of {maker} (format {form})")
     return result
 
 
