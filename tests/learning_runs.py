@@ -28,6 +28,7 @@ def write_run(
     attention: str = "triton",
     seed: int = 0,
     step_s: float = 0.5,
+    tokens: int = TOKENS,
     slow: dict[int, float] | None = None,
     kinds: dict[str, float] | None = None,
     summary: dict | None = None,
@@ -37,7 +38,8 @@ def write_run(
 
     Args:
         losses: of the validations, by step.
-        step_s: seconds of a step. slow: those of other steps (the first takes 20 if it is not there).
+        step_s, tokens: seconds and tokens of a step.
+        slow: seconds of some steps; the first takes 20 if it is not among them.
         kinds: what the loss of a kind of token is besides the whole loss.
         summary, config: entries of the two files that differ.
     """
@@ -45,16 +47,16 @@ def write_run(
     steps, seconds = max(losses), {1: 20.0} | (slow or {})
     records = []
     for step in range(1, steps + 1):
-        rate = TOKENS / seconds.get(step, step_s)
+        rate = tokens / seconds.get(step, step_s)
         records.append(
-            {"step": step, "epoch": step // 4, "loss": 5.0, "tokens": TOKENS, "tokens_per_s": rate}
+            {"step": step, "epoch": step // 4, "loss": 5.0, "tokens": tokens, "tokens_per_s": rate}
         )
         if step in losses:
             by_kind = {f"val_loss_{kind}": losses[step] + (kinds or {}).get(kind, 0.0) for kind in KINDS}
             figures = {"val_loss": losses[step], "val_perplexity": 9.0, **by_kind, "val_perplexity_T": 9.0}
             records.append({"step": step, "epoch": step // 4, **figures})
     told = {
-        "finished": True, "steps": steps, "epochs": steps // 4, "tokens": steps * TOKENS, "skipped_steps": 0,
+        "finished": True, "steps": steps, "epochs": steps // 4, "tokens": steps * tokens, "skipped_steps": 0,
         "parameters": 17_000_000, "attention": attention, "precision": "bf16", "processes": 1, "data": DATA,
         "device": "Test GPU", "versions": VERSIONS,
     }  # fmt: skip

@@ -80,6 +80,11 @@ def test_who_is_lower_at_equal_tokens_may_be_higher_at_equal_time(said):
     )
 
 
+def test_the_faster_one_is_named_whichever_it_is(said):
+    found = said((SPARSE, {}), (DENSE, {"attention": "dense", "step_s": 0.4}))
+    assert found["Speed"].startswith("`dense` trains 1.25 times as fast as `triton`")
+
+
 def test_slow_steps_can_turn_the_verdict(said):
     stalled = {"step_s": 0.1, "slow": {1: 0.1, 6: 3.0}}
     found = said((SPARSE, stalled), ({2: 3.9, 4: 2.9, 8: 1.9}, {"attention": "dense", "slow": {1: 0.1}}))
@@ -268,6 +273,7 @@ OTHER_DATA = {"data": DATA | {"sha256": "def"}}
         ({"attention": "triton"}, "b and a are both triton of seed 0|a and b are both triton of seed 0"),
         ({"attention": "triton", "seed": 1}, "all runs are triton"),
         ({"losses": {2: 4.5, 6: 3.2, 8: 2.5}}, "not validated after equal tokens"),
+        ({"tokens": 90_000}, "not validated after equal tokens"),
     ],
 )
 def test_runs_that_do_not_compare_are_refused(tmp_path, changes, says):
