@@ -8,20 +8,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.machine import describe
 from meloformer import cli
+from meloformer.drawing import INK, dress, save
 from meloformer.errors import UserError
+from meloformer.run_log import LOG, read_log
 
 
 def losses(run: Path) -> dict[int, float]:
     """Training loss in nats per token, by step."""
-    try:
-        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{run}: {error.strerror}") from None
-    records = [json.loads(line) for line in lines]
-    found = {r["step"]: r["loss"] for r in records if "loss" in r}
+    found = {r["step"]: r["loss"] for r in read_log(run / LOG) if "loss" in r}
     if not found:
         raise UserError(f"{run}: its log holds no step")
     return found
@@ -43,18 +41,14 @@ def compare(first: dict[int, float], second: dict[int, float]) -> dict:
 
 
 def draw(result: dict, names: list[str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
     for name, curve, style in zip(names, result["losses"], ("-", "--")):
         axes.plot(result["steps"], curve, style, label=name, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    axes.legend(frameon=False, labelcolor=INK)
+    dress(axes)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

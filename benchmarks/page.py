@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import figures
 from benchmarks.figures import LABELS, PASSES, measured, milliseconds
 from benchmarks.machine import provenance
+from benchmarks.markdown import cell, escape, table
 from meloformer.errors import UserError
 
 _BEGIN, _END = "<!-- attention: {} -->", "<!-- end of attention -->"
@@ -89,23 +90,6 @@ def page(result: dict, pictures: list[str], sources: list[str]) -> str:
     return "\n".join(parts)
 
 
-def _table(heads: list[str], lines: list[list[str]]) -> str:
-    if not lines:
-        return "Nothing was measured.\n"
-    aligned = ["---"] + ["---:"] * (len(heads) - 1)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [heads, aligned, *lines])
-
-
-def _cell(value: float | None, form: str) -> str:
-    """`form` as for str.format, or a dash."""
-    return "-" if value is None else form.format(value)
-
-
-def _escape(text: str) -> str:
-    """Text of others as a table cell or list item."""
-    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", " ".join(text.split()))
-
-
 def _both(entry: dict | None, phase: str = "update", key: str = "ms") -> str:
     if entry is None or phase not in entry:
         return "-"
@@ -122,33 +106,33 @@ def against_limit(rows: list[dict]) -> str:
     for row in rows:
         ours, times = figures.total_ms(row, "triton"), figures.times_limit(row)
         lines.append([
-            _escape(row["name"]),
+            escape(row["name"]),
             f"{row['tokens']:,}",
             str(row["documents"]),
             f"{figures.visible_share(row):.1%}",
-            _cell(figures.limit_ms(row), "{:.3f}"),
-            _cell(ours, "{:.2f}"),
+            cell(figures.limit_ms(row), "{:.3f}"),
+            cell(ours, "{:.2f}"),
             _both(measured(row, "triton")),
-            _cell(times, "{:.2f}"),
-            _cell(times and 1 / times, "{:.0%}"),
-            _cell(ours and ours * 1e6 / row["tokens"], "{:.0f}"),
-            _cell(figures.summarize_share(row), "{:.0%}"),
+            cell(times, "{:.2f}"),
+            cell(times and 1 / times, "{:.0%}"),
+            cell(ours and ours * 1e6 / row["tokens"], "{:.0f}"),
+            cell(figures.summarize_share(row), "{:.0%}"),
         ])  # fmt: skip
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def latency(rows: list[dict]) -> str:
     columns = figures.columns_of(rows)
-    lines = [[_escape(row["name"]), *(_both(measured(row, c)) for c in columns)] for row in rows]
-    return _table(["row", *(LABELS[c] for c in columns)], lines)
+    lines = [[escape(row["name"]), *(_both(measured(row, c)) for c in columns)] for row in rows]
+    return table(["row", *(LABELS[c] for c in columns)], lines)
 
 
 def speedups(rows: list[dict]) -> str:
     columns = [c for c in figures.columns_of(rows) if c != "triton"]
     lines = [
-        [_escape(row["name"]), *(_cell(figures.speedup(row, c), "{:.1f}x") for c in columns)] for row in rows
+        [escape(row["name"]), *(cell(figures.speedup(row, c), "{:.1f}x") for c in columns)] for row in rows
     ]
-    return _table(["row", *(LABELS[c] for c in columns)], lines)
+    return table(["row", *(LABELS[c] for c in columns)], lines)
 
 
 def details(rows: list[dict], settings: dict) -> str:
@@ -161,19 +145,19 @@ def details(rows: list[dict], settings: dict) -> str:
 
         def rates(pairs: str, row=row, column=column) -> str:
             found = [figures.tflops(row, column, which, pairs, settings) for which in PASSES]
-            return " + ".join(_cell(rate, "{:.0f}") for rate in found)
+            return " + ".join(cell(rate, "{:.0f}") for rate in found)
 
         lines.append([
-            _escape(row["name"]),
+            escape(row["name"]),
             LABELS[column],
             rates("useful"),
             rates("computed"),
-            _cell(entry["update"]["extra_mb"], "{:.1f}"),
-            _cell(figures.worst_error(row, column), "{:.2f}"),
+            cell(entry["update"]["extra_mb"], "{:.1f}"),
+            cell(figures.worst_error(row, column), "{:.2f}"),
             _both(entry, key="host_ms"),
             _repeats(entry["update"]),
         ])  # fmt: skip
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def _repeats(times: dict) -> str:
@@ -183,28 +167,28 @@ def _repeats(times: dict) -> str:
 def plans(rows: list[dict]) -> str:
     lines = [
         [
-            _escape(row["name"]),
+            escape(row["name"]),
             LABELS[column],
             milliseconds(entry["plan"]["wall_ms"]),
             milliseconds(entry["plan"]["ms"]),
-            _cell(entry.get("plan_bytes") and entry["plan_bytes"] / 1e6, "{:.1f}"),
+            cell(entry.get("plan_bytes") and entry["plan_bytes"] / 1e6, "{:.1f}"),
         ]
         for row, column, entry in _entries(rows)
         if "plan" in entry
     ]
-    return _table(["row", "column", "wall, ms", "GPU, ms", "MB"], lines)
+    return table(["row", "column", "wall, ms", "GPU, ms", "MB"], lines)
 
 
 def first_calls(rows: list[dict]) -> str:
     longest: dict[str, float] = {}
     for _, column, entry in _entries(rows):
         longest[column] = max(longest.get(column, 0.0), entry["first_call_s"])
-    return _table(["column", "seconds"], [[LABELS[c], f"{s:.1f}"] for c, s in longest.items()])
+    return table(["column", "seconds"], [[LABELS[c], f"{s:.1f}"] for c, s in longest.items()])
 
 
 def not_measured(rows: list[dict]) -> str:
     lines = [
-        f"- {_escape(row['name'])}, {LABELS[column]}: {why}: {_escape(row['columns'][column][why])}\n"
+        f"- {escape(row['name'])}, {LABELS[column]}: {why}: {escape(row['columns'][column][why])}\n"
         for row in rows
         for column in figures.columns_of([row])
         for why in ("failed", "skipped")
@@ -226,13 +210,13 @@ def readme_part(result: dict, sources: list[str], page_path: str, picture: str |
     """The table and picture between the README's markers, markers included; paths as seen from it."""
     others = ["dense_cudnn", "dense_flash", "flex", "flex_sorted"]
     columns: list[tuple[str, Callable[[dict], str]]] = [
-        ("song or row", lambda row: _escape(row["name"])),
+        ("song or row", lambda row: escape(row["name"])),
         ("tokens", lambda row: f"{row['tokens']:,}"),
         ("visible", lambda row: f"{figures.visible_share(row):.1%}"),
         ("forward + backward, ms", lambda row: _both(measured(row, "triton"))),
-        ("x limit", lambda row: _cell(figures.times_limit(row), "{:.2f}")),
+        ("x limit", lambda row: cell(figures.times_limit(row), "{:.2f}")),
         *(
-            (f"over {LABELS[c]}", lambda row, c=c: _cell(figures.speedup(row, c), "{:.1f}x"))
+            (f"over {LABELS[c]}", lambda row, c=c: cell(figures.speedup(row, c), "{:.1f}x"))
             for c in figures.columns_of(result["rows"])
             if c in others
         ),
@@ -243,7 +227,7 @@ def readme_part(result: dict, sources: list[str], page_path: str, picture: str |
     parts = [
         _BEGIN.format(" ".join(sources)),
         *([f"![Attention: time of one layer by song]({picture})\n"] if picture else []),
-        _table([head for head, _ in columns], lines),
+        table([head for head, _ in columns], lines),
         f"One layer, {settings['heads']} heads of {settings['dim']}, {settings['dtype']}, "
         f"{machine['gpu']}, {machine['date']}: [all figures and what they mean]({page_path}).",
         _END,

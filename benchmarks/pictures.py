@@ -8,10 +8,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import figures
+from meloformer.drawing import DPI, GREY, INK, dress, save
 from meloformer.errors import UserError
 
-_DPI = 150
-_INK, _GREY, _LINE, _FAINT = "#1f2430", "#5b6270", "#c9cdd6", "#edeff3"
 # Okabe and Ito's colours, told apart by the colour-blind; markers tell the lines apart without any.
 _STYLES = {
     "triton": ("#0072B2", "o"),
@@ -58,7 +57,7 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
     columns = [column for column in _STYLES if any(column in _totals(row) for row in rows)]
     group = (len(columns) + 1.2) * _BAR_HEIGHT
     height = 1.75 + group * len(rows)
-    figure = Figure(figsize=(9.0, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.2, 0.6 / height, 0.74, group * len(rows) / height))
     axes.set_xscale("log")
     for number, row in enumerate(rows):
@@ -74,7 +73,7 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
                     textcoords="offset points",
                     va="center_baseline",
                     size=7,
-                    color=_INK,
+                    color=INK,
                 )
         limit = figures.limit_ms(row)
         if limit is not None:
@@ -82,7 +81,7 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
                 number * group + 0.5 * _BAR_HEIGHT,
                 number * group + (len(columns) + 0.7) * _BAR_HEIGHT,
             )
-            axes.vlines(limit, low, high, color=_INK, linewidth=1.2, linestyle="--", zorder=3)
+            axes.vlines(limit, low, high, color=INK, linewidth=1.2, linestyle="--", zorder=3)
     smallest = min(min([*_totals(row).values(), figures.limit_ms(row) or 1e9]) for row in rows)
     largest = max(max(_totals(row).values()) for row in rows)
     axes.set_xlim(smallest / 2, largest * 1.6)
@@ -91,17 +90,17 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
     axes.set_yticks([(i + 0.5) * group for i in range(len(rows))], names)
     _dress(axes, x="milliseconds")
     axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", labelcolor=_INK)
-    _head(figure, "Attention by song: time of one layer", subtitle)
+    axes.tick_params(axis="y", labelcolor=INK)
+    head(figure, "Attention by song: time of one layer", subtitle)
     handles = [(figures.LABELS[c], {"color": _STYLES[c][0], "linewidth": 6}) for c in columns]
-    _legend(figure, [*handles, ("limit", {"color": _INK, "linewidth": 1.2, "linestyle": "--"})])
+    legend(figure, [*handles, ("limit", {"color": INK, "linewidth": 1.2, "linestyle": "--"})])
     return figure
 
 
 def by_length(rows: list[dict], subtitle: str) -> Figure:
     """Time against length, both logarithmic, with the limit."""
     height = 5.6
-    figure = Figure(figsize=(9.0, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.09, 0.1, 0.86, 0.68))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -110,19 +109,19 @@ def by_length(rows: list[dict], subtitle: str) -> Figure:
         points = [(row["tokens"], ms) for row in rows if (ms := _totals(row).get(column)) is not None]
         if points:
             style = {"color": colour, "marker": marker, "linewidth": 1.8, "markersize": 5.5}
-            axes.plot(*zip(*points), **style, markeredgecolor=_GREY, markeredgewidth=0.5, zorder=3)
+            axes.plot(*zip(*points), **style, markeredgecolor=GREY, markeredgewidth=0.5, zorder=3)
             handles.append((figures.LABELS[column], style))
     limits = [(row["tokens"], ms) for row in rows if (ms := figures.limit_ms(row)) is not None]
     if limits:
-        style = {"color": _INK, "linewidth": 1.2, "linestyle": "--"}
+        style = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
         axes.plot(*zip(*limits), **style, zorder=2)
         handles.append(("limit", style))
     lengths = [row["tokens"] for row in rows]
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_formatter(NullFormatter())
     _dress(axes, x="tokens", y="milliseconds")
-    _head(figure, "Attention by length of row: time of one layer", subtitle)
-    _legend(figure, handles)
+    head(figure, "Attention by length of row: time of one layer", subtitle)
+    legend(figure, handles)
     return figure
 
 
@@ -133,30 +132,28 @@ def _short(name: str) -> str:
 def _dress(axes: Axes, x: str, y: str | None = None) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,g}")
     (axes.yaxis if y else axes.xaxis).set_major_formatter(plain)
-    axes.set_xlabel(x, color=_GREY, fontsize=9)
+    axes.set_xlabel(x, color=GREY, fontsize=9)
     if y:
-        axes.set_ylabel(y, color=_GREY, fontsize=9)
-    axes.grid(color=_FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=_GREY)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_LINE)
+        axes.set_ylabel(y, color=GREY, fontsize=9)
+    dress(axes)
 
 
-def _head(figure: Figure, title: str, subtitle: str) -> None:
+def head(figure: Figure, title: str, subtitle: str) -> None:
+    """The two lines above a picture."""
     height = figure.get_figheight()
-    figure.text(0.03, 1 - 0.15 / height, title, color=_INK, size=13, weight="bold", va="top")
-    figure.text(0.03, 1 - 0.42 / height, subtitle, color=_GREY, size=9, va="top")
+    figure.text(0.03, 1 - 0.15 / height, title, color=INK, size=13, weight="bold", va="top")
+    figure.text(0.03, 1 - 0.42 / height, subtitle, color=GREY, size=9, va="top")
 
 
-def _legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
+def legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
+    """Below the head: (label, style of its line) each."""
     figure.legend(
         handles=[Line2D([], [], label=label, **style) for label, style in handles],
         loc="upper left",
         bbox_to_anchor=(0.03, 1 - 0.6 / figure.get_figheight()),
         ncols=4,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
         frameon=False,
         borderpad=0,
         borderaxespad=0,
@@ -169,8 +166,7 @@ def _save(figure: Figure, page: Path, what: str) -> str:
     path = page.with_name(f"{page.stem}_{what}.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The default metadata names the version of matplotlib.
-        figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
+    save(figure, path)
     return path.name

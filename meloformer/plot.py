@@ -1,15 +1,10 @@
-"""Pictures for people: a song as a piano roll, a training log as a loss curve. Both are PNG files.
-
-Figures are built without pyplot, so that drawing touches no global state and needs no display.
-"""
+"""A song as a piano roll: a PNG file."""
 
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,20 +12,13 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from miditoolkit import Instrument, MidiFile
 
-from .errors import UserError
+from .drawing import COLOURS, DPI, FAINT, GREY, INK, LINE, save
 from .general_midi import DRUM_GROUPS, PROGRAM_NAMES
 from .vocab import QUALITIES
 
-_DPI = 150
-_INK, _GREY, _LINE, _FAINT = "#1f2430", "#7b8190", "#c9cdd6", "#edeff3"
 _DRUM_COLOUR = "#4a4f5c"
-_COLOURS = (
-    "#2f6fde", "#e8743b", "#19a979", "#c2419b", "#d9a400", "#6c4fd0", "#13a4b4", "#d8344a", "#7da026",
-    "#8a5a3c", "#5b8ff9", "#f2a27e", "#6fcfac", "#e08cc7", "#a08fe6", "#9aa3b5",
-)  # fmt: skip
 
 # Piano roll, in inches.
 _WIDTH, _LEFT, _RIGHT, _ROW_GAP = 16.0, 0.75, 0.3, 0.62
@@ -78,7 +66,7 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
     legend_rows = math.ceil(max(len(parts), 1) / 8)
     head = 0.75 + 0.24 * legend_rows
     height = head + len(rows) * (roll + lane + _ROW_GAP)
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(_WIDTH, height), dpi=DPI, facecolor="white")
     longest = max(lines[stop] - lines[start] for start, stop in rows)
     ticks_per_inch = longest / (_WIDTH - _LEFT - _RIGHT)
     markers = _fitting_markers(midi, lines, rows, ticks_per_inch)
@@ -102,12 +90,12 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
         _number_bars(axes, lines, start, stop, ticks_per_inch)
 
     x = _LEFT / _WIDTH
-    figure.text(x, 1 - 0.22 / height, title or "Piano roll", color=_INK, size=13, weight="bold", va="top")
+    figure.text(x, 1 - 0.22 / height, title or "Piano roll", color=INK, size=13, weight="bold", va="top")
     figure.text(
         1 - _RIGHT / _WIDTH,
         1 - 0.25 / height,
         _summary(midi, lines),
-        color=_GREY,
+        color=GREY,
         size=9,
         ha="right",
         va="top",
@@ -119,7 +107,7 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
             bbox_to_anchor=(x, 1 - 0.45 / height),
             ncols=8,
             fontsize=8.5,
-            labelcolor=_INK,
+            labelcolor=INK,
             frameon=False,
             borderpad=0,
             borderaxespad=0,
@@ -128,7 +116,7 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
             handletextpad=0.5,
             columnspacing=1.6,
         )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _parts(midi: MidiFile) -> list[_Part]:
@@ -141,7 +129,7 @@ def _parts(midi: MidiFile) -> list[_Part]:
     for (is_drum, program), group in sorted(tracks.items()):
         notes = [(n.start, n.end, n.pitch, n.velocity) for track in group for n in track.notes]
         name = "Drums" if is_drum else PROGRAM_NAMES[program]
-        colour = _DRUM_COLOUR if is_drum else _COLOURS[len(parts) % len(_COLOURS)]
+        colour = _DRUM_COLOUR if is_drum else COLOURS[len(parts) % len(COLOURS)]
         parts.append(_Part(name, colour, is_drum, np.array(notes, dtype=np.int64)))
     return parts
 
@@ -176,25 +164,25 @@ def _rows(lines: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _bar_grid(axes: Axes, lines: Sequence[int]) -> None:
-    axes.vlines(lines, 0, 1, transform=axes.get_xaxis_transform(), color=_LINE, linewidth=0.6, zorder=1)
-    axes.tick_params(length=0, labelsize=7.5, labelcolor=_GREY, pad=3)
+    axes.vlines(lines, 0, 1, transform=axes.get_xaxis_transform(), color=LINE, linewidth=0.6, zorder=1)
+    axes.tick_params(length=0, labelsize=7.5, labelcolor=GREY, pad=3)
     axes.set_xticks([])
     for spine in axes.spines.values():
-        spine.set(color=_LINE, linewidth=0.6)
+        spine.set(color=LINE, linewidth=0.6)
 
 
 def _draw_melodic(axes: Axes, parts: list[_Part], low: int, high: int, ticks_per_inch: float) -> None:
     axes.set_ylim(low - 0.5, high + 0.5)
     for pitch in range(low, high + 1):
         if pitch % 12 in (1, 3, 6, 8, 10):
-            axes.axhspan(pitch - 0.5, pitch + 0.5, color=_FAINT, linewidth=0, zorder=0)
+            axes.axhspan(pitch - 0.5, pitch + 0.5, color=FAINT, linewidth=0, zorder=0)
     octaves = [pitch for pitch in range(low, high + 1) if pitch % 12 == 0]
     axes.hlines(
         [pitch - 0.5 for pitch in octaves],
         0,
         1,
         transform=axes.get_yaxis_transform(),
-        color=_LINE,
+        color=LINE,
         linewidth=0.5,
     )
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
@@ -250,12 +238,12 @@ def _label_top(axes: Axes, midi: MidiFile, markers: list[tuple[int, str]], roll:
     place = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": "left", "clip_on": False}
     for tick, text in markers:
         if low <= tick < high:
-            axes.text(tick, above, text, color=_INK, size=7.5, **place)
+            axes.text(tick, above, text, color=INK, size=7.5, **place)
     for change in midi.time_signature_changes:
         if low <= change.time < high:
             text = f"{change.numerator}/{change.denominator}"
-            axes.text(change.time, above + 0.15 / roll, text, color=_GREY, size=8, weight="bold", **place)
-            axes.axvline(change.time, color=_GREY, linewidth=1.0, zorder=1)
+            axes.text(change.time, above + 0.15 / roll, text, color=GREY, size=8, weight="bold", **place)
+            axes.axvline(change.time, color=GREY, linewidth=1.0, zorder=1)
 
 
 def _number_bars(axes: Axes, lines: Sequence[int], start: int, stop: int, ticks_per_inch: float) -> None:
@@ -307,128 +295,3 @@ def _summary(midi: MidiFile, lines: Sequence[int]) -> str:
     bpm = f"{slow} BPM" if slow == fast else f"{slow} to {fast} BPM"
     bars = len(lines) - 1
     return f"{bars:,} bar{'s' * (bars > 1)}   ·   {bpm}   ·   {int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    try:  # the default metadata names the version of matplotlib
-        figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
-    except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
-
-
-def loss_curve(log: str | os.PathLike | Iterable[dict], path: str | os.PathLike) -> None:
-    """Draw the course of a training run as a PNG file.
-
-    Args:
-        log: records, or the path of a JSONL file of them. Training records have `step` and `loss`
-            (nats per token) and may have `lr`, `tokens` (of the step) and `tokens_per_s`; validation
-            records have `step` and `val_loss`. Of several records of one step and kind, as a resumed
-            run may write them, the last counts. Lines of the file that are cut are passed over.
-        path: the file to write.
-
-    Raises:
-        UserError: the log cannot be read or has no losses, or the picture cannot be written.
-    """
-    records = read_log(Path(log)) if isinstance(log, (str, os.PathLike)) else list(log)
-    steps, losses = _series(records, "loss")
-    val_steps, val_losses = _series(records, "val_loss")
-    lr_steps, rates = _series(records, "lr")
-    if not len(steps) and not len(val_steps):
-        raise UserError("the training log holds no losses yet")
-
-    figure = Figure(figsize=(9.0, 5.6), dpi=_DPI, facecolor="white")
-    grid = figure.add_gridspec(
-        2, 1, height_ratios=(4.2, 1), hspace=0.12, left=0.095, right=0.97, top=0.9, bottom=0.09
-    )
-    upper = figure.add_subplot(grid[0])
-    lower = figure.add_subplot(grid[1], sharex=upper)
-    colour, accent = _COLOURS[0], _COLOURS[1]
-
-    if len(steps):
-        smooth = _smooth(losses)
-        upper.plot(steps, losses, color=colour, alpha=0.22, linewidth=0.8)
-        upper.plot(steps, smooth, color=colour, linewidth=1.8, label=f"training, smoothed   {smooth[-1]:.3f}")
-    if len(val_steps):
-        best = int(np.argmin(val_losses))
-        label = (
-            f"validation   {val_losses[-1]:.3f}   (best {val_losses[best]:.3f} at step {val_steps[best]:,})"
-        )
-        upper.plot(
-            val_steps, val_losses, color=accent, linewidth=1.2, marker="o", markersize=4.5, label=label
-        )
-    upper.set_ylabel("loss, nats per token", color=_GREY, fontsize=9)
-    upper.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
-    upper.tick_params(labelbottom=False)
-
-    lower.plot(lr_steps, rates, color=_GREY, linewidth=1.2)
-    if len(rates):
-        lower.set_ylim(0, 1.08 * rates.max() or 1)
-        lower.set_yticks([0, rates.max()] if rates.max() else [0])
-    lower.set_ylabel("learning rate", color=_GREY, fontsize=9)
-    lower.set_xlabel("step", color=_GREY, fontsize=9)
-    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    lower.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    for axes in (upper, lower):
-        axes.grid(color=_FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.margins(x=0.01)
-        axes.tick_params(length=0, labelsize=8.5, labelcolor=_GREY)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_LINE)
-
-    figure.align_ylabels([upper, lower])
-    figure.text(0.095, 0.95, "Training loss", color=_INK, size=13, weight="bold", va="center")
-    figure.text(0.97, 0.95, _progress(records), color=_GREY, size=9, ha="right", va="center")
-    _save(figure, path)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a JSONL file. Lines that are cut are passed over.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the training log {path}: {error.strerror or error}") from None
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut by a crash in mid-write; a resumed run goes on after it
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def _series(records: Iterable[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps in order and the finite values of `key` at them; the last record of a step counts."""
-    values = {r["step"]: r[key] for r in records if _is_number(r.get("step")) and _is_number(r.get(key))}
-    steps = sorted(values)
-    return np.array(steps), np.array([values[step] for step in steps], dtype=np.float64)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a bell-shaped window of about a fifteenth of the run, centred so that it does not lag."""
-    half = len(values) // 30 + min(len(values) // 4, 3)
-    window = np.hanning(2 * half + 3)[1:-1]
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
-def _progress(records: Sequence[dict]) -> str:
-    """Tokens seen and the usual speed, if the records tell."""
-    texts = []
-    tokens = _series(records, "tokens")[1]
-    speeds = _series(records, "tokens_per_s")[1]
-    if len(tokens):
-        texts.append(f"{tokens.sum():,.0f} tokens")
-    if len(speeds):
-        texts.append(f"{np.median(speeds):,.0f} tokens/s")
-    return "   ·   ".join(texts)

@@ -71,6 +71,27 @@ class RunLog:
             close()
 
 
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSONL file. Lines that are cut are passed over.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the training log {path}: {error.strerror or error}") from None
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut by a crash in mid-write; a resumed run goes on after it
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
 def _lines_until(path: Path, last_step: int) -> bytes:
     kept = []
     if path.exists():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from . import __version__
 from .checkpoint import best_checkpoint
+from .data import PackedSongs
 from .flops import peak_flops
-from .plot import loss_curve, read_log
-from .run_log import LOG
+from .loss_plot import loss_curve
+from .run_log import LOG, read_log
 from .shards import write_json
 
 if TYPE_CHECKING:
@@ -65,6 +67,12 @@ def write_summary(trainer: Trainer, stopped: str | None) -> None:
             "attention": trainer.stepper.attention,
             "precision": trainer.stepper.precision,
             "processes": trainer.job.world,
+            "data": {
+                "sha256": trainer.identity["data"],
+                "val_split": trainer.identity["val_split"],
+                "training": _amount(trainer.data),
+                "validation": _amount(trainer.val_data),
+            },
             "device": _device_name(trainer.job.device),
             "versions": {
                 "meloformer": __version__,
@@ -77,6 +85,12 @@ def write_summary(trainer: Trainer, stopped: str | None) -> None:
         loss_curve(records, trainer.output / PICTURE)
     how = "finished" if stopped is None else f"stopped by {stopped}; --resume goes on with it"
     print(f"{how}: {trainer.step} steps, {trainer.tokens:,} tokens; see {trainer.output / SUMMARY}")
+
+
+def _amount(data: PackedSongs) -> dict[str, int]:
+    """How much a run reads of a split in an epoch."""
+    samples = data.samples
+    return {"songs": len(np.unique(samples.song)), "tokens": int(samples.length.sum())}
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from .kernels import BACKENDS
 from .model import DENSE, RECOMPUTE, SIZES
 from .shards import write_atomic
 
+CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")
 _NOT_SAVED = ("resume", "dry_run")  # of one start of a run, not of the run
 

@@ -28,7 +28,7 @@ from .samples import write_sample
 from .shards import ShardSet, write_json
 from .stepper import Stepper
 from .summary import describe, write_summary
-from .train_config import TrainConfig, save_config
+from .train_config import CONFIG, TrainConfig, save_config
 from .validation import validate
 
 SKIPPED = "skipped.json"
@@ -174,7 +174,7 @@ class Trainer:
             tensorboard=self.config.tensorboard,
             wandb=self.config.wandb,
         )
-        save_config(self.config, self.output / "config.yaml")
+        save_config(self.config, self.output / CONFIG)
         describe(self)
 
     def _loop(self, bar: tqdm) -> str | None:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from meloformer.generate import main as generate_command
 from meloformer.metrics import Meter
 from meloformer.model import ModelConfig
 from meloformer.optim import learning_rate
+from meloformer.shards import ShardSet
 from meloformer.train_config import TrainConfig, parse_args
 
 from songs import EXAMPLE
@@ -120,6 +122,11 @@ def test_a_run_leaves_what_people_look_for(data, tmp_path):
     assert summary["finished"] and summary["stopped_by"] is None
     assert (summary["steps"], summary["epochs"], summary["skipped_steps"]) == (12, 2, 0)
     assert summary["loss"] == losses(tmp_path)[-1]
+    shards = ShardSet(data)
+    told = summary["data"]
+    assert told["sha256"] == hashlib.sha256(shards.digests.tobytes()).hexdigest() and told["val_split"] == 0.2
+    assert [told[name]["songs"] for name in ("training", "validation")] == [11, 1]
+    assert told["training"]["tokens"] == sum(r["tokens"] for r in records(tmp_path) if r["epoch"] == 0)
     assert summary["best"] == {"step": best["step"], "val_loss": best["val_loss"]}
     assert summary["best_checkpoint"] == f"step-{best['step']:08d}"
     assert best_checkpoint(tmp_path / "checkpoints").name == summary["best_checkpoint"]
