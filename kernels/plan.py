@@ -64,9 +64,6 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-_ROW_STRIDE = 65536
-
-
 class Plan:
     """The plan of one structure, for all heads, layers, forward and backward.
 
@@ -81,7 +78,7 @@ class Plan:
             number of these, and the number of all its tiles. Tiles with a mask come first.
         tokens: [tiles * 64], the columns: keys counted as in `order`, queries within their stream.
         bits: [tiles with a mask, 2, 64], see `forward.tile_mask`.
-        items: [4, items, 8], of each group its lines, longest first, or parts of lines; see
+        items: [4, items, 8], of each group its lines, or parts of lines, in the order of work; see
             `plan_kernels.work_kernel`.
         needs: [11], what was needed of each capacity, and how many items each group has; see
             `plan_kernels`.
@@ -166,7 +163,7 @@ class Plan:
         self.needs, self.items = empty(NEEDS), empty(4, rows * k_blocks + slots, 8)
         work_kernel[triton.cdiv(rows * k_blocks, 32), 4](
             sizes, ends, end, self.items, self.needs,
-            lines, self.items.shape[1], rows, q_blocks, k_blocks, self.split, _ROW_STRIDE, CHUNK=32, ACROSS=128,
+            lines, self.items.shape[1], rows, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
         )  # fmt: skip
         self._ask()
 

@@ -321,35 +321,37 @@ def _cut(tile, masked):
 
 
 @triton.jit
-def _work_key(line, tiles, parts, rows, blocks, stride):
-    return tl.where(parts > 1, (1 << 30) + tiles, (rows - 1 - line // blocks) * stride + tiles)
+def _work_key(line, tiles, parts, rows, blocks):
+    """Lines of a higher key are worked on earlier: those that are split; then row after row, whose keys and
+    values stay in the cache meanwhile, and of a row the longest first."""
+    return tl.where(parts > 1, (1 << 30) + tiles, ((rows - 1 - line // blocks) << 16) + tiles)
 
 
-@triton.jit(do_not_specialize=["lines", "items", "rows", "q_blocks", "k_blocks", "split", "stride"])
+@triton.jit(do_not_specialize=["lines", "items", "rows", "q_blocks", "k_blocks", "split"])
 def work_kernel(
     tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
-    lines, items, rows, q_blocks, k_blocks, split, stride, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
+    lines, items, rows, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The order of work in one group, int32 [4, items, 8], longest line first: lines, or parts of them.
+    """The order of work in one group, int32 [4, items, 8]: lines, or parts of them; see `_work_key`.
 
     An item is (line, first tile, end tile, slot, first slot of the line, parts of the line, ...), with
     lines counted within the group and tiles within the line; the slot is -1 if the line has one part.
-    Lines are split that would take longer than all others together take on a GPU: those with more tiles
-    than `split`, or, if that is 0, than a share of all tiles.
+    Lines are split that would take longer than all others of their row together take on a GPU: those with
+    more tiles than `split`, or, if that is 0, than a share of all tiles.
     """
     group, chunk = tl.program_id(1), tl.program_id(0)
     q_lines, k_lines = rows * q_blocks, rows * k_blocks
     first = tl.where(group < 2, group * q_lines, tl.where(group == 2, 2 * q_lines, 2 * q_lines + k_lines))
     number = tl.where(group == 2, k_lines, q_lines)
     before_all = tl.load(ends_ptr + first) - tl.load(tiles_ptr + first)
-    share = (tl.load(ends_ptr + first + number - 1) - before_all) // tl.where(group < 2, 64, 40)
+    share = (tl.load(ends_ptr + first + number - 1) - before_all) // (tl.where(group < 2, 64, 40) * rows)
     most = tl.where(split > 0, split, tl.maximum(share, LEAST_SPLIT))
     mine = chunk * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(tiles_ptr + first + mine, mask=mine < number, other=0)
     masked = tl.load(tiles_ptr + lines + first + mine, mask=mine < number, other=0)
     parts = tl.maximum((total + most - 1) // most, 1)
     blocks = tl.where(group == 2, k_blocks, q_blocks)
-    key = _work_key(mine, total, parts, rows, blocks, stride)
+    key = _work_key(mine, total, parts, rows, blocks)
     item = tl.zeros([CHUNK], tl.int32)
     all_items, all_slots = 0, 0
     for start in range(0, number, ACROSS):
@@ -357,7 +359,7 @@ def work_kernel(
         there = other < number
         other_total = tl.load(tiles_ptr + first + other, mask=there, other=-1)
         other_parts = tl.where(there, tl.maximum((other_total + most - 1) // most, 1), 0)
-        other_key = _work_key(other, other_total, other_parts, rows, blocks, stride)
+        other_key = _work_key(other, other_total, other_parts, rows, blocks)
         before = other_key[None, :] > key[:, None]
         before |= (other_key[None, :] == key[:, None]) & (other[None, :] < mine[:, None])
         before &= there[None, :]

@@ -222,8 +222,8 @@ def check_error(
     name: str, got: Tensor, low: Tensor, exact: Tensor, times: int, dtype=None, cancels: float = 0.0
 ) -> None:
     """`got` errs at most `times` what `low` does, which was computed in the same low precision, plus one
-    rounding of the largest value and what terms that cancel leave, `cancels`; `dtype` names the precision if the
-    tensors do not."""
+    rounding of the largest value and `cancels`, what terms that cancel each other leave; `dtype` names the
+    precision if the tensors do not."""
     assert got.isfinite().all(), name
     allowed = times * (low - exact).abs().max() + torch.finfo(dtype or got.dtype).eps * exact.abs().max()
     allowed += cancels

@@ -68,7 +68,7 @@ def test_tokens_without_any_grammar(seed):
 
 
 @pytest.mark.parametrize("split", [1, 2, 0])
-def test_work_is_complete_and_longest_first(split):
+def test_work_is_complete_and_in_order(split):
     batch = [[song(Random(4), 12, (0, 33), resting=0.1)], [song(Random(5), 3)]]
     plan = Plan(structure(batch).to(DEVICE), split=split).settle()
     q, k = plan.rows * plan.q_blocks, plan.rows * plan.k_blocks
@@ -79,8 +79,11 @@ def test_work_is_complete_and_longest_first(split):
         for line, first, end, slot, first_slot, parts, *_ in items:
             taken.setdefault(line, []).append((first, end, slot))
             assert slot == (-1 if parts == 1 else first_slot + len(taken[line]) - 1)
-        lengths = [int(total[line]) for line in taken]
-        assert lengths == sorted(lengths, reverse=True)
+        blocks = len(total) // plan.rows
+        order = [
+            (len(taken[line]) == 1, (len(taken[line]) == 1) * line // blocks, -total[line]) for line in taken
+        ]
+        assert order == sorted(order)  # split lines; then row by row; the longest first
         assert sorted(taken) == list(range(len(total)))
         for line, parts in taken.items():
             assert [first for first, _, _ in parts] + [total[line]] == [0] + [end for _, end, _ in parts]
