@@ -48,6 +48,7 @@ def runs(data, tmp_path_factory):
         start("changed", *sharded, faults=[fault("SIGTERM", 1, rank=1)]),
         start("changed", "--resume", world=1, faults=[fault("SIGTERM", 3)]),
         start("changed", *sharded, "--resume"),
+        start("dry", *sharded, "--dry_run"),
         start("nan loss", *sharded, faults=[fault("nan loss", 3, rank=1)], **every_step),
         start("inf gradient", *sharded, faults=[fault("inf gradient", 3, rank=1)], **every_step),
         start("inf weight", *sharded, faults=[fault("inf weight", 1, rank=1)], save_every=1),
@@ -84,6 +85,13 @@ def test_it_says_so_and_samples(runs):
     assert "2 process(es), which share the state" in told[0]["output"]
     assert "Warning" not in told[0]["output"]
     assert (folder / "samples" / f"step-{STEPS:08d}.mid").exists() or "has no note" in told[0]["output"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_measures_a_step(runs):
+    folder, told = runs["dry"]
+    assert codes(told) == [[0, 0]] and "s per step, measured on one" in told[0]["output"], told
+    assert not folder.exists()
 
 
 @pytest.mark.slow
