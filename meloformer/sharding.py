@@ -3,8 +3,8 @@
 A share is a `DTensor`, split along the first dimension. A layer's weights are whole while it computes, and
 are gathered anew for its backward. They are gathered in float32, and autocast casts them as it does without
 sharding: so a run computes the same with and without, and may be resumed either way. Gathering in bfloat16
-would send half the bytes, but would round the gains of the norms, and at rows of thousands of tokens a layer
-computes for longer than its weights travel.
+would send half the bytes, but would round the gains of the norms; and the next layer's weights travel while
+one computes, which on rows of thousands of tokens is long.
 """
 
 import warnings

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from meloformer.sharding import shard, whole
 from meloformer.stop import STOPPED
 
 from tiny_train import TINY
-from training import arguments, config, fault, forked, losses, records, run, spec
+from training import TINY_TRAIN, arguments, config, fault, forked, losses, records, run, spec
 
 STEPS = 6
 
@@ -162,6 +164,22 @@ def test_gradients_are_exchanged_once_a_step_and_each_process_holds_a_share(data
     # What a process has of a gradient before it is exchanged is no gradient of its share.
     assert json.loads(header["2x2x1"]["present"]) == [0, len(found["2x2x1"])]
     assert int(header["2x2x1"]["held"]) / int(header["1x4x1"]["held"]) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+def test_two_launchers_meet_as_on_two_machines_and_one_process_speaks(runs, data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-id=run", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *meeting]
+    words = arguments(data, max_steps=STEPS, epochs=4)
+    command = [*launcher, TINY_TRAIN, *words, "--output_dir", tmp_path, "--shard_state"]
+    with ThreadPoolExecutor() as machines:
+        told = list(machines.map(run, [command, command]))
+    assert [done.returncode for done in told] == [0, 0], [done.stderr for done in told]
+    assert [bool(done.stdout) for done in told].count(True) == 1
+    assert losses(tmp_path) == pytest.approx(losses(runs["plain"][0]), rel=1e-5)
 
 
 @pytest.fixture
