@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from .checkpoint_files import (
     verify,
 )
 from .errors import UserError
-from .optimizer_state import fits, flatten, unflatten
+from .optimizer_state import fits, flatten, share_out, unflatten
 from .shards import sync_folder
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
@@ -228,11 +229,16 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     return Checkpoint(path, manifest["step"], weights, config, tokenizer_json, trainer)
 
 
-def restore_optimizer(path: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(
+    path: str | os.PathLike,
+    optimizer: torch.optim.Optimizer,
+    share: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor,
+) -> None:
     """Give `optimizer` the state it had when the checkpoint was saved.
 
     Its parameters must be those of the run that saved it, in the same order and groups. Whether it
-    runs fused, foreach or capturable stays as it is.
+    runs fused, foreach or capturable stays as it is. `share` gives, of a whole tensor and its
+    parameter, what this process holds of the tensor.
 
     Raises:
         UserError: the checkpoint has no optimizer state, is damaged, or is of other parameters.
@@ -248,7 +254,7 @@ def restore_optimizer(path: str | os.PathLike, optimizer: torch.optim.Optimizer)
         )
     for saved, present in zip(state["param_groups"], optimizer.param_groups):
         saved.update({name: present[name] for name in _MACHINE_OPTIONS if name in present})
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(share_out(state, optimizer, share))
 
 
 def has_checkpoints(root: str | os.PathLike) -> bool:

@@ -50,13 +50,25 @@ def estimate_memory(
     """The formula: float32 weights, gradients, two moments of AdamW, and `activation_bytes`.
 
     Computing in two bytes adds a copy of the weights; several processes add one of the gradients.
+
+    Sharded, a process holds its share of the four, besides two layers' weights, whole: of the one that
+    computes and the next. The copy of the weights is kept for the backward, as a whole. Gradients are whole
+    until they are exchanged: those of two layers, or all if batches are accumulated before.
     """
     copies = parameters * compute_bytes if compute_bytes < 4 else 0
+    weights, gradients = 4 * parameters, 4 * parameters * (1 if world == 1 else 2)
+    optimizer = 8 * parameters
+    if config.shard_state and world > 1:
+        two_layers = 4 * parameters * 2 // model.layers
+        accumulated = 4 * parameters if config.gradient_accumulation_steps > 1 else 0
+        weights = 4 * parameters // world + two_layers
+        gradients = 4 * parameters // world + two_layers + accumulated
+        optimizer //= world
     tokens = config.batch_size * (config.max_seq_len + MIN_SUMMARIES)
     return MemoryEstimate(
-        weights=4 * parameters + copies,
-        gradients=4 * parameters * (1 if world == 1 else 2),
-        optimizer=8 * parameters,
+        weights=weights + copies,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=activation_bytes(model, tokens, compute_bytes, config.checkpoint_activations),
     )
 
@@ -74,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
+def out_of_memory(config: TrainConfig, device: torch.device, world: int = 1) -> UserError:
     """The error for it, which names the flag to turn."""
     if config.batch_size > 1:
         advice = (
@@ -83,6 +95,8 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
         )
     else:
         advice = f"lower --max_seq_len (now {config.max_seq_len}) or take a smaller --model_size"
+        if world > 1 and not config.shard_state:
+            advice = f"try --shard_state, or {advice}"
         if config.checkpoint_activations != "layer":
             advice = f"try --checkpoint_activations layer, or {advice}"
         if config.precision == "fp32":

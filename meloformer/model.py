@@ -4,6 +4,7 @@ Shape suffixes: B rows, N regular tokens, M summary tokens, H heads, D = E / H c
 E model width, V padded vocabulary. `s_` and `r_` are the summary and the regular stream.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -85,7 +86,6 @@ class MeloFormer(nn.Module):
     def __init__(self, config: ModelConfig, recompute: str = "none"):
         super().__init__()
         self.config, self.recompute = config, recompute
-        self._run_in_training = _run
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.dim)
         self.instrument_embedding = nn.Embedding(NO_INSTRUMENT + 1, config.dim)
         shape = config.dim, config.heads, config.ffn
@@ -112,7 +112,8 @@ class MeloFormer(nn.Module):
     def compile_layers(self, **options) -> None:
         """Compile each layer, for training mode alone; other modes have other shapes and less to do.
 
-        Layers of one kind share their code. Shapes are static: a new one compiles anew.
+        Layers of one kind share their code. Shapes are static: a new one compiles anew. Hooks of a layer, as
+        sharding has them, run outside of what is compiled.
 
         Args:
             options: for `torch.compile`.
@@ -120,7 +121,9 @@ class MeloFormer(nn.Module):
         config = torch._dynamo.config
         config.optimize_ddp = False  # it would cut layers up; gradients travel between layers anyway
         config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-        self._run_in_training = torch.compile(_run, fullgraph=True, dynamic=False, **options)
+        compiled = torch.compile(_forward, fullgraph=True, dynamic=False, **options)
+        for layer in self.layers:
+            layer.forward = partial(_compiled_forward, compiled, layer)
 
     @property
     def device(self) -> torch.device:
@@ -159,9 +162,8 @@ class MeloFormer(nn.Module):
             attention = self.attention_for(structure, attention)
 
         r_BNE = self.token_embedding(ids_BN) + self.instrument_embedding(structure.inst)
-        run = self._run_in_training if self.training else _run
-        if self.recompute == "layer" and torch.is_grad_enabled():
-            run = partial(recomputed, run)
+        recomputes = self.recompute == "layer" and torch.is_grad_enabled()
+        run = recomputed if recomputes else _run
         rotary_r = self._rotary(structure.position)
         if self.config.dense:
             for layer in self.layers:
@@ -186,3 +188,11 @@ class MeloFormer(nn.Module):
 
 def _run(layer: nn.Module, *args):
     return layer(*args)
+
+
+def _forward(layer: nn.Module, *args):
+    return type(layer).forward(layer, *args)
+
+
+def _compiled_forward(compiled: Callable, layer: nn.Module, *args):
+    return (compiled if layer.training else _forward)(layer, *args)

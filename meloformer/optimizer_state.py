@@ -1,6 +1,7 @@
 """The state of a torch optimizer as named tensors and JSON text, and back."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,3 +62,19 @@ def fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
         for index, entries in state["state"].items()
         for value in entries.values()
     )
+
+
+def share_out(
+    state: dict, optimizer: torch.optim.Optimizer, share: Callable[[Tensor, Tensor], Tensor]
+) -> dict:
+    """A state that `fits`, with share(tensor, its parameter) for each tensor of a parameter's shape."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    indices = (index for group in state["param_groups"] for index in group["params"])
+    shared = {}
+    for index, parameter in zip(indices, parameters):
+        if index in state["state"]:
+            shared[index] = {
+                name: share(value, parameter) if isinstance(value, Tensor) and value.ndim else value
+                for name, value in state["state"][index].items()
+            }
+    return {**state, "state": shared}

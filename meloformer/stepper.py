@@ -6,13 +6,14 @@ batches, so that the same rows give the same step however they are dealt out.
 
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import Checkpoint, restore_optimizer
 from .data import Batch
 from .device import pick_attention
 from .errors import UserError
@@ -25,6 +26,7 @@ from .loss import next_token_loss
 from .metrics import StepFigures
 from .model import MeloFormer, ModelConfig
 from .optim import make_optimizer
+from .sharding import gather, local, shard, share, whole
 from .train_config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,8 +43,9 @@ class Stepper:
     """Takes optimizer steps: `accumulate` what `prepare` made of the batches of a step, then `update`.
 
     Attributes:
-        model: with its weights by the seed.
+        model: with its weights by the seed; of a sharded one, this process's share.
         optimizer: over its parameters.
+        sharded: whether each process holds a share of the state only.
         guard: which judges every step.
         precision: "fp32" or "bf16".
         attention: name of the backend.
@@ -55,14 +58,19 @@ class Stepper:
             self.precision = "bf16" if job.device.type == "cuda" else "fp32"
         self.attention = pick_attention(config.attention, job.device, model_config)
         torch.manual_seed(config.seed)
-        self.model = MeloFormer(model_config, config.checkpoint_activations).to(job.device)
+        self.model = MeloFormer(model_config, config.checkpoint_activations)
         self._compiled = self._compiles()
         if self._compiled:
             self.model.compile_layers()
+        self.sharded = config.shard_state and job.world > 1
+        if self.sharded:
+            shard(self.model, job)
+        else:
+            self.model.to(job.device)
         self.optimizer = make_optimizer(self.model, config, job.device)
         self.guard = Guard()
         self.parallel = self.model
-        if job.world > 1:
+        if job.world > 1 and not self.sharded:
             self.parallel = DistributedDataParallel(
                 self.model, device_ids=[job.device.index] if job.device.type == "cuda" else None
             )
@@ -87,7 +95,7 @@ class Stepper:
         return Ready(moved, self.model.attention_for(structure, self.attention))
 
     def logits(self, batch: Batch) -> Tensor:
-        """[B, N, V], without any exchange between processes."""
+        """[B, N, V]. If the state is sharded, all processes must ask at once; else there is no exchange."""
         return self._forward(self.model, self.prepare(batch))
 
     def _forward(self, model: torch.nn.Module, ready: Ready) -> Tensor:
@@ -112,11 +120,9 @@ class Stepper:
         called after each part: "forward", "backward".
         """
         batch = ready.batch
-        waits = self._job.world > 1 and not last
-        with self.parallel.no_sync() if waits else nullcontext():
-            nats, targets = next_token_loss(
-                self._forward(self.parallel, ready), batch.targets, self._compiled
-            )
+        with self._exchange(last):
+            logits = self._forward(self.parallel, ready)
+            nats, targets = next_token_loss(logits, batch.targets, self._compiled)
             done("forward")
             nats.backward()
         done("backward")
@@ -125,6 +131,14 @@ class Stepper:
         self._sums[2] += batch.tokens
         self._sums[3] += training_flops(self.model.config, batch.counts)
 
+    def _exchange(self, now: bool) -> AbstractContextManager:
+        """A context for forward and backward, which exchanges gradients only if they are due `now`."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(now)
+        elif self._job.world > 1 and not now:
+            return self.parallel.no_sync()
+        return nullcontext()
+
     def update(self, lr: float, *flags: bool) -> tuple[StepFigures, list[bool]]:
         """The optimizer step over what was accumulated; and whether any process has set each flag.
 
@@ -132,10 +146,10 @@ class Stepper:
         """
         own = torch.tensor(flags, dtype=torch.float64, device=self._job.device)
         sums = self._job.sum(torch.cat([self._sums, own]))
-        # DistributedDataParallel has averaged sums over processes: make that the mean over targets.
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+        # The exchange has averaged sums over processes: make that the mean over targets.
+        gradients = [local(parameter.grad) for parameter in self.model.parameters()]
         torch._foreach_mul_(gradients, (self._job.world / sums[1]).float())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
         nats, targets, tokens, flops, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
         loss = nats / targets
         taken = self.guard.admits(loss, norm)
@@ -147,6 +161,34 @@ class Stepper:
         self._sums = self._no_sums()
         spike = self.guard.spike(norm) if taken else None
         return StepFigures(loss, norm, int(tokens), flops, taken, spike), [flag > 0 for flag in any_flags]
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """The state dicts of model and optimizer, whole, for the lead alone; all processes must ask."""
+        return gather(self.model.state_dict(), self._job), gather(self.optimizer.state_dict(), self._job)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take weights and optimizer state from a checkpoint, saved by any number of processes.
+
+        Raises:
+            UserError: it has no optimizer state that fits.
+        """
+        present = self.model.state_dict()
+        self.model.load_state_dict(
+            {name: share(weight, present[name]) for name, weight in checkpoint.weights.items()}
+        )
+        restore_optimizer(checkpoint.path, self.optimizer, share)
+
+    def whole_model(self) -> MeloFormer | None:
+        """A model that the lead can use alone, None elsewhere if it is sharded; all processes must ask."""
+        if not self.sharded:
+            return self.model
+        weights = gather(self.model.state_dict(), self._job)
+        if not self._job.leads:
+            return None
+        with torch.device("meta"):
+            model = MeloFormer(self.model.config)
+        model.load_state_dict(weights, assign=True)
+        return model.to(self._job.device)
 
     def _no_sums(self) -> Tensor:
         # nats, targets, tokens, floating-point operations

@@ -27,7 +27,8 @@ def describe(trainer: Trainer) -> None:
     samples, stepper = trainer.data.samples, trainer.stepper
     print(
         f"{stepper.model.config.size} model, {stepper.model.num_parameters() / 1e6:.1f}M parameters, "
-        f"attention '{stepper.attention}' on {trainer.job.device}, {trainer.job.world} process(es)\n"
+        f"attention '{stepper.attention}' on {trainer.job.device}, {trainer.job.world} process(es)"
+        f"{', which share the state' if stepper.sharded else ''}\n"
         f"{len(samples)} training samples in {trainer.data.rows_per_epoch(0)} rows of "
         f"{trainer.config.max_seq_len} tokens, {len(trainer.val_data.samples)} validation samples"
     )

@@ -98,7 +98,7 @@ def _errors_in_words(config: TrainConfig, job: Job) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(config, job.device) from error
+        raise out_of_memory(config, job.device, job.world) from error
 
 
 if __name__ == "__main__":

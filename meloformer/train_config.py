@@ -45,6 +45,7 @@ class TrainConfig:
     precision: str = "auto"
     compile: bool | None = None
     checkpoint_activations: str = "none"
+    shard_state: bool = False
     deterministic: bool = False
     seed: int = 0
     validate_every: int | None = None
@@ -102,6 +103,11 @@ def make_parser() -> cli.Parser:
         "checkpoint_activations",
         "save memory: keep less for the backward of each layer, and compute it again",
         choices=RECOMPUTE,
+    )
+    switch(
+        "shard_state",
+        "split weights, gradients and optimizer state among the processes (FSDP2), where they do not fit on "
+        "each GPU; with one process nothing changes, so that a run's configuration serves any number of them",
     )
     switch("deterministic", "the same bits in every run on the same machine, at some cost in speed")
     add("seed", "of the weights and the order of the data", type=cli.seed)

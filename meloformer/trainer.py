@@ -8,19 +8,21 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from . import vocab
-from .checkpoint import restore_optimizer, save_checkpoint
+from .checkpoint import save_checkpoint
 from .data import PackedSongs, State
 from .errors import DivergedError
 from .feed import feed
 from .flops import peak_flops
 from .job import Job
 from .metrics import Meter, bar_fields
-from .model import ModelConfig
+from .model import MeloFormer, ModelConfig
 from .optim import learning_rate
 from .resume import load_for_resume, run_identity
 from .run_log import RunLog
@@ -97,8 +99,7 @@ class Trainer:
         if checkpoint is None:
             return
         saved = checkpoint.trainer
-        self.stepper.model.load_state_dict(checkpoint.weights)
-        restore_optimizer(checkpoint.path, self.stepper.optimizer)
+        self.stepper.restore(checkpoint)
         self.stepper.guard.restore(saved["guard"])
         self.state = State(*saved["state"])
         self.step, self.tokens = saved["step"], saved["tokens"]
@@ -111,10 +112,11 @@ class Trainer:
             DivergedError: the weights are not finite.
             UserError: the disk is full, or cannot be written.
         """
-        self.job.lead_does(lambda: self._save(val_loss))
+        weights, optimizer_state = self.stepper.state()
+        self.job.lead_does(lambda: self._save(weights, optimizer_state, val_loss))
 
-    def _save(self, val_loss: float | None) -> None:
-        if not all(weight.isfinite().all() for weight in self.stepper.model.parameters()):
+    def _save(self, weights: dict[str, Tensor], optimizer_state: dict, val_loss: float | None) -> None:
+        if not all(weight.isfinite().all() for weight in weights.values()):
             raise DivergedError(
                 f"the weights are not finite after step {self.step} and will not be saved: lower "
                 f"--learning_rate; the checkpoints in {self.checkpoints} are of earlier steps"
@@ -123,10 +125,10 @@ class Trainer:
         save_checkpoint(
             self.checkpoints,
             self.step,
-            model_state=self.stepper.model.state_dict(),
+            model_state=weights,
             config=dataclasses.asdict(self.stepper.model.config),
             tokenizer_json=vocab.to_json(),
-            optimizer_state=self.stepper.optimizer.state_dict(),
+            optimizer_state=optimizer_state,
             trainer={
                 "identity": self.identity,
                 "state": list(self.state),
@@ -246,7 +248,8 @@ class Trainer:
                 val_loss = figures["val_loss"]
                 self._note_validation(bar, figures)
             else:
-                if not self.job.lead_does(self._sample):
+                model = self.stepper.whole_model()
+                if not self.job.lead_does(partial(self._sample, model)):
                     return True, val_loss
             self.due.pop(0)
         return self.job.any(self._wants_stop()), val_loss
@@ -254,9 +257,9 @@ class Trainer:
     def _wants_stop(self) -> bool:
         return self.stop_reason() is not None
 
-    def _sample(self) -> bool:
+    def _sample(self, model: MeloFormer) -> bool:
         return write_sample(
-            self.stepper.model,
+            model,
             self.output / "samples",
             self.step,
             max_context=self.config.max_seq_len,

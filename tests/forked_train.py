@@ -26,6 +26,7 @@ from benchmarks import train_run
 from meloformer import cli
 from meloformer.data import State
 from meloformer.job import start_job
+from meloformer.sharding import local, whole
 from meloformer.stepper import Stepper
 from meloformer.train_config import parse_args
 from meloformer.trainer import Trainer
@@ -162,7 +163,8 @@ def runs(*specifications: str) -> list[dict]:
 def gradients(folder: str, shapes: str, *args: str) -> None:
     """Save the gradients of a first step, as the optimizer sees them, for `shapes` as "1x4x1 2x1x2".
 
-    `processes`x`batches`x`rows`.safetensors also tells, in its header, the buckets that were exchanged.
+    `processes`x`batches`x`rows`.safetensors also tells, in its header, the buckets that were exchanged; how
+    many parameters had a gradient after each batch; and the bytes of the weights that the lead holds.
     """
     for shape in shapes.split():
         world, batches, rows = map(int, shape.split("x"))
@@ -178,18 +180,20 @@ def save_gradients(file: str, *args: str) -> None:
     config = parse_args([*args])
     model = {"small": tiny_train.TINY, "base": tiny_train.TINY_BASE}[config.model_size]
     trainer = Trainer(config, model, start_job(config.device))
-    job, stepper, exchanged = trainer.job, trainer.stepper, []
+    job, stepper, exchanged, present = trainer.job, trainer.stepper, [], []
 
     def hook(_, bucket):
         exchanged.append(bucket.index())
         return allreduce_hook(None, bucket)
 
     def keep() -> None:
+        found = {name: whole(weight.grad).clone() for name, weight in stepper.model.named_parameters()}
+        held = sum(local(weight).nbytes for weight in stepper.model.parameters())
         if job.leads:
-            found = {name: weight.grad.clone() for name, weight in stepper.model.named_parameters()}
-            save_file(found, file, {"exchanged": json.dumps(exchanged)})
+            told = {"exchanged": exchanged, "present": present, "held": held}
+            save_file(found, file, {name: json.dumps(value) for name, value in told.items()})
 
-    if job.world > 1:
+    if job.world > 1 and not stepper.sharded:
         stepper.parallel.register_comm_hook(None, hook)
     stepper.optimizer.step = keep
     batches = trainer.data.batches(State(), config.batch_size, rank=job.rank, world=job.world)
@@ -197,6 +201,7 @@ def save_gradients(file: str, *args: str) -> None:
         stepper.accumulate(
             stepper.prepare(next(batches)[0]), last=number == config.gradient_accumulation_steps
         )
+        present.append(sum(weight.grad is not None for weight in stepper.model.parameters()))
     stepper.update(1e-3)
     job.leave()
 

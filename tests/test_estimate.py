@@ -1,5 +1,6 @@
 """The estimate before the first step, against what autograd really saves."""
 
+import dataclasses
 import re
 
 import pytest
@@ -86,6 +87,17 @@ def test_states_are_counted_by_the_parameter():
     assert (two.weights, two.gradients, two.optimizer) == (6000, 8000, 8000)
 
 
+def test_sharded_states_are_counted_by_their_share():
+    """Besides the weights of two layers of eight and their gradients; or all gradients, to add up batches."""
+    model, settings = dataclasses.replace(TINY, layers=8), TrainConfig(data_dir="", shard_state=True)
+    four = estimate_memory(settings, model, 1000, 2, world=4)
+    assert (four.weights, four.gradients, four.optimizer) == (1000 + 1000 + 2000, 1000 + 1000 + 4000, 2000)
+    at_once = dataclasses.replace(settings, gradient_accumulation_steps=1)
+    assert estimate_memory(at_once, model, 1000, 2, world=4).gradients == 2000
+    plain = dataclasses.replace(settings, shard_state=False)
+    assert estimate_memory(settings, model, 1000, 2, 1) == estimate_memory(plain, model, 1000, 2, 1)
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [
@@ -104,6 +116,14 @@ def test_states_are_counted_by_the_parameter():
 )
 def test_the_error_names_the_flag_to_turn(changes, says):
     assert re.search(says, str(out_of_memory(TrainConfig(data_dir="", **changes), CPU)))
+
+
+def test_the_error_names_sharding_if_others_could_share():
+    settings = TrainConfig(data_dir="", batch_size=1, checkpoint_activations="layer")
+    assert "try --shard_state, or lower --max_seq_len" in str(out_of_memory(settings, CPU, world=2))
+    for world, sharded in ((1, False), (2, True)):
+        settings = dataclasses.replace(settings, shard_state=sharded)
+        assert "--shard_state" not in str(out_of_memory(settings, CPU, world))
 
 
 def test_what_counts_as_a_lack_of_memory():

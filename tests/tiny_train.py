@@ -16,6 +16,7 @@ import torch
 
 from meloformer import cli, job, stepper, train, validation
 from meloformer.model import ModelConfig
+from meloformer.sharding import local
 
 TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
 TINY_BASE = ModelConfig(layers=3, dim=128, heads=2, ffn=256)
@@ -41,6 +42,9 @@ def _meet_faults() -> None:
             raise RuntimeError(f"the fault of step {step}")
         if now == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if now == "inf weight":
+            with torch.no_grad():
+                local(next(self.model.parameters())).fill_(torch.inf)
         if now == "hang":
             time.sleep(1000)
         if now == "SIGINT twice":
