@@ -28,7 +28,7 @@ from meloformer.shards import ShardSet
 from meloformer.train_config import PRECISIONS, TrainConfig
 
 FORMAT = "meloformer training 2"
-COMPOSED_BARS = 150
+COMPOSED_BARS = range(40, 201)  # songs differ in length, as those of a collection do
 
 
 def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) -> dict:
@@ -75,13 +75,14 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
 
 
 def compose_shards(count: int, folder: Path) -> Path:
-    """Shards of composed songs, all for training."""
+    """Shards of composed songs of 40 to 200 bars, all for training."""
     from meloformer import preprocess
     from meloformer.compose import compose  # needs miditoolkit, shards do not
 
     (folder / "midi").mkdir()
     for seed in range(count):
-        compose(seed, bars=COMPOSED_BARS).dump(folder / "midi" / f"{seed}.mid")
+        bars = COMPOSED_BARS[37 * seed % len(COMPOSED_BARS)]
+        compose(seed, bars=bars).dump(folder / "midi" / f"{seed}.mid")
     preprocess.preprocess(
         str(folder / "midi"), str(folder / "shards"), num_workers=2, shard_size=1000, val_split=0.0
     )

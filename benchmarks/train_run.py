@@ -176,7 +176,7 @@ def attempt(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
         except Exception as error:
             no_memory = is_out_of_memory(error)
             if job.world > 1 and no_memory:
-                raise out_of_memory(config, job.device) from error
+                raise out_of_memory(config, job.device, job.world) from error
             if job.world > 1:
                 raise
             reason = "out of memory" if no_memory else one_line(error)

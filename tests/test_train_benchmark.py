@@ -58,7 +58,7 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
 
 
 def test_without_data_songs_are_composed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "COMPOSED_BARS", 4)
+    monkeypatch.setattr(train, "COMPOSED_BARS", [4])
     target = tmp_path / "page.md"
     again = ["--checkpoint_activations", "none,layer"]
     train.main([*QUICK, *again, "--attention", "dense", "--songs", "2", "--output", str(target)])
