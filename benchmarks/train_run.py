@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks.compilations import counted
 from benchmarks.failures import free_memory, one_line
 from meloformer.data import Batch, PackedSongs, State
+from meloformer.errors import UserError
 from meloformer.estimate import is_out_of_memory, out_of_memory
 from meloformer.feed import feed
 from meloformer.flops import peak_flops
@@ -33,13 +35,13 @@ class Run:
         model = SIZES[config.model_size]
         if config.attention == DENSE:
             model = model.as_dense()
-        data = PackedSongs(shards, "train", max_seq_len=config.max_seq_len, max_bars=config.max_bars)
-        data.require_samples()
+        self.data = PackedSongs(shards, "train", max_seq_len=config.max_seq_len, max_bars=config.max_bars)
+        self.data.require_samples()
         self.stepper = Stepper(config, model, job)
         peak = peak_flops(job.device)
         self.meter = Meter(peak and job.world * peak)
-        self.batches = full_batches(data, config.batch_size, job)
-        self.fed = feed(self.batches, self.stepper.prepare, job.device, self.meter)
+        batches = full_batches(self.data, config.batch_size, job)
+        self.fed = feed(batches, self.stepper.prepare, job.device, self.meter)
 
     def step(self) -> StepFigures:
         number = self.config.gradient_accumulation_steps
@@ -62,10 +64,7 @@ class Run:
         return self.meter.step_record(number, 0, self.config.learning_rate, whole)
 
     def breakdown(self, number: int) -> dict[str, float]:
-        """Milliseconds of each of `PARTS` per step, each of them waited for, over so many steps.
-
-        The feed must be closed: both take from the same batches.
-        """
+        """Milliseconds of each of `PARTS` per step, each of them waited for, over so many steps."""
         spent = dict.fromkeys(PARTS, 0.0)
         since = self._now()
 
@@ -76,7 +75,8 @@ class Run:
             since = now
 
         def in_turn() -> Iterator[Ready]:
-            for batch, _ in self.batches:  # made on the spot: this is all that the loader does
+            # Made on the spot: this is all that the loader does.
+            for batch, _ in full_batches(self.data, self.config.batch_size, self.job):
                 done("data")
                 ready = self.stepper.prepare(batch)
                 ready.attention.settle()
@@ -180,6 +180,8 @@ def attempt(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
             if job.world > 1:
                 raise
             reason = "out of memory" if no_memory else one_line(error)
+            if not no_memory and not isinstance(error, UserError):
+                traceback.print_exc()  # a fault of ours, whose place one line does not tell
         free_memory()
         if not no_memory or config.batch_size == 1:
             return rows | {"failed": reason}

@@ -6,6 +6,7 @@ wait for what the plan turned out to need.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import TypeVar
 
 import torch
@@ -27,11 +28,12 @@ def feed(
     The meter counts the time in which the loader is waited for.
     """
     last: tuple[_Ready, State] | None = None
-    for batch, after in meter.waiting(prefetch(_staged(batches, device))):
-        ready = prepare(batch), after
-        if last is not None:
-            yield last
-        last = ready
+    with closing(prefetch(_staged(batches, device))) as loaded:  # the thread ends with the feed, not later
+        for batch, after in meter.waiting(loaded):
+            ready = prepare(batch), after
+            if last is not None:
+                yield last
+            last = ready
     if last is not None:
         yield last
 

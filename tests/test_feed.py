@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -41,3 +43,20 @@ def test_batches_are_pinned_for_a_gpu(packed):
     for batch, _ in feed(packed.batches(State(), 2, stop_epoch=1), lambda b: b, device, Meter()):
         assert batch.ids.is_pinned() and batch.targets.is_pinned() and batch.structure.doc.is_pinned()
         assert batch.to(device, non_blocking=True).structure.summary_doc.device == device
+
+
+def test_the_loader_ends_with_the_feed(packed):
+    """Even if somebody still holds what asked for batches: others may take from the same source then."""
+    source = packed.batches(State(), 1)
+    meter, waiting = Meter(), []
+
+    def kept(items):
+        waiting.append(Meter.waiting(meter, items))
+        return waiting[0]
+
+    meter.waiting = kept
+    fed = feed(source, lambda batch: batch, torch.device("cpu"), meter)
+    next(fed)
+    fed.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    next(source)
