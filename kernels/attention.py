@@ -98,6 +98,11 @@ class Attention:
         self._check(q_r, summaries=(k_s, v_s), tokens=(q_r, k_r, v_r))
         return self._implementation.update(q_r, k_r, v_r, k_s, v_s)
 
+    @property
+    def any_summaries(self) -> bool:
+        """Whether what is compiled with this attention may serve any number M of summaries, settled once."""
+        return getattr(self._implementation, "any_summaries", False)
+
     def settle(self) -> "Attention":
         """Finish what was begun on creation, if anything was: before a compiled model takes it.
 

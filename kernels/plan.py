@@ -204,8 +204,9 @@ class Plan:
                 )
                 with on_device(self.structure.device):
                     self._make(_capacities[self._key])
-        # Capacities grow now and then, which is no reason to compile a model anew.
-        for tensor, dimension in ((self.tokens, 0), (self.bits, 0), (self.items, 1)):
+        # Capacities grow now and then, and the number of summaries varies: no reason to compile anew.
+        sizes = (self.tokens, 0), (self.bits, 0), (self.items, 1), (self.order, 0), (self.table, 0)
+        for tensor, dimension in sizes:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
     @property

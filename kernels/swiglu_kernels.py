@@ -1,11 +1,11 @@
 """The Triton kernels of `swiglu`: one row of tokens by a block of channels per program, in float32."""
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launcher import Launcher
 
 _BLOCK, _WARPS = 4096, 8
 
@@ -41,22 +41,23 @@ def backward_kernel(gate_up_ptr, gradient_ptr, out_ptr, width, BLOCK: tl.constex
     tl.store(outs + width, (gradient * gate * share).to(out_ptr.dtype.element_ty), mask=there)
 
 
+_forward, _backward = Launcher(forward_kernel), Launcher(backward_kernel)
+
+
 def forward(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    _launch(forward_kernel, out.shape[-1], gate_up, out)
+    _launch(_forward, gate_up, out)
     return out
 
 
 def backward(gate_up: Tensor, gradient: Tensor) -> Tensor:
     out = torch.empty_like(gate_up)
-    _launch(backward_kernel, gradient.shape[-1], gate_up, gradient, out)
+    _launch(_backward, gate_up, gradient, out)
     return out
 
 
-def _launch(kernel, width: int, *tensors: Tensor) -> None:
-    rows = tensors[-1].numel() // max(tensors[-1].shape[-1], 1)
-    if not rows:
-        return
-    device = tensors[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on it
-        kernel[rows, triton.cdiv(width, _BLOCK)](*tensors, width, BLOCK=_BLOCK, num_warps=_WARPS)
+def _launch(kernel: Launcher, gate_up: Tensor, *others: Tensor) -> None:
+    width = gate_up.shape[-1] // 2
+    if gate_up.numel():
+        programs = gate_up.numel() // (2 * width), triton.cdiv(width, _BLOCK)
+        kernel(programs, (gate_up, *others), (width,), BLOCK=_BLOCK, num_warps=_WARPS)

@@ -51,17 +51,21 @@ class Backend:
     Raises ValueError if D is not in `HEAD_DIMS`, or the dtype is not in `DTYPES`.
     """
 
+    any_summaries = True
+
     def __init__(self, structure: Structure):
         from . import ops  # noqa: F401, registers the operators
         from .plan import Plan, on_device
         from .summarize import find_bars
 
-        self.plan = Plan(structure)
+        self.structure, self.plan = structure, Plan(structure)
         with on_device(structure.device):
             self.bars = find_bars(structure)
 
     def settle(self) -> None:
         self.plan.settle()
+        for tensor in (self.bars[0], self.structure.summary_doc):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
     def summarize(self, q_s: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> Tensor:
         _check(q_s)

@@ -112,8 +112,9 @@ class MeloFormer(nn.Module):
     def compile_layers(self, **options) -> None:
         """Compile each layer, for training mode alone; other modes have other shapes and less to do.
 
-        Layers of one kind share their code. Shapes are static: a new one compiles anew. Hooks of a layer, as
-        sharding has them, run outside of what is compiled.
+        Layers of one kind share their code. Shapes are static, a new one compiles anew; but for the number of
+        summaries, if the attention allows. Hooks of a layer, as sharding has them, run outside of what is
+        compiled.
 
         Args:
             options: for `torch.compile`.
@@ -171,7 +172,10 @@ class MeloFormer(nn.Module):
         else:
             s_BME = self.summary_embedding.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
             rotary_s = self._rotary(structure.summary_position)
+            varying = [rotary_s.cos_BN11D, rotary_s.sin_BN11D] if attention.any_summaries else []
             for layer in self.layers:
+                for x in (*varying, s_BME) if varying else ():
+                    torch._dynamo.maybe_mark_dynamic(x, 1)
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
         return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
 

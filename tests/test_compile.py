@@ -28,6 +28,8 @@ SPARSE = ModelConfig(layers=4, dim=32, heads=2, ffn=48)
 class _Static:
     """Attention over tensors of one shape, as the kernels' operators have it: any mask, of this batch."""
 
+    any_summaries = False
+
     def __init__(self, packed):
         generator = torch.Generator().manual_seed(int(packed.doc.sum()))
         self.summaries, self.tokens = packed.summary_doc.shape[1], packed.doc.shape[1]
@@ -104,13 +106,14 @@ def test_every_power_of_two_of_summaries_is_compiled_once():
 
 @pytest.mark.slow
 def test_the_kernels_operators_in_compiled_layers():
+    """Two graphs serve any number of summaries."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = MeloFormer(ModelConfig(layers=2, dim=32, heads=1, ffn=48)).to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_layers(backend=counter)
-    for number, (packed, ids) in enumerate(batches(4, rows=1)):
-        packed, ids = packed.to(DEVICE), ids.to(DEVICE)
+    for number, summaries in enumerate((SUMMARIES, SUMMARIES, 2 * SUMMARIES, 128, 160)):
+        packed, ids = (x.to(DEVICE) for x in [*batches(number + 1, rows=1, summaries=summaries)][-1])
         attention = model.attention_for(packed, "triton").settle()
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             _, gradients = step(model, packed, ids, attention)

@@ -51,6 +51,8 @@ class _Storages(TorchDispatchMode):
 
 
 class _FakeAttention:
+    any_summaries = False
+
     def summarize(self, *inputs):
         return _FlashLike.apply(*inputs)
 
