@@ -1,5 +1,6 @@
 """What `benchmarks.train` measured as a Markdown page, from results alone."""
 
+from benchmarks.kernel_times import KINDS, OTHERS
 from benchmarks.machine import provenance
 from meloformer.errors import UserError
 
@@ -21,6 +22,8 @@ MEANINGS = """\
 - **Step by parts**: measured apart from the above, with the device waited for after each part: *data* is all
   that the loader does, *prepare* the copies to the device and the plan of the attention. In training both are
   hidden behind the parts that follow, so the sum is more than the step.
+- **GPU time**: by the profiler over a few steps more; *in all* counts once what ran side by side.
+  The JSON files have every kernel of more than half a per cent.
 - **dense** is a plain causal Transformer without summaries, of as many parameters; its MFU counts its own
   operations, of which it has more.
 - Batches are full: the rows of one epoch over and over. In training the last step of an epoch has padding.
@@ -61,6 +64,7 @@ def page(results: list[dict], sources: list[str]) -> str:
         _scaling(measured),
         _compilation(measured),
         _parts(measured),
+        _gpu_time(measured),
         _failed(rows),
         "## What is what\n",
         MEANINGS,
@@ -179,6 +183,20 @@ def _parts(rows: list[dict]) -> str:
     heads = [*NAMES, *(f"{part}, ms" for part in parts)]
     lines = [[*_names(row), *(f"{row['breakdown_ms'][part]:.1f}" for part in parts)] for row in rows]
     return "## Step by parts\n\n" + _table(heads, lines)
+
+
+def _gpu_time(rows: list[dict]) -> str:
+    rows = [row for row in rows if row["gpu_time"]]
+    kinds = [kind for kind in (*KINDS, OTHERS) if any(kind in row["gpu_time"]["kinds"] for row in rows)]
+    lines = [
+        [
+            *_names(row),
+            *(_cell(row["gpu_time"]["kinds"].get(kind), "{:.1f}") for kind in kinds),
+            f"{row['gpu_time']['busy_ms']:.1f}",
+        ]
+        for row in rows
+    ]
+    return "## GPU time of a step, ms\n\n" + _table([*NAMES, *kinds, "in all"], lines) if rows else ""
 
 
 def _failed(rows: list[dict]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.compilations import counted
 from benchmarks.failures import free_memory, one_line
+from benchmarks.kernel_times import kernel_times
 from meloformer.data import Batch, PackedSongs, State
 from meloformer.errors import UserError
 from meloformer.estimate import is_out_of_memory, out_of_memory
@@ -25,6 +26,7 @@ from meloformer.train_config import TrainConfig
 PARTS = ("data", "prepare", "forward", "backward", "optimizer")
 MOST_WARMUPS = 10  # times the steps that were asked for
 STEPS_IN_PARTS = 5  # at most: waiting after each part makes them slow
+PROFILED_STEPS = 2
 
 
 class Run:
@@ -132,6 +134,7 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
                 in_warmup = {what: count + new[what] for what, count in in_warmup.items()}
             found = run.steps(steps)
             later = _sum(job, compiled())
+            gpu_time = kernel_times(run.steps, PROFILED_STEPS, job.device) if cuda else None
         finally:
             run.fed.close()
     peak = torch.cuda.max_memory_allocated(job.device) / 1e9 if cuda else None
@@ -149,6 +152,7 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
         "step_ms": 1e3 * found["tokens"] / found["tokens_per_s"] / steps,
         "tokens_per_step": found["tokens"] / steps,
         "peak_gb": peak,
+        "gpu_time": gpu_time,
         "breakdown_ms": run.breakdown(min(steps, STEPS_IN_PARTS)),
         "loss": found["loss"],
     }

@@ -16,7 +16,7 @@ def _load(pointer, there):
 
 
 @triton.jit
-def forward_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     """out [T, F] of gate_up [T, 2 F]; `width` is F."""
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = channel < width
@@ -27,7 +27,7 @@ def forward_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(gate_up_ptr, gradient_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def swiglu_gradient_kernel(gate_up_ptr, gradient_ptr, out_ptr, width, BLOCK: tl.constexpr):
     """The gradient [T, 2 F] of gate_up, by that of the result, [T, F]."""
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = channel < width
@@ -41,7 +41,7 @@ def backward_kernel(gate_up_ptr, gradient_ptr, out_ptr, width, BLOCK: tl.constex
     tl.store(outs + width, (gradient * gate * share).to(out_ptr.dtype.element_ty), mask=there)
 
 
-_forward, _backward = Launcher(forward_kernel), Launcher(backward_kernel)
+_forward, _backward = Launcher(swiglu_kernel), Launcher(swiglu_gradient_kernel)
 
 
 def forward(gate_up: Tensor) -> Tensor:

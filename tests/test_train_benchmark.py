@@ -41,6 +41,7 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
     reference, dense, triton = result["rows"]
     for row in (reference, dense):
         assert row["tokens_per_s"] > 0 and 0 < row["mfu"] < 1 and 0 <= row["data_wait"] < 1
+        assert row["gpu_time"] is None
         assert row["step_ms"] == pytest.approx(1e3 * row["tokens_per_step"] / row["tokens_per_s"])
         assert list(row["breakdown_ms"]) == list(train_run.PARTS)
         assert all(ms > 0 for ms in row["breakdown_ms"].values())
@@ -171,6 +172,10 @@ def test_a_process_that_fails_ends_all_of_them_with_its_error(data, tmp_path):
     assert told["codes"] == [1, 1] and "ZeroDivisionError" in told["output"]
 
 
+def gpu_time(busy, kinds):
+    return {"wall_ms": busy + 3, "busy_ms": busy, "kinds": kinds, "kernels": []}
+
+
 def row(size, attention, length, speed, memory=20.0, again="none", gpus=1, rows=4):
     return {
         "size": size, "attention": attention, "attention_used": attention, "tokens_per_row": length,
@@ -179,6 +184,7 @@ def row(size, attention, length, speed, memory=20.0, again="none", gpus=1, rows=
         "step_ms": 160.0, "first_step_s": 9.0, "warmup_steps": 6,
         "compiled_in_warmup": {"graphs": 2, "kernels": 31}, "compiled_later": {"graphs": 0, "kernels": 7},
         "breakdown_ms": dict.fromkeys(train_run.PARTS, 1.0),
+        "gpu_time": gpu_time(158.0, {"SwiGLU": 13.0, "others": 2.5}),
     }  # fmt: skip
 
 
@@ -192,6 +198,16 @@ def of(*rows, **settings):
         "steps": 20,
     } | settings
     return {"settings": settings, "machine": MACHINE, "rows": list(rows)}
+
+
+def test_gpu_time_by_kinds_of_kernels():
+    dense = row("base", "dense", 24576, 300_000.0)
+    dense["gpu_time"] = gpu_time(236.0, {"attention, dense": 120.0})
+    text = page([of(row("base", "triton", 24576, 600_000.0), dense)], ["a.json"])
+    sparse, dense = (line.split(" | ")[-4:] for line in lines(text, "GPU time of a step, ms"))
+    assert sparse == ["-", "13.0", "2.5", "158.0 |"] and dense == ["120.0", "-", "-", "236.0 |"]
+    unknown = row("base", "triton", 24576, 1.0) | {"gpu_time": None}
+    assert "GPU time of a step" not in page([of(unknown)], ["a.json"]).split("## What is what")[0]
 
 
 def lines(text, title):
