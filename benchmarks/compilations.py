@@ -16,9 +16,11 @@ def counted() -> Iterator[Callable[[], dict[str, int]]]:
     """
     kernels = 0
 
-    def note(**_) -> None:
+    def note(**what) -> None:
         nonlocal kernels
         kernels += 1
+        if earlier is not None:
+            earlier(**what)
 
     def so_far() -> dict[str, int]:
         return {"graphs": counters["stats"]["unique_graphs"], "kernels": kernels}

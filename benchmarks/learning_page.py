@@ -18,8 +18,8 @@ MEANINGS = f"""\
 - **Tokens** are counted without padding, over all epochs.
 - **Time** is that of the steps by the clock, from the end of the first step on; validating, sampling and
   saving are not in it, and neither are slow steps.
-- **Slow steps** are the first one and those that took more than {SLOW} times the median step: nearly all of
-  them compile for a shape that is new. Their tokens count, their time stands apart.
+- **Slow steps** are the first one and those that took more than {SLOW} times the median step: as a
+  rule they compile for a shape that is new. Their tokens count, their time stands apart.
 - **Between validations** curves are read as straight lines, as they are drawn.
 - **Clear** is a difference if the ranges of the seeds do not meet. It says nothing about other data, sizes,
   learning rates or lengths of training.

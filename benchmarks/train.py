@@ -27,7 +27,7 @@ from meloformer.model import DENSE, RECOMPUTE, SIZES
 from meloformer.shards import ShardSet
 from meloformer.train_config import PRECISIONS, TrainConfig
 
-FORMAT = "meloformer training 2"
+FORMAT = "meloformer training 3"
 COMPOSED_BARS = range(40, 201)  # songs differ in length, as those of a collection do
 
 

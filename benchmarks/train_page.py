@@ -54,6 +54,7 @@ def page(results: list[dict], sources: list[str]) -> str:
         for row in result["rows"]
     ]
     rows = list({tuple(row[key] for key in KEYS): row for row in every}.values())
+    rows = [row for i, row in enumerate(rows) if "failed" not in row or not _repeated(row, rows[i + 1 :])]
     measured = [row for row in rows if "failed" not in row]
     parts = [
         "# Training, measured\n",
@@ -202,6 +203,11 @@ def _gpu_time(rows: list[dict]) -> str:
 def _failed(rows: list[dict]) -> str:
     lines = [[*_names(row), row["failed"].replace("|", "\\|")] for row in rows if "failed" in row]
     return "## Not measured\n\n" + _table([*NAMES, "why"], lines) if lines else ""
+
+
+def _repeated(row: dict, later: list[dict]) -> bool:
+    """Whether a later row is of the same, with however many rows per batch."""
+    return bool(_others(row, later, free=("rows_per_batch",)))
 
 
 def _names(row: dict) -> list[str]:

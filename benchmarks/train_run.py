@@ -133,6 +133,8 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
                 quiet = 0 if any(new.values()) else quiet + 1
                 in_warmup = {what: count + new[what] for what, count in in_warmup.items()}
             found = run.steps(steps)
+            if found.get("skipped"):
+                raise RuntimeError("a step was skipped, its loss or gradient is not finite: no figures of it")
             later = _sum(job, compiled())
             gpu_time = kernel_times(run.steps, PROFILED_STEPS, job.device) if cuda else None
         finally:

@@ -64,6 +64,9 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+MOST_ROWS = 1 << 14  # what the keys of `plan_kernels.work_kernel` can tell apart
+
+
 class Plan:
     """The plan of one structure, for all heads, layers, forward and backward.
 
@@ -91,6 +94,8 @@ class Plan:
         """
         self.structure, self.split = structure, split
         self.rows, self.regular = structure.doc.shape
+        if self.rows > MOST_ROWS:
+            raise ValueError(f"attention 'triton' takes at most {MOST_ROWS:,} rows, got {self.rows:,}")
         self.summaries = structure.summary_doc.shape[1]
         self.q_blocks = triton.cdiv(self.regular, LINE)
         self.s_blocks = triton.cdiv(self.summaries, LINE)

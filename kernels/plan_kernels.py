@@ -336,8 +336,8 @@ def work_kernel(
 
     An item is (line, first tile, end tile, slot, first slot of the line, parts of the line, ...), with
     lines counted within the group and tiles within the line; the slot is -1 if the line has one part.
-    Lines are split that would take longer than all others of their row together take on a GPU: those with
-    more tiles than `split`, or, if that is 0, than a share of all tiles.
+    Lines are split that would take longer than all others of a row together take on a GPU: those with more
+    tiles than `split`, or, if that is 0, than a share of what a row has on average.
     """
     group, chunk = tl.program_id(1), tl.program_id(0)
     q_lines, k_lines = rows * q_blocks, rows * k_blocks

@@ -17,17 +17,24 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, 2020, arXiv:2002.05202), [..., F], of `gate_up`, [..., 2 F], gate first.
 
     On CUDA computed in float32 and rounded once.
+
+    Raises:
+        ValueError: an odd number of channels, or float64 on CUDA.
     """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate and up must have as many channels, got {gate_up.shape[-1]} of both")
+    if gate_up.is_cuda and gate_up.dtype == torch.float64:
+        raise ValueError("swiglu computes in float32 on CUDA: float64 would not be what it says")
     return torch.ops.meloformer.swiglu(gate_up)
 
 
 def _cpu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.contiguous().chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
 def _cpu_backward(gate_up: Tensor, gradient: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.contiguous().chunk(2, dim=-1)
     share = gate.sigmoid()
     slope = share * (1 + gate * (1 - share))
     return torch.cat([gradient * up * slope, gradient * gate * share], dim=-1)

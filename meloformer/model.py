@@ -68,7 +68,7 @@ SIZES: dict[str, ModelConfig] = {
 
 
 # Two kinds of layers times the numbers of summaries that rows have (`summary_room`): more than PyTorch's 8.
-RECOMPILE_LIMIT = 64
+RECOMPILE_LIMIT = 256
 RECOMPUTE = ("none", "ffn", "layer")  # what a backward may compute again, to save memory
 
 
@@ -172,10 +172,7 @@ class MeloFormer(nn.Module):
         else:
             s_BME = self.summary_embedding.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
             rotary_s = self._rotary(structure.summary_position)
-            varying = [rotary_s.cos_BN11D, rotary_s.sin_BN11D] if attention.any_summaries else []
             for layer in self.layers:
-                for x in (*varying, s_BME) if varying else ():
-                    torch._dynamo.maybe_mark_dynamic(x, 1)
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
         return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
 
@@ -199,4 +196,10 @@ def _forward(layer: nn.Module, *args):
 
 
 def _compiled_forward(compiled: Callable, layer: nn.Module, *args):
-    return (compiled if layer.training else _forward)(layer, *args)
+    if not layer.training:
+        return _forward(layer, *args)
+    if isinstance(layer, Layer) and args[2].any_summaries:
+        s_BME, _, _, rotary_s, _ = args
+        for x in (s_BME, rotary_s.cos_BN11D, rotary_s.sin_BN11D):  # by now: hooks of the layer may copy them
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+    return compiled(layer, *args)

@@ -47,6 +47,18 @@ class _Static:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class AnySummaries:
+    """Attention whose graph serves any number of summaries, as that of the kernels' operators does."""
+
+    any_summaries = True
+
+    def summarize(self, q, k_s, v_s, k_r, v_r):
+        return q + k_s + v_s + (k_r + v_r).mean(dim=2, keepdim=True)
+
+    def update(self, q, k_r, v_r, k_s, v_s):
+        return q + k_r + v_r + (k_s + v_s).mean(dim=2, keepdim=True)
+
+
 def batches(number, rows=2, summaries=SUMMARIES):
     """Of one shape, with other documents in each."""
     for seed in range(number):
@@ -89,7 +101,7 @@ def test_nothing_is_compiled_after_the_first_of_fifty_batches(recompute):
 
 
 @torch._dynamo.config.patch(recompile_limit=8)  # as PyTorch has it
-def test_every_power_of_two_of_summaries_is_compiled_once():
+def test_every_number_of_summaries_is_compiled_once():
     torch._dynamo.reset()
     model = MeloFormer(SPARSE)
     counter = CompileCounterWithBackend("eager")
@@ -102,6 +114,18 @@ def test_every_power_of_two_of_summaries_is_compiled_once():
             attention.update = lambda q, k_r, v_r, k_s, v_s: q + k_s.mean(dim=2, keepdim=True)
             model(ids, packed, attention)
     assert counter.frame_count == 2 * 6
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_one_code_serves_any_number_of_summaries(recompute):
+    torch._dynamo.reset()
+    model = MeloFormer(SPARSE, recompute)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_layers(backend=counter)
+    for summaries in (SUMMARIES, 64, 80, 128, SUMMARIES):
+        packed, ids = next(batches(1, summaries=summaries))
+        step(model, packed, ids, AnySummaries())
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

@@ -51,10 +51,12 @@ def songs(random: Random, length: int, bars: int, instruments: tuple[int, ...]) 
     return row
 
 
-def make_batch(seed: int, length: int, bars: int, instruments: tuple[int, ...]) -> Batch:
+def make_batch(
+    seed: int, length: int, bars: int, instruments: tuple[int, ...], room: int = SUMMARIES
+) -> Batch:
     random = Random(seed)
     rows = [songs(random, length, bars, instruments) for _ in range(ROWS)]
-    packed = structure(rows, LENGTH, SUMMARIES)
+    packed = structure(rows, LENGTH, room)
     ids = random_ids(rows, LENGTH, seed)
     same = packed.doc[:, 1:] == packed.doc[:, :-1]
     targets = torch.full_like(ids, IGNORE)
@@ -63,14 +65,16 @@ def make_batch(seed: int, length: int, bars: int, instruments: tuple[int, ...]) 
 
 
 def varied(number: int) -> list[Batch]:
-    """Of one shape, fuller and denser from first to last: from a third of a row in which everybody plays
-    alone to whole rows of one instrument, whose tokens all see each other."""
+    """Of one shape but for the room for summaries, fuller and denser from first to last: from a third of a
+    row in which everybody plays alone to whole rows of one instrument, whose tokens all see each other."""
     batches = []
     for i in range(number):
         part = i / (number - 1)
         instruments = (0, 33, 128, 80, 25, 48)[: 6 - int(5 * part)]
         length = int(LENGTH * (0.3 + 0.7 * part))
-        batches.append(make_batch(i, length, Random(i).randint(SUMMARIES // 2 + 1, SUMMARIES), instruments))
+        bars = Random(i).randint(SUMMARIES // 2 + 1, SUMMARIES)
+        room = SUMMARIES + 32 * (i % 2) + 64 * (i > number // 2)  # four sizes, two of them late
+        batches.append(make_batch(i, length, bars, instruments, room))
     return batches
 
 

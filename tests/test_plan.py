@@ -92,6 +92,37 @@ def test_work_is_complete_and_in_order(split):
         assert slots == list(range(needs[3 + group]))
 
 
+def test_lines_are_split_by_the_share_of_a_row():
+    """Over lines made up for it: nothing else makes lines that long in reasonable time."""
+    rows, q_blocks, k_blocks = 3, 5, 6
+    lines = rows * (3 * q_blocks + k_blocks)
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randint(0, 900, (lines,), generator=generator, dtype=torch.int32)
+    tiles[::4] = 5000
+    sizes = torch.stack([tiles, torch.zeros_like(tiles), tiles]).to(DEVICE)
+    ends = sizes[:2].cumsum(1, dtype=torch.int32)
+    items = torch.zeros(4, 4000, 8, dtype=torch.int32, device=DEVICE)
+    needs = torch.zeros(plan_module.NEEDS, dtype=torch.int32, device=DEVICE)
+    plan_module.work_kernel[1, 4](
+        sizes, ends, ends[0].contiguous(), items, needs,
+        lines, items.shape[1], rows, q_blocks, k_blocks, 0, CHUNK=32, ACROSS=128,
+    )  # fmt: skip
+    q, k = rows * q_blocks, rows * k_blocks
+    for group, total in enumerate(tiles.split([q, q, k, q])):
+        most = max(int(total.sum()) // ((64 if group < 2 else 40) * rows), 16)
+        assert most > 16
+        parts = [item[5] for item in items[group, : needs[7 + group]].tolist()]
+        assert sum(1 / number for number in parts) == pytest.approx(len(total))
+        expected = [max(-(-number // most), 1) for number in total.tolist()]
+        assert sorted(parts) == sorted(number for number in expected for _ in range(number))
+
+
+def test_too_many_rows_are_refused(monkeypatch):
+    monkeypatch.setattr(plan_module, "MOST_ROWS", 1)
+    with pytest.raises(ValueError, match="at most 1 rows, got 3"):
+        Plan(case("rows").structure.to(DEVICE))
+
+
 def test_two_plans_are_equal():
     packed = case("documents").structure.to(DEVICE)
     first, second = (Plan(packed).settle() for _ in range(2))

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors import safe_open
-from test_compile import SPARSE, _Static, batches, step
+from test_compile import SPARSE, SUMMARIES, AnySummaries, _Static, batches, step
 from test_resume import assert_same_run
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -208,6 +208,20 @@ def test_sharded_layers_are_compiled_once_as_whole_graphs(alone, recompute):
         for got, want in itertools.zip_longest(gradients, others):
             torch.testing.assert_close(whole(got), want, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_sharded_layers_are_compiled_once_for_any_number_of_summaries(alone, recompute):
+    model = MeloFormer(SPARSE, recompute)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_layers(backend=counter)
+    shard(model, alone)
+    for number, summaries in enumerate((SUMMARIES, 64, 80, 128, SUMMARIES)):
+        packed, ids = next(batches(1, summaries=summaries))
+        step(model, packed, ids, AnySummaries())
+        if not number:
+            first = counter.frame_count
+    assert counter.frame_count == first
 
 
 def test_one_process_has_nothing_to_share(data, tmp_path):

@@ -77,5 +77,16 @@ def test_second_gradients_are_refused():
         of_x.sum().backward()
 
 
-def test_opcheck():
-    torch.library.opcheck(torch.ops.meloformer.swiglu, (inputs((3, 16), torch.float32)[0].requires_grad_(),))
+@pytest.mark.parametrize("turned", [False, True])
+def test_opcheck(turned):
+    gate_up, gradient = inputs((8, 16), torch.float32)
+    gradient = gradient.contiguous()
+    if turned:
+        gate_up, gradient = gate_up.t().contiguous().t(), gradient.t().contiguous().t()
+    torch.library.opcheck(torch.ops.meloformer.swiglu, (gate_up.requires_grad_(),))
+    torch.library.opcheck(torch.ops.meloformer.swiglu_backward, (gate_up.detach(), gradient))
+
+
+def test_gate_and_up_of_different_widths_are_refused():
+    with pytest.raises(ValueError, match="got 7 of both"):
+        swiglu(torch.zeros(3, 7, device=DEVICE))

@@ -264,7 +264,7 @@ def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
         tmp_path / "run",
         max_seq_len=2304,
         gradient_accumulation_steps=1,
-        epochs=220,
+        epochs=300,
         learning_rate=3e-3,
         warmup_steps=20,
         weight_decay=0.0,

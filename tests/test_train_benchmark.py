@@ -9,6 +9,7 @@ import torch
 from benchmarks import train, train_run
 from benchmarks.compilations import counted
 from benchmarks.train_page import page
+from meloformer import stepper
 from meloformer.data import PackedSongs
 from meloformer.errors import UserError
 from meloformer.job import Job
@@ -208,6 +209,23 @@ def test_gpu_time_by_kinds_of_kernels():
     assert sparse == ["-", "13.0", "2.5", "158.0 |"] and dense == ["120.0", "-", "-", "236.0 |"]
     unknown = row("base", "triton", 24576, 1.0) | {"gpu_time": None}
     assert "GPU time of a step" not in page([of(unknown)], ["a.json"]).split("## What is what")[0]
+
+
+def test_a_later_row_of_the_same_replaces_a_failure():
+    failed = {key: value for key, value in row("base", "triton", 24576, 1.0, rows=1).items() if key in NAMED}
+    failed |= {"failed": "out of memory"}
+    measured = row("base", "triton", 24576, 600_000.0, rows=4)
+    assert "out of memory" not in page([of(failed), of(measured)], ["a.json", "b.json"])
+    assert "out of memory" in page([of(measured), of(failed)], ["a.json", "b.json"])
+
+
+def test_skipped_steps_are_no_figures(data, tmp_path, monkeypatch):
+    loss = stepper.next_token_loss
+    monkeypatch.setattr(stepper, "next_token_loss", lambda *a: (loss(*a)[0] * math.nan, loss(*a)[1]))
+    target = tmp_path / "page.md"
+    train.main([*QUICK, "--data_dir", str(data), "--output", str(target)])
+    (found,) = json.loads(target.with_suffix(".json").read_text())["rows"]
+    assert "a step was skipped" in found["failed"]
 
 
 def lines(text, title):
