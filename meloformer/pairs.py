@@ -4,6 +4,7 @@ Counted by totals over runs of tokens that share bar and instrument, instead of 
 loader can do it for every batch. The rule itself (`kernels/structure.py`) judges the result in the tests.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,10 +78,10 @@ def count_pairs(structure: Structure) -> Counts:
     local = has - globals_
     at = place * _INSTRUMENTS + inst
     admitted = _before(doc, globals_) + _before(doc * _INSTRUMENTS + inst, local)
-    of_bar, of_instrument = _histogram(place, local), _histogram(at, local)
+    of_bar, of_instrument = _totals(place, local), _totals(at, local)
     for distance in near_bars:
         if distance:
-            admitted += of_bar[place - distance] - of_instrument[at - distance * _INSTRUMENTS]
+            admitted += of_bar(place - distance) - of_instrument(at - distance * _INSTRUMENTS)
         else:
             admitted += _before(place, local) - _before(at, local)
     pairs += int((looks * admitted).sum())
@@ -120,8 +121,15 @@ def _before(key: np.ndarray, values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _histogram(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The sum of `values` [n, 4] for every key from 0 to the largest: [keys, 4]."""
-    flat = (4 * key[:, None] + np.arange(4)).ravel()
-    counts = np.bincount(flat, weights=values.ravel(), minlength=4 * (int(key.max()) + 1))
-    return counts.astype(np.int64).reshape(-1, 4)
+def _totals(key: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from keys to the sum of `values` [n, 4] over those with that key; 0 where there is none."""
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    first, sums = _runs(values[order], np.append(True, np.diff(ordered) != 0))
+    known = ordered[first]
+
+    def of(wanted: np.ndarray) -> np.ndarray:
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.where((known[at] == wanted)[:, None], sums[at], 0)
+
+    return of
