@@ -20,7 +20,7 @@ from meloformer.job import Job
 from meloformer.metrics import Meter, StepFigures
 from meloformer.model import DENSE, SIZES
 from meloformer.shards import ShardSet
-from meloformer.stepper import Ready, Stepper
+from meloformer.stepper import Stepper
 from meloformer.train_config import TrainConfig
 
 PARTS = ("data", "prepare", "forward", "backward", "optimizer")
@@ -76,20 +76,15 @@ class Run:
             spent[part] += (now - since) * 1e3 / number
             since = now
 
-        def in_turn() -> Iterator[Ready]:
-            # Made on the spot: this is all that the loader does.
-            for batch, _ in full_batches(self.data, self.config.batch_size, self.job):
+        batches = full_batches(self.data, self.config.batch_size, self.job)
+        for _ in range(number):
+            for i in range(1, self.config.gradient_accumulation_steps + 1):
+                batch, _ = next(batches)  # made on the spot: this is all that the loader does
                 done("data")
                 ready = self.stepper.prepare(batch)
                 ready.attention.settle()
                 done("prepare")
-                yield ready
-
-        batches = in_turn()
-        for _ in range(number):
-            for i in range(1, self.config.gradient_accumulation_steps + 1):
-                last = i == self.config.gradient_accumulation_steps
-                self.stepper.accumulate(next(batches), last, done)
+                self.stepper.accumulate(ready, i == self.config.gradient_accumulation_steps, done)
             self.stepper.update(self.config.learning_rate)
             done("optimizer")
         return spent
