@@ -3,11 +3,11 @@
 import re
 
 
-def table(heads: list[str], lines: list[list[str]]) -> str:
-    """The first column to the left, figures to the right."""
+def table(heads: list[str], lines: list[list[str]], left: int = 1) -> str:
+    """The first `left` columns to the left, figures to the right."""
     if not lines:
         return "Nothing was measured.\n"
-    aligned = ["---"] + ["---:"] * (len(heads) - 1)
+    aligned = ["---"] * left + ["---:"] * (len(heads) - left)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [heads, aligned, *lines])
 
 

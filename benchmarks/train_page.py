@@ -2,6 +2,7 @@
 
 from benchmarks.kernel_times import KINDS, OTHERS
 from benchmarks.machine import provenance
+from benchmarks.markdown import cell, table
 from meloformer.errors import UserError
 
 MEANINGS = """\
@@ -99,16 +100,16 @@ def _speed(rows: list[dict]) -> str:
             f"{row['parameters'] / 1e6:.1f}M",
             row["precision"],
             f"{row['tokens_per_s']:,.0f}",
-            _cell(_times(row, rows, "dense"), "{:.2f}"),
-            _cell(_times(row, rows, "flex"), "{:.2f}"),
-            _cell(row["mfu"], "{:.1%}"),
-            _cell(row["peak_gb"], "{:.1f}"),
+            cell(_times(row, rows, "dense"), "{:.2f}"),
+            cell(_times(row, rows, "flex"), "{:.2f}"),
+            cell(row["mfu"], "{:.1%}"),
+            cell(row["peak_gb"], "{:.1f}"),
             f"{row['data_wait']:.2%}",
             f"{row['step_ms']:.1f}",
         ]
         for row in rows
     ]
-    return "## Speed\n\n" + (_table(heads, lines) if lines else "Nothing was measured.\n")
+    return "## Speed\n\n" + _table(heads, lines)
 
 
 def _memory(rows: list[dict]) -> str:
@@ -126,10 +127,10 @@ def _memory(rows: list[dict]) -> str:
         lines.append(
             [
                 *_names(row),
-                _cell(row["peak_gb"], "{:.1f}"),
-                _cell(memory, "{:.0%}"),
+                cell(row["peak_gb"], "{:.1f}"),
+                cell(memory, "{:.0%}"),
                 f"{row['tokens_per_s']:,.0f}",
-                _cell(speed, "{:.0%}"),
+                cell(speed, "{:.0%}"),
             ]
         )
     heads = [*NAMES, "memory, GB", "of that of none", "tokens/s", "of those of none"]
@@ -148,8 +149,8 @@ def _scaling(rows: list[dict]) -> str:
                 [
                     *_names(row),
                     f"{row['tokens_per_s']:,.0f}",
-                    _cell(alone, "{:,.0f}"),
-                    _cell(times, "{:.2f}"),
+                    cell(alone, "{:,.0f}"),
+                    cell(times, "{:.2f}"),
                 ]
             )
     heads = [*NAMES, "tokens/s", "tokens/s of one GPU", "times one GPU"]
@@ -192,7 +193,7 @@ def _gpu_time(rows: list[dict]) -> str:
     lines = [
         [
             *_names(row),
-            *(_cell(row["gpu_time"]["kinds"].get(kind), "{:.1f}") for kind in kinds),
+            *(cell(row["gpu_time"]["kinds"].get(kind), "{:.1f}") for kind in kinds),
             f"{row['gpu_time']['busy_ms']:.1f}",
         ]
         for row in rows
@@ -233,10 +234,5 @@ def _times(row: dict, rows: list[dict], attention: str) -> float | None:
     return row["tokens_per_s"] / max(speeds) if speeds else None
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _table(heads: list[str], lines: list[list[str]]) -> str:
-    aligned = ["---"] * 2 + ["---:"] * (len(heads) - 2)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [heads, aligned, *lines])
+    return table(heads, lines, left=2)

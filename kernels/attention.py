@@ -34,8 +34,9 @@ PREFERRED_ELSEWHERE = ("reference",)
 class Backend(Protocol):
     """The attention of one batch. All that depends on the structure alone is done once, on creation.
 
-    It may have a method `settle`, see `Attention.settle`. The others get what `Attention` has checked: one
-    dtype, one device, scale 1/sqrt(D). A query that sees nothing yields exactly 0 and passes no gradient.
+    It may have a method `settle` and a flag `any_summaries`, see `Attention`. The others get what `Attention`
+    has checked: one dtype, one device, scale 1/sqrt(D). A query that sees nothing yields exactly 0 and passes
+    no gradient.
     """
 
     def __init__(self, structure: Structure) -> None: ...
