@@ -535,14 +535,19 @@ def save(step):
         tokenizer_json=vocab.to_json(), optimizer_state=optimizer.state_dict(), trainer={}, keep_last=1)
 
 delays = random.Random(0)
+begun = time.monotonic()
 save(0)
+took = time.monotonic() - begun
 latest = moments = 0
 for _ in range(kills):
+    before = os.listdir(root)
     child = os.fork()
     if child == 0:
         for step in range(latest, latest + 10_000):  # the first one replaces a checkpoint of its step
             save(step)
-    time.sleep(delays.random() * 0.08)
+    while os.listdir(root) == before and time.monotonic() - begun < 240:
+        time.sleep(0.001)  # until it saves, however busy the machine is
+    time.sleep(delays.random() * 4 * took)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     moments += any(name.startswith(".incomplete-") for name in os.listdir(root))
