@@ -109,6 +109,10 @@ def start_job(device: str) -> Job:
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        if "OMP_NUM_THREADS" not in os.environ:
+            # The loader's tensors are small: a team of threads for each would mostly wait for itself, and on
+            # a host with many cores and other runs longer than the GPU computes.
+            torch.set_num_threads(1)
     if world == 1:
         return Job(rank, world, chosen)
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
