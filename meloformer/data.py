@@ -7,7 +7,7 @@ samples back to back, as documents that attention never crosses.
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,9 +20,12 @@ from .kernels.structure import NEAR_BARS, Structure, summary_room
 from .pairs import Counts, count_pairs
 from .shards import ShardSet
 
+PACKING = 2  # what rows an epoch has: to be raised when that changes, so that no run goes on with others
 IGNORED = -100  # the target of a token that predicts nothing; cross_entropy's ignore_index
 _MAX_HEADER = 4  # CHORD, TS, CUT, BPM
 _OPEN_ROWS = 256
+_WINDOW = 512  # samples that are packed longest first: rows that they open can stay open until they are full
+_LENGTHS = 64  # classes of length that this tells apart: inside of one the order stays random
 _BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
 
 _Item = TypeVar("_Item")
@@ -179,7 +182,7 @@ class Batch:
     targets: [B, N] int64, the next token of the same document; -100 where there is none.
     structure: of [B, N] tokens and [B, M] summaries; M is 128, 256, 512, ... so that shapes are few.
     num_targets: targets that are not -100.
-    counts: tokens that are no padding, and pairs of them.
+    counts: tokens that are no padding, and pairs of them, over all rows.
     """
 
     ids: Tensor
@@ -250,17 +253,25 @@ class PackedSongs:
             seed=seed,
         )
         self._rows: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch last asked for
+        # Of each sample its `Counts`, 0 until it is first read: no pair reaches beyond a document.
+        self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
 
     def rows(self, epoch: int) -> list[np.ndarray]:
-        """The rows of an epoch: each the numbers of its samples (int64), in the order they stand."""
+        """The rows of an epoch: each the numbers of its samples (int64), in the order they stand.
+
+        Rows come in random order. What shares a row is random too, but for what fills rows: samples are
+        drawn at random, and of each `_WINDOW` of them the longer ones are packed before the shorter.
+        """
         if self._rows[0] != epoch:
             generator = np.random.Generator(_BIT_GENERATOR([self.seed, epoch]))
             order = generator.permutation(len(self.samples))
+            rank = -(self.samples.length[order] * _LENGTHS // self.max_seq_len)
+            order = order[np.lexsort((rank, np.arange(len(order)) // _WINDOW))]  # stable
             length, bars = self.samples.length[order], self.samples.bars[order]
             row = pack(length, bars, self.max_seq_len, self.max_bars)
             ends = np.cumsum(np.bincount(row))[:-1]
             rows = np.split(order[np.argsort(row, kind="stable")], ends) if len(row) else []
-            self._rows = (epoch, rows)
+            self._rows = (epoch, [rows[i] for i in generator.permutation(len(rows))])
         return self._rows[1]
 
     def rows_per_epoch(self, epoch: int) -> int:
@@ -275,6 +286,7 @@ class PackedSongs:
         targets = np.full(shape, IGNORED, np.int64)
         doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
         most_bars = num_targets = 0
+        counts = np.zeros(self._counts.shape[1], np.int64)
         for b, number in enumerate(rows):
             if number >= len(of_epoch):
                 continue
@@ -292,14 +304,28 @@ class PackedSongs:
             kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset
             most_bars = max(most_bars, int(self.samples.bars[numbers].sum()))
             num_targets += n - len(documents)
+            for sample, end, length in zip(numbers.tolist(), ends.tolist(), lengths.tolist()):
+                if not self._counts[sample].any():
+                    document = (fact[end - length : end] for fact in vars(scanned).values())
+                    self._counts[sample] = self._count(*document)
+            counts += self._counts[numbers].sum(0)
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=summary_room(most_bars),
             near_bars=self.near_bars,
         )
         return Batch(
-            torch.from_numpy(ids), torch.from_numpy(targets), structure, num_targets, count_pairs(structure)
+            torch.from_numpy(ids),
+            torch.from_numpy(targets),
+            structure,
+            num_targets,
+            Counts(*counts.tolist()),
         )
+
+    def _count(self, *document: np.ndarray) -> tuple[int, ...]:
+        bar, inst, kind, onset = (torch.from_numpy(fact)[None] for fact in document)
+        structure = Structure.build(torch.zeros_like(bar), bar, inst, kind, onset, near_bars=self.near_bars)
+        return astuple(count_pairs(structure))
 
     def require_samples(self) -> None:
         """Raises UserError if there is not a single sample."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from .checkpoint import Checkpoint, find_checkpoint, has_checkpoints, latest_checkpoint, load_checkpoint
+from .data import PACKING
 from .errors import UserError
 from .job import Job, restarted
 from .model import ModelConfig
@@ -29,6 +30,7 @@ def run_identity(
         "val_split": shards.val_split,
         **{name: getattr(config, name) for name in FIXED},
         "precision": precision,
+        "packing": PACKING,
         "rows_per_step": world * config.batch_size * config.gradient_accumulation_steps,
     }
 

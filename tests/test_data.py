@@ -15,6 +15,7 @@ from meloformer import data, facts, grammar, vocab
 from meloformer.compose import compose
 from meloformer.data import IGNORED, PackedSongs, State, pack, prefetch
 from meloformer.errors import UserError
+from meloformer.pairs import count_pairs
 from meloformer.shards import ShardSet
 from meloformer.tokenizer import HIDTokenizer
 
@@ -184,6 +185,25 @@ def test_pack_is_tight_and_fast():
     assert lengths.sum() / ((row.max() + 1) * 8192) > 0.93
 
 
+def test_rows_are_fuller_than_in_random_order_and_mixed_anew_in_every_epoch(tmp_path):
+    """Of songs of a quarter to three quarters of a row, as whole songs are."""
+    generator = np.random.default_rng(0)
+    bar = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
+    lengths = generator.integers(80, 250, 600)
+    songs = [np.array([vocab.BOS, *bar * length, vocab.EOS], np.uint16) for length in lengths]
+    shards = ShardSet(write_folder(tmp_path / "data", songs, (len(songs),), val_split=0.0))
+    packed_songs = packed(shards, max_seq_len=1000, max_bars=1000)
+    at_random = int(pack(packed_songs.samples.length, packed_songs.samples.bars, 1000, 1000).max()) + 1
+    together = []
+    for epoch in range(2):
+        rows = packed_songs.rows(epoch)
+        assert len(rows) < 0.98 * at_random
+        tokens = [int(packed_songs.samples.length[row].sum()) for row in rows]
+        assert abs(np.corrcoef(np.arange(len(rows)), tokens)[0, 1]) < 0.2, "rows are in random order"
+        together.append({tuple(sorted(row.tolist())) for row in rows})
+    assert len(together[0] & together[1]) < 0.5 * len(together[0])
+
+
 # --- batches --------------------------------------------------------------------------------------
 
 
@@ -230,6 +250,21 @@ def test_a_batch_says_what_its_rows_hold(shards):
         assert (batch.targets[b, at:] == IGNORED).all()
     assert several > 0
     assert batch.num_targets == (batch.targets != IGNORED).sum()
+
+
+def test_pairs_are_counted_in_every_epoch_but_found_once(shards, monkeypatch):
+    songs = packed(shards)
+    found = []
+
+    def count(structure):
+        found.append(structure)
+        return count_pairs(structure)
+
+    monkeypatch.setattr(data, "count_pairs", count)
+    for epoch in (0, 1):
+        batch = songs.batch(epoch, range(songs.rows_per_epoch(epoch)))
+        assert batch.counts == count_pairs(batch.structure)
+        assert len(found) == len(songs.samples)
 
 
 def test_rows_past_the_end_are_padding(shards):
