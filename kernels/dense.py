@@ -3,8 +3,8 @@
 What runs where:
 
 - CUDA in half precision: FlashAttention over all documents of all rows in one call. The boundaries are a
-  tensor, padded to a power of two of documents, and the longest document is rounded up to one, so that a
-  run has few shapes.
+  tensor of any length, and the longest document is said to be as long as a row, so that a run has one shape.
+  (Blocks beyond the end of a document return at once.)
 - elsewhere: PyTorch's fused attention, one document after the other.
 """
 
@@ -20,7 +20,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from .structure import Structure
 
 _HALF = (torch.float16, torch.bfloat16)
-_MIN_DOCUMENTS, _MIN_LONGEST = 8, 1024
 
 
 class CausalAttention:
@@ -39,14 +38,15 @@ class CausalAttention:
         begins[:, 1:] = doc[:, 1:] != doc[:, :-1]
         bounds = [*begins.flatten().nonzero()[:, 0].tolist(), doc.numel()]
         self._lengths = [stop - start for start, stop in pairwise(bounds)]
-        self._longest = max(_MIN_LONGEST, _power_of_two(max(self._lengths)))
-        missing = max(_MIN_DOCUMENTS, _power_of_two(len(self._lengths))) - len(self._lengths)
-        padded = torch.tensor(bounds + [doc.numel()] * missing, dtype=torch.int32)
-        self._bounds = padded.to(doc.device if device is None else device)
+        self._longest = doc.shape[1]
+        self._bounds = torch.tensor(
+            bounds, dtype=torch.int32, device=doc.device if device is None else device
+        )
         self._varlen = _causal_varlen()
 
     def settle(self) -> "CausalAttention":
-        """Does nothing, as nothing was left to do; other attentions have it, see `attention.Attention`."""
+        """Call it before a compiled model gets this, which then serves any number of documents."""
+        torch._dynamo.maybe_mark_dynamic(self._bounds, 0)
         return self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,8 +73,3 @@ def _causal_varlen() -> Callable[..., Tensor]:
     # PyTorch 2.10 has a flag for what is a window since.
     flag = "is_causal" in inspect.signature(varlen_attn).parameters
     return partial(varlen_attn, **({"is_causal": True} if flag else {"window_size": (-1, 0)}))
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is not below n."""
-    return 1 << (n - 1).bit_length()
