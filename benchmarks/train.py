@@ -75,11 +75,20 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
 
 
 def compose_shards(count: int, folder: Path) -> Path:
-    """Shards of composed songs of 40 to 200 bars, all for training."""
+    """Shards of composed songs of 40 to 200 bars, all for training; those that an earlier run left there.
+
+    Raises:
+        UserError: it left another number of songs.
+    """
+    if (folder / "shards").is_dir():
+        shards = ShardSet(folder / "shards")
+        if len(shards) != count:
+            raise UserError(f"{folder} has {len(shards)} composed songs: give --songs {len(shards)}")
+        return folder / "shards"
     from meloformer import preprocess
     from meloformer.compose import compose  # needs miditoolkit, shards do not
 
-    (folder / "midi").mkdir()
+    (folder / "midi").mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         bars = COMPOSED_BARS[37 * seed % len(COMPOSED_BARS)]
         compose(seed, bars=bars).dump(folder / "midi" / f"{seed}.mid")
@@ -138,7 +147,13 @@ def make_parser() -> cli.Parser:
     )
     add("--steps", type=cli.positive_int, default=20, help="steps that count")
     add("--data_dir", type=Path, help="shards by meloformer.preprocess; without it songs are composed")
-    add("--songs", type=cli.positive_int, default=48, help="how many to compose")
+    add(
+        "--songs",
+        type=cli.positive_int,
+        default=160,
+        help="how many to compose: of fewer, less can fill the rows",
+    )
+    add("--keep_songs", type=Path, metavar="FOLDER", help="keep them here, and take those that are here")
     add("--output", type=Path, default=Path("runs/training.md"), help="the page; a JSON file goes beside it")
     add("--from", nargs="+", type=Path, dest="sources", metavar="JSON", help="make the page of these alone")
     return parser
@@ -166,7 +181,8 @@ def _measure_and_publish(args: argparse.Namespace, job: Job) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data_dir
         if folder is None:  # process 0 makes them for all, who are on the same machine
-            folder = Path(job.lead_does(lambda: str(compose_shards(args.songs, Path(scratch)))))
+            kept = args.keep_songs or Path(scratch)
+            folder = Path(job.lead_does(lambda: str(compose_shards(args.songs, kept))))
         result = measure_all(args, folder, job, path)
         job.lead_does(lambda: _publish([result], [path], args.output))
 

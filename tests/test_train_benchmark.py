@@ -9,7 +9,7 @@ import torch
 from benchmarks import train, train_run
 from benchmarks.compilations import counted
 from benchmarks.train_page import page
-from meloformer import stepper
+from meloformer import compose, stepper
 from meloformer.data import PackedSongs
 from meloformer.errors import UserError
 from meloformer.job import Job
@@ -63,12 +63,18 @@ def test_without_data_songs_are_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "COMPOSED_BARS", [4])
     target = tmp_path / "page.md"
     again = ["--checkpoint_activations", "none,layer"]
-    train.main([*QUICK, *again, "--attention", "dense", "--songs", "2", "--output", str(target)])
+    kept = ["--keep_songs", str(tmp_path / "kept")]
+    train.main([*QUICK, *again, "--attention", "dense", "--songs", "2", "--output", str(target), *kept])
     rows = json.loads(target.with_suffix(".json").read_text())["rows"]
     assert [row["checkpoint_activations"] for row in rows] == ["none", "layer"]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
     text = target.read_text()
     assert "2 composed songs" in text and "## Memory and speed by what is computed again" in text
+
+    monkeypatch.setattr(compose, "compose", None)  # nothing is composed any more
+    assert train.compose_shards(2, tmp_path / "kept") == tmp_path / "kept" / "shards"
+    with pytest.raises(UserError, match="has 2 composed songs"):
+        train.compose_shards(3, tmp_path / "kept")
 
 
 def measured(monkeypatch, error, most_rows=0):
