@@ -150,12 +150,18 @@ class Stepper:
         gradients = [local(parameter.grad) for parameter in self.model.parameters()]
         torch._foreach_mul_(gradients, (self._job.world / sums[1]).float())
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
-        nats, targets, tokens, flops, *any_flags, norm = torch.cat([sums, norm.double()[None]]).tolist()
+        told = _told(torch.cat([sums, norm.double()[None]]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        ahead = self._job.device.type == "cuda" and not self.sharded
+        if ahead:
+            # The device judges for itself, by the rule of the guard, while the host is still to be told.
+            self.optimizer.found_inf = (~(sums[0] + norm).isfinite()).float()
+            self.optimizer.step()
+        nats, targets, tokens, flops, *any_flags, norm = told()
         loss = nats / targets
         taken = self.guard.admits(loss, norm)
-        if taken:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        if taken and not ahead:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = self._no_sums()
@@ -193,3 +199,19 @@ class Stepper:
     def _no_sums(self) -> Tensor:
         # nats, targets, tokens, floating-point operations
         return torch.zeros(4, dtype=torch.float64, device=self._job.device)
+
+
+def _told(numbers: Tensor) -> Callable[[], list[float]]:
+    """A function that waits for the numbers, but not for what the device is given to do after this call."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait

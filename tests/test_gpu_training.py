@@ -193,6 +193,30 @@ def test_the_benchmark_counts_compilations_and_memory(data, tmp_path, monkeypatc
         assert row["compiled_later"] == {"graphs": 0, "kernels": 0}
 
 
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(data, tmp_path):
+    """The optimizer is started before the host knows."""
+    stepper = make_stepper(data, tmp_path, "triton", LOW, compile=False)
+    batch = make_batch(0, LENGTH, SUMMARIES, (0, 33, 128))
+    parameters = dict(stepper.model.named_parameters())
+
+    def step(spoil: bool):
+        stepper.accumulate(stepper.prepare(batch), last=True)
+        if spoil:
+            parameters["layers.1.qkv_r.weight"].grad[3, 4] = torch.inf
+        figures, flags = stepper.update(1e-3, True, False)
+        assert flags == [True, False] and figures.taken != spoil
+        return figures
+
+    first = step(spoil=False)
+    before = {name: weight.detach().clone() for name, weight in parameters.items()}
+    step(spoil=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in parameters.items())
+    assert {int(state["step"]) for state in stepper.optimizer.state.values()} == {1}
+    assert stepper.guard.skipped == 1
+    assert step(spoil=False).loss < first.loss
+    assert {int(state["step"]) for state in stepper.optimizer.state.values()} == {2}
+
+
 def on_gpus(data, **changes) -> list[str]:
     settings = {"model_size": "base", "attention": "triton", "device": "cuda", "precision": "fp32"}
     return arguments(data, **settings, **changes)
