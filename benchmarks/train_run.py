@@ -14,7 +14,7 @@ from benchmarks.kernel_times import kernel_times
 from meloformer.data import Batch, PackedSongs, State
 from meloformer.errors import UserError
 from meloformer.estimate import is_out_of_memory, out_of_memory
-from meloformer.feed import feed
+from meloformer.feed import Feed
 from meloformer.flops import peak_flops
 from meloformer.job import Job
 from meloformer.metrics import Meter, StepFigures
@@ -43,12 +43,13 @@ class Run:
         peak = peak_flops(job.device)
         self.meter = Meter(peak and job.world * peak)
         batches = full_batches(self.data, config.batch_size, job)
-        self.fed = feed(batches, self.stepper.prepare, job.device, self.meter)
+        self.fed = Feed(batches, self.stepper.prepare, job.device, self.meter)
 
     def step(self) -> StepFigures:
         number = self.config.gradient_accumulation_steps
         for i in range(1, number + 1):
             self.stepper.accumulate(next(self.fed)[0], last=i == number)
+            self.fed.look_ahead()
         return self.stepper.update(self.config.learning_rate)[0]
 
     def steps(self, number: int) -> dict:

@@ -1,13 +1,12 @@
 """Batches on their way to the device, ahead of time, so that it never waits for one.
 
 The loader's thread puts a batch into memory that a GPU copies from by itself. While the GPU computes on a
-batch, the next one's copies and the plan of its attention stand in its queue already, so that nobody has to
+batch, the next one's copies and the plan of its attention go into its queue already, so that nobody has to
 wait for what the plan turned out to need.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,25 +16,49 @@ from .metrics import Meter
 _Ready = TypeVar("_Ready")
 
 
-def feed(
-    batches: Iterable[tuple[Batch, State]],
-    prepare: Callable[[Batch], _Ready],
-    device: torch.device,
-    meter: Meter,
-) -> Iterator[tuple[_Ready, State]]:
-    """What `prepare` makes of each batch, called when the one before it is handed out, and its state.
+class Feed(Generic[_Ready]):
+    """An iterator over what `prepare` makes of each batch, and the state after it.
 
-    The meter counts the time in which the loader is waited for.
+    Call `look_ahead` when the device has got its work on a batch, before the host waits for that: then the
+    next batch is prepared behind that work. Without it a batch is prepared when it is asked for.
+
+    Close it in the end, which ends the loader's thread.
+
+    Args:
+        meter: which counts the time in which the loader is waited for.
     """
-    last: tuple[_Ready, State] | None = None
-    with closing(prefetch(_staged(batches, device))) as loaded:  # the thread ends with the feed, not later
-        for batch, after in meter.waiting(loaded):
-            ready = prepare(batch), after
-            if last is not None:
-                yield last
-            last = ready
-    if last is not None:
-        yield last
+
+    def __init__(
+        self,
+        batches: Iterable[tuple[Batch, State]],
+        prepare: Callable[[Batch], _Ready],
+        device: torch.device,
+        meter: Meter,
+    ):
+        self._prepare = prepare
+        self._loaded = prefetch(_staged(batches, device))
+        self._waited_for = meter.waiting(self._loaded)
+        self._ahead: tuple[_Ready, State] | None = None
+
+    def __iter__(self) -> "Feed[_Ready]":
+        return self
+
+    def __next__(self) -> tuple[_Ready, State]:
+        self.look_ahead()
+        if self._ahead is None:
+            raise StopIteration
+        ready, self._ahead = self._ahead, None
+        return ready
+
+    def look_ahead(self) -> None:
+        """Prepare the batch that comes next, if there is one and it is not prepared yet."""
+        if self._ahead is None:
+            for batch, after in self._waited_for:
+                self._ahead = self._prepare(batch), after
+                return
+
+    def close(self) -> None:
+        self._loaded.close()
 
 
 def _staged(batches: Iterable[tuple[Batch, State]], device: torch.device) -> Iterator[tuple[Batch, State]]:

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from . import vocab
 from .checkpoint import save_checkpoint
 from .data import PackedSongs, State
 from .errors import DivergedError
-from .feed import feed
+from .feed import Feed
 from .flops import peak_flops
 from .job import Job
 from .metrics import Meter, bar_fields
@@ -28,7 +29,7 @@ from .resume import load_for_resume, run_identity
 from .run_log import RunLog
 from .samples import write_sample
 from .shards import ShardSet, write_json
-from .stepper import Stepper
+from .stepper import Ready, Stepper
 from .summary import describe, write_summary
 from .train_config import CONFIG, TrainConfig, save_config
 from .validation import validate
@@ -180,6 +181,7 @@ class Trainer:
         describe(self)
 
     def _loop(self, bar: tqdm) -> str | None:
+        """What asked for a stop, if anything did."""
         config, job, stepper = self.config, self.job, self.stepper
         if self.due:
             stops, val_loss = self._catch_up(bar)
@@ -190,15 +192,21 @@ class Trainer:
             self.state, config.batch_size, rank=job.rank, world=job.world, stop_epoch=config.epochs
         )
         finished = config.max_steps is not None and self.step >= config.max_steps
+        self.meter.restart()
+        with closing(Feed([] if finished else batches, stepper.prepare, job.device, self.meter)) as fed:
+            return self._take_steps(fed, bar)
+
+    def _take_steps(self, fed: Feed[Ready], bar: tqdm) -> str | None:
+        config, job, stepper = self.config, self.job, self.stepper
         saved_at = time.monotonic()
         in_step = 0
         stepper.seed(self.step)
-        self.meter.restart()
-        for batch, after in feed([] if finished else batches, stepper.prepare, job.device, self.meter):
+        for batch, after in fed:
             in_step += 1
             epoch_ends = after.epoch != self.state.epoch
             last = epoch_ends or in_step == config.gradient_accumulation_steps
             stepper.accumulate(batch, last)
+            fed.look_ahead()
             if not last:
                 continue
             in_step = 0

@@ -323,9 +323,25 @@ def test_order_is_free_of_the_number_of_processes(shards, world):
     assert len({len(steps) for steps in ranks} | {len(alone)}) == 1
     for step, (batch, state) in enumerate(alone):
         assert {steps[step][1] for steps in ranks} == {state}
-        together = torch.cat([steps[step][0].ids for steps in ranks])
-        assert torch.equal(batch.ids, together)
+        together = [row for steps in ranks for row in steps[step][0].ids.tolist()]
+        assert sorted(batch.ids.tolist()) == sorted(together)
         assert batch.tokens == sum(steps[step][0].tokens for steps in ranks)
+
+
+def test_processes_have_about_as_much_to_do(tmp_path):
+    """Of rows of one song each, of very different lengths, and of padding."""
+    generator = np.random.default_rng(0)
+    bar = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
+    songs = [np.array([vocab.BOS, *bar * n, vocab.EOS], np.uint16) for n in generator.integers(200, 330, 61)]
+    shards = ShardSet(write_folder(tmp_path / "data", songs, (len(songs),), val_split=0.0))
+    packed_songs = packed(shards, max_seq_len=1000, max_bars=1000)
+    assert packed_songs.rows_per_epoch(0) == 61
+    ranks = [list(packed_songs.batches(State(), 4, rank=r, world=4, stop_epoch=1)) for r in range(4)]
+    for step in zip(*ranks):
+        pairs = [batch.counts.causal_pairs for batch, _ in step]
+        assert max(pairs) < 1.1 * np.mean(pairs)
+    (rows_of_last,) = {len(fingerprint(batch)) for batch, _ in step[:-1]}
+    assert rows_of_last == 3 and len(fingerprint(step[-1][0])) in (3, 4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meloformer.data import PackedSongs, State
-from meloformer.feed import feed
+from meloformer.feed import Feed
 from meloformer.metrics import Meter
 from meloformer.shards import ShardSet
 
@@ -14,15 +14,19 @@ def packed(data) -> PackedSongs:
     return PackedSongs(ShardSet(data), "train", max_seq_len=512, max_bars=100)
 
 
-def test_the_next_batch_is_prepared_before_one_is_handed_out(packed):
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_a_batch_is_prepared_when_it_is_looked_for(packed, looks_ahead):
     made = []
-    fed = feed(
+    fed = Feed(
         packed.batches(State(), 1, stop_epoch=1), lambda b: made.append(b) or b, torch.device("cpu"), Meter()
     )
     expected = list(packed.batches(State(), 1, stop_epoch=1))
     for number, ((batch, after), (same, state)) in enumerate(zip(fed, expected, strict=True), 1):
         assert torch.equal(batch.ids, same.ids) and after == state
-        assert len(made) == min(number + 1, len(expected))
+        assert len(made) == number
+        for _ in range(2 * looks_ahead):  # the second one finds it done
+            fed.look_ahead()
+            assert len(made) == min(number + 1, len(expected))
 
 
 def test_errors_of_the_loader_and_of_preparing_come_through(packed):
@@ -31,16 +35,16 @@ def test_errors_of_the_loader_and_of_preparing_come_through(packed):
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        list(feed(broken(), lambda batch: batch, torch.device("cpu"), Meter()))
+        list(Feed(broken(), lambda batch: batch, torch.device("cpu"), Meter()))
     with pytest.raises(ZeroDivisionError):
-        list(feed(broken(), lambda batch: 1 / 0, torch.device("cpu"), Meter()))
+        list(Feed(broken(), lambda batch: 1 / 0, torch.device("cpu"), Meter()))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_are_pinned_for_a_gpu(packed):
     device = torch.device("cuda", 0)
-    for batch, _ in feed(packed.batches(State(), 2, stop_epoch=1), lambda b: b, device, Meter()):
+    for batch, _ in Feed(packed.batches(State(), 2, stop_epoch=1), lambda b: b, device, Meter()):
         assert batch.ids.is_pinned() and batch.targets.is_pinned() and batch.structure.doc.is_pinned()
         assert batch.to(device, non_blocking=True).structure.summary_doc.device == device
 
@@ -55,7 +59,7 @@ def test_the_loader_ends_with_the_feed(packed):
         return waiting[0]
 
     meter.waiting = kept
-    fed = feed(source, lambda batch: batch, torch.device("cpu"), meter)
+    fed = Feed(source, lambda batch: batch, torch.device("cpu"), meter)
     next(fed)
     fed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
