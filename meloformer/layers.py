@@ -7,6 +7,7 @@ E model width. `s_` and `r_` are the summary and the regular stream.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,6 +38,19 @@ class Rotary:
         return x_BNPHD * self.cos_BN11D + turned_BNPHD * self.sin_BN11D
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * gain (Zhang and Sennrich, 2019, arXiv:1910.07467), in the dtype of x.
+
+    PyTorch's own takes another eps for each dtype, and no gain of another dtype than x.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=torch.finfo(torch.float32).eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SwiGLU(nn.Module):
     """(silu(x W1) * x W2) W3 (Shazeer, 2020, arXiv:2002.05202)."""
 
@@ -55,7 +69,7 @@ class _FeedsForward(nn.Module):
     With `recompute_ffn` that part keeps its input alone for the backward, which computes the rest again.
     """
 
-    norm_ffn: nn.RMSNorm
+    norm_ffn: RMSNorm
     ffn: SwiGLU
     recompute_ffn = False
 
@@ -80,13 +94,13 @@ class Layer(_FeedsForward):
     def __init__(self, dim: int, heads: int, ffn: int, last: bool):
         super().__init__()
         self.heads = heads
-        self.norm_s, self.norm_r = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_s, self.norm_r = RMSNorm(dim), RMSNorm(dim)
         self.qkv_s = nn.Linear(dim, 3 * dim, bias=False)
         self.qkv_r = nn.Linear(dim, 3 * dim, bias=False)
         self.kv2 = nn.Linear(dim, 2 * dim, bias=False)
         self.out_s = None if last else nn.Linear(dim, dim, bias=False)
         self.out_r = nn.Linear(dim, dim, bias=False)
-        self.norm_ffn = nn.RMSNorm(dim)
+        self.norm_ffn = RMSNorm(dim)
         self.ffn = SwiGLU(dim, ffn)
 
     def forward(
@@ -117,7 +131,7 @@ class DenseLayer(_FeedsForward):
     def __init__(self, dim: int, heads: int, ffn: int):
         super().__init__()
         self.heads = heads
-        self.norm_r, self.norm_ffn = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_r, self.norm_ffn = RMSNorm(dim), RMSNorm(dim)
         self.qkv_r = nn.Linear(dim, 3 * dim, bias=False)
         self.out_r = nn.Linear(dim, dim, bias=False)
         self.ffn = SwiGLU(dim, ffn)

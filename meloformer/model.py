@@ -17,7 +17,7 @@ from .kernels import Structure, make_attention
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
 from .kernels.structure import NEAR_BARS, NO_INSTRUMENT
-from .layers import DenseLayer, Layer, Rotary, recomputed
+from .layers import DenseLayer, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
 DENSE = "dense"  # names the attention of a model without summaries, as backends name those with them
@@ -97,7 +97,7 @@ class MeloFormer(nn.Module):
             self.layers = nn.ModuleList(Layer(*shape, last=i == last) for i in range(config.layers))
         for layer in self.layers:
             layer.recompute_ffn = recompute == "ffn"
-        self.norm_out = nn.RMSNorm(config.dim)
+        self.norm_out = RMSNorm(config.dim)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -162,7 +162,10 @@ class MeloFormer(nn.Module):
         if isinstance(attention, str):
             attention = self.attention_for(structure, attention)
 
+        # Streams are in the dtype that products are computed in: between layers nothing is done but to add
+        # and to norm, both bound by memory.
         r_BNE = self.token_embedding(ids_BN) + self.instrument_embedding(structure.inst)
+        r_BNE = r_BNE.to(self._compute_dtype())
         recomputes = self.recompute == "layer" and torch.is_grad_enabled()
         run = recomputed if recomputes else _run
         rotary_r = self._rotary(structure.position)
@@ -170,17 +173,21 @@ class MeloFormer(nn.Module):
             for layer in self.layers:
                 r_BNE = run(layer, r_BNE, attention, rotary_r)
         else:
-            s_BME = self.summary_embedding.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
+            s_BME = self.summary_embedding.to(r_BNE.dtype)
+            s_BME = s_BME.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
             rotary_s = self._rotary(structure.summary_position)
             for layer in self.layers:
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
         return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
 
     def _rotary(self, position_BN: Tensor) -> Rotary:
-        device, dtype = position_BN.device.type, self.token_embedding.weight.dtype
+        return Rotary(position_BN, self.config.head_dim, self.config.rope_theta, self._compute_dtype())
+
+    def _compute_dtype(self) -> torch.dtype:
+        device = self.device.type
         if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return Rotary(position_BN, self.config.head_dim, self.config.rope_theta, dtype)
+            return torch.get_autocast_dtype(device)
+        return self.token_embedding.weight.dtype
 
     def num_parameters(self) -> int:
         """Parameters, the tied embedding counted once."""
