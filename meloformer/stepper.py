@@ -33,10 +33,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ready(NamedTuple):
-    """A batch on the device, and its attention."""
+    """A batch on the device, its attention, and what a stream waits for before it uses them."""
 
     batch: Batch
     attention: Attention | CausalAttention
+    made: torch.cuda.Event | None = None
 
 
 class Stepper:
@@ -75,6 +76,9 @@ class Stepper:
                 self.model, device_ids=[job.device.index] if job.device.type == "cuda" else None
             )
         self._sums = self._no_sums()
+        self._aside = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self._current: Ready | None = None
+        self._begun: torch.cuda.Event | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -88,7 +92,18 @@ class Stepper:
         return can if self._config.compile is None else self._config.compile
 
     def prepare(self, batch: Batch) -> Ready:
-        """A batch for `accumulate`. Waits for the device only if the batch is there already."""
+        """A batch for `accumulate`. Waits for the device only if the batch is there already.
+
+        A GPU does this beside its work on the batch before.
+        """
+        if self._aside is None:
+            return self._prepare(batch)
+        if self._begun is not None:  # memory that was freed since is then in use no more
+            self._aside.wait_event(self._begun)
+        with torch.cuda.stream(self._aside):
+            return self._prepare(batch)._replace(made=self._aside.record_event())
+
+    def _prepare(self, batch: Batch) -> Ready:
         moved = batch.to(self._job.device, non_blocking=True)
         # A dense model asks where documents end: of the batch on the host, since the device would stall.
         structure = batch.structure if self.model.config.dense else moved.structure
@@ -96,10 +111,12 @@ class Stepper:
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, N, V]. If the state is sharded, all processes must ask at once; else there is no exchange."""
-        return self._forward(self.model, self.prepare(batch))
+        return self._forward(self.model, self._prepare(batch))
 
     def _forward(self, model: torch.nn.Module, ready: Ready) -> Tensor:
-        batch, attention = ready
+        batch, attention, made = ready
+        if made is not None:
+            torch.cuda.current_stream(self._job.device).wait_event(made)
         attention.settle()  # here, for in a compiled model it could not wait
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
@@ -120,6 +137,9 @@ class Stepper:
         called after each part: "forward", "backward".
         """
         batch = ready.batch
+        if self._aside is not None:
+            self._begun = torch.cuda.current_stream(self._job.device).record_event()
+            self._current = ready  # held until there is an event behind all work on it
         with self._exchange(last):
             logits = self._forward(self.parallel, ready)
             nats, targets = next_token_loss(logits, batch.targets, self._compiled)

@@ -130,6 +130,31 @@ def test_nothing_is_compiled_after_warm_up_over_fifty_batches(data, tmp_path, at
     assert varied_enough, "batches are not as varied as the test means"
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+def test_batches_that_are_prepared_beside_others_are_the_same(data, tmp_path, batches):
+    """Memory of a batch must not be taken for the next ones while the GPU still works with it."""
+
+    def found(aside):
+        stepper = make_stepper(data, tmp_path, "triton", "fp32", compile=False)
+        prepare = stepper.prepare if aside else stepper._prepare
+        made, ahead, losses = iter(varied(24)), None, []
+        for number in range(24):
+            ready = ahead or prepare(next(made))
+            stepper.accumulate(ready, last=(number + 1) % batches == 0)
+            del ready  # the loop's last hold on it
+            ahead = prepare(next(made)) if aside and number < 23 else None
+            if (number + 1) % batches == 0:
+                losses.append(stepper.update(1e-2)[0].loss)
+            if not aside:
+                torch.cuda.synchronize()
+        return losses
+
+    expected = found(aside=False)
+    assert expected[-1] < expected[0] - 0.5
+    for _ in range(3):
+        assert found(aside=True) == pytest.approx(expected, rel=1e-4)
+
+
 def logits_and_gradients(stepper: Stepper, batch: Batch) -> dict[str, torch.Tensor]:
     found = {"logits": stepper.logits(batch).detach().float()}
     stepper.accumulate(stepper.prepare(batch), last=True)
