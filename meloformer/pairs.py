@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .kernels.structure import DRUMS, NO_INSTRUMENT, Kind, Structure
+from .kernels.structure import DRUMS, KIND_RULES, NO_INSTRUMENT, Kind, Structure, kinds_seen
 
-# Tokens that the kind rule treats alike, and which of these classes a token of each sees whatever its onset.
-_STRUCTURAL, _ONSET_PITCH, _LENGTH, _VELOCITY = range(4)
-_CLASS = np.zeros(len(Kind), np.int64)
-_CLASS[[Kind.T, Kind.P, Kind.L, Kind.V]] = _ONSET_PITCH, _ONSET_PITCH, _LENGTH, _VELOCITY
-_SEES = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]], np.int64)
+_ONE_HOT = np.eye(len(Kind), dtype=np.int64)
+# By kind rule, [query, key]: whether a token of a kind sees one of another whatever their onsets.
+_SEES = {
+    name: np.array([[mask >> key & 1 for key in Kind] for mask in kinds_seen(name)], np.int64)
+    for name in KIND_RULES
+}
 _INSTRUMENTS = max(DRUMS, NO_INSTRUMENT) + 1
 
 
@@ -60,21 +61,22 @@ def count_pairs(structure: Structure) -> Counts:
     bars = np.add.reduceat(bar_begins, first)
     earlier_bars = np.cumsum(bar_begins) - 1 - (np.cumsum(bars) - bars)[doc]
 
-    kind_class = _CLASS[kind]
-    one_hot = np.eye(4, dtype=np.int64)[kind_class]
+    sees = _SEES[structure.kind_rule]
+    one_hot = _ONE_HOT[kind]
     total = np.cumsum(one_hot, axis=0)
     run_begins = bar_begins | np.append(True, np.diff(inst) != 0)
 
-    # Pairs inside a run: the bar rule holds, and the kind rule by classes or else by the onset.
+    # Pairs inside a run: the bar rule holds, and the kind rule by kinds or else by the onset.
     run, has = _runs(one_hot, run_begins)
-    looks = has @ _SEES  # queries of each run that see a class
-    pairs = _within(_SEES[kind_class], total, looks, has)
+    looks = has @ sees  # queries of each run that see a kind
+    seen = sees[kind]
+    pairs = _within(seen, total, looks, has)
     _, sharing = _runs(one_hot, run_begins | np.append(True, np.diff(onset) != 0))
-    pairs += _within(1 - _SEES[kind_class], total, sharing @ (1 - _SEES), sharing)
+    pairs += _within(1 - seen, total, sharing @ (1 - sees), sharing)
 
-    # Pairs of different runs: what the bar rule admits, by class. Onsets do not reach beyond a run.
+    # Pairs of different runs: what the bar rule admits, by kind. Onsets do not reach beyond a run.
     doc, place, inst = doc[run], place[run], inst[run]
-    globals_ = np.where((inst == NO_INSTRUMENT)[:, None], has * np.eye(4, dtype=np.int64)[_STRUCTURAL], 0)
+    globals_ = np.where((inst == NO_INSTRUMENT)[:, None], has * _ONE_HOT[Kind.STRUCTURAL], 0)
     local = has - globals_
     at = place * _INSTRUMENTS + inst
     admitted = _before(doc, globals_) + _before(doc * _INSTRUMENTS + inst, local)
@@ -96,22 +98,22 @@ def count_pairs(structure: Structure) -> Counts:
 
 
 def _runs(values: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first index of every run, and the sum of `values` [n, 4] over it."""
+    """The first index of every run, and the sum of `values` [n, kinds] over it."""
     first = np.flatnonzero(begins)
     return first, np.add.reduceat(values, first)
 
 
 def _within(sees: np.ndarray, total: np.ndarray, looks: np.ndarray, has: np.ndarray) -> int:
-    """Pairs of a token and one of a class it sees (`sees` [n, 4]), not after it in the same run.
+    """Pairs of a token and one of a kind it sees (`sees` [n, kinds]), not after it in the same run.
 
-    `total` [n, 4] counts the classes up to each token; `has`, `looks` [runs, 4] are a run's own tokens of a
-    class, and those that see it.
+    `total` [n, kinds] counts the kinds up to each token; `has`, `looks` [runs, kinds] are a run's own tokens
+    of a kind, and those that see it.
     """
-    return int((sees * total).sum() - (looks * (np.cumsum(has, axis=0) - has)).sum())
+    return int(np.vdot(sees, total) - np.vdot(looks, np.cumsum(has, axis=0) - has))
 
 
 def _before(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each i the sum of `values` [n, 4] over j < i with an equal key."""
+    """For each i the sum of `values` [n, kinds] over j < i with an equal key."""
     order = np.argsort(key, kind="stable")
     moved = values[order]
     total = np.cumsum(moved, axis=0) - moved
@@ -122,7 +124,7 @@ def _before(key: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _totals(key: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from keys to the sum of `values` [n, 4] over those with that key; 0 where there is none."""
+    """A function from keys to the sum of `values` [n, kinds] over those with that key, or 0."""
     order = np.argsort(key, kind="stable")
     ordered = key[order]
     first, sums = _runs(values[order], np.append(True, np.diff(ordered) != 0))
