@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import facts, vocab
 from .errors import UserError
-from .kernels.structure import NEAR_BARS, Structure, summary_room
+from .kernels.structure import KIND_RULE, NEAR_BARS, Structure, summary_room
 from .pairs import Counts, count_pairs
 from .shards import ShardSet
 
@@ -222,7 +222,7 @@ class PackedSongs:
         max_samples: use only that many samples, drawn by `seed`.
         seed: of the order, not negative. The rows of an epoch follow from (seed, epoch) and the
             arguments above.
-        near_bars: handed on to `Structure`.
+        near_bars, kind_rule: handed on to `Structure`.
 
     Attributes:
         samples: the `Samples` found; it tells what was skipped.
@@ -238,9 +238,11 @@ class PackedSongs:
         max_samples: int | None = None,
         seed: int = 0,
         near_bars: tuple[int, ...] = NEAR_BARS,
+        kind_rule: str = KIND_RULE,
     ):
         self.shards, self.split = shards, split
-        self.max_seq_len, self.max_bars, self.seed, self.near_bars = max_seq_len, max_bars, seed, near_bars
+        self.max_seq_len, self.max_bars, self.seed = max_seq_len, max_bars, seed
+        self.near_bars, self.kind_rule = near_bars, kind_rule
         self.samples = find_samples(
             shards,
             shards.split(split),
@@ -296,6 +298,7 @@ class PackedSongs:
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=summary_room(most_bars),
             near_bars=self.near_bars,
+            kind_rule=self.kind_rule,
         )
         return Batch(
             torch.from_numpy(ids), torch.from_numpy(targets), structure, num_targets, count_pairs(structure)

@@ -15,6 +15,7 @@ from meloformer import data, facts, grammar, vocab
 from meloformer.compose import compose
 from meloformer.data import IGNORED, PackedSongs, State, pack, prefetch
 from meloformer.errors import UserError
+from meloformer.pairs import count_pairs
 from meloformer.shards import ShardSet
 from meloformer.tokenizer import HIDTokenizer
 
@@ -230,6 +231,13 @@ def test_a_batch_says_what_its_rows_hold(shards):
         assert (batch.targets[b, at:] == IGNORED).all()
     assert several > 0
     assert batch.num_targets == (batch.targets != IGNORED).sum()
+
+
+@pytest.mark.parametrize("kind_rule", ["next", "any"])
+def test_a_batch_has_the_kind_rule_asked_for(shards, kind_rule):
+    batch = packed(shards, kind_rule=kind_rule).batch(0, range(2))
+    assert batch.structure.kind_rule == kind_rule
+    assert batch.counts == count_pairs(batch.structure) != packed(shards).batch(0, range(2)).counts
 
 
 def test_rows_past_the_end_are_padding(shards):
