@@ -9,7 +9,18 @@ from meloformer.kernels import plan as plan_module
 from meloformer.kernels.plan import LINE, Plan, layout_classes
 from meloformer.kernels.structure import Kind, Structure
 
-from attention_cases import CASES, NEW_RULES, SEES, case, dense_case, facts, oracle_masks, song, structure
+from attention_cases import (
+    CASES,
+    NEW_RULES,
+    SEES,
+    Token,
+    case,
+    dense_case,
+    facts,
+    oracle_masks,
+    song,
+    structure,
+)
 from plan_cases import DEVICE, coverage
 
 
@@ -54,6 +65,18 @@ def test_near_bars(near_bars):
 def test_kind_rules(name, kind_rule):
     masks = case(name, kind_rule=kind_rule)
     check_coverage(Plan(masks.structure.to(DEVICE)), masks.regular_mask)
+
+
+def test_blocks_of_one_kind_see_blocks_of_another():
+    """A row for each pair of kinds by `next`: nothing but the kind tells that these blocks see each other."""
+
+    def block(bar, kind):
+        return [Token(bar, 5, kind, bar * LINE + i) for i in range(LINE)]
+
+    pairs = [(query, key) for query, keys in SEES["next"].items() for key in sorted(keys)]
+    batch = [[block(0, key) + block(1, query)] for query, key in pairs]
+    plan = Plan(structure(batch, kind_rule="next").to(DEVICE))
+    check_coverage(plan, oracle_masks(batch, kind_rule="next")[1])
 
 
 @pytest.mark.parametrize("kind_rule", SEES)
