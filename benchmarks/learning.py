@@ -1,14 +1,15 @@
 """`python -m benchmarks.learning RUN RUN ...`: which attention learns better, by tokens and by time.
 
-Reads the folders of finished training runs that differ in attention and seed alone, and writes their
-validation losses to a JSON file, a picture and a page; `--from` makes page and picture of such a file again.
-See docs/benchmarks.md.
+Reads the folders of finished training runs that differ in attention, kind rule and seed alone, and writes
+their validation losses to a JSON file, a picture and a page; `--from` makes page and picture of such a file
+again. See docs/benchmarks.md.
 """
 
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
+from benchmarks.attention_name import attention_name
 from benchmarks.learning_page import page
 from benchmarks.learning_picture import draw
 from benchmarks.machine import describe
@@ -24,7 +25,8 @@ def gather(folders: list[Path]) -> dict:
     """The runs in these folders as one result.
 
     Raises:
-        UserError: a run is not through, or they do not compare: they may differ in attention and seed alone.
+        UserError: a run is not through, or they do not compare: they may differ in attention, kind rule and
+            seed alone.
     """
     runs = [read_run(folder) for folder in folders]
     first, *others = runs
@@ -38,12 +40,12 @@ def gather(folders: list[Path]) -> dict:
         if one["seed"] != other["seed"]:
             continue
         names = f"{one['name']} and {other['name']}"
-        if one["attention"] == other["attention"]:
-            raise UserError(f"{names} are both {one['attention']} of seed {one['seed']}: give one of them")
+        if attention_name(one) == attention_name(other):
+            raise UserError(f"{names} are both {attention_name(one)} of seed {one['seed']}: give one of them")
         if any(one["validation"][key] != other["validation"][key] for key in ("step", "tokens")):
             raise UserError(f"{names} have the same seed, but were not validated after equal tokens")
-    if len({run["attention"] for run in runs}) < 2:
-        raise UserError(f"all runs are {first['attention']}: there is nothing to compare")
+    if len({*map(attention_name, runs)}) < 2:
+        raise UserError(f"all runs are {attention_name(first)}: there is nothing to compare")
     return {
         "format": FORMAT,
         "machine": describe(),

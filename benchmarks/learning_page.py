@@ -3,6 +3,7 @@
 import math
 from itertools import combinations
 
+from benchmarks.attention_name import attention_name
 from benchmarks.curves import first_reached
 from benchmarks.learning_verdict import best, groups, hardest_shared_loss, kinds_of, of_run, verdict
 from benchmarks.machine import provenance
@@ -12,8 +13,9 @@ from benchmarks.run_folder import SLOW
 MEANINGS = f"""\
 - **Losses** are those of the validation songs in nats per token, none of which is trained on. *Best* is the
   lowest of a run, *last* that after its last step.
-- **Equal**: the runs differ in attention and seed alone. Those of one seed see the same rows in the same
-  order and are validated after the same tokens.
+- **Equal**: the runs differ in attention, kind rule and seed alone. Those of one seed see the same rows in
+  the same order and are validated after the same tokens.
+- **A word after the attention** is the kind rule (`--kind_rule`), where it is not the original one.
 - **dense** is a plain causal Transformer without summaries, of as many parameters within 2 %.
 - **Tokens** are counted without padding, over all epochs.
 - **Time** is that of the steps by the clock, from the end of the first step on; validating, sampling and
@@ -69,14 +71,14 @@ def _setting(result: dict) -> str:
 
 def _verdicts(runs: list[dict]) -> list[str]:
     parts = []
-    for one, other in combinations(groups(runs).values(), 2):
-        parts.append(f"## `{one[0]['attention']}` against `{other[0]['attention']}`\n")
+    for (name, one), (other_name, other) in combinations(groups(runs).items(), 2):
+        parts.append(f"## `{name}` against `{other_name}`\n")
         parts.append("".join(f"- {sentence}\n" for sentence in verdict(one, other)))
     return parts
 
 
 def _name(run: dict) -> str:
-    return f"{escape(run['attention'])}, seed {run['seed']}"
+    return f"{escape(attention_name(run))}, seed {run['seed']}"
 
 
 def _runs(runs: list[dict]) -> str:

@@ -6,11 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.attention_name import attention_name
 from benchmarks.pictures import head, legend
 from meloformer.drawing import DPI, GREY, dress, save
 
 # Okabe and Ito's colours, told apart by the colour-blind; dashes tell the lines apart without any.
-_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))
+_STYLES = (
+    *(("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-.")),
+    *(("#D55E00", (0, (6, 1, 1, 1, 1, 1))), ("#56B4E9", (0, (1, 3)))),
+)
 
 
 def draw(result: dict, path: Path) -> None:
@@ -38,15 +42,15 @@ def draw(result: dict, path: Path) -> None:
     save(figure, path)
 
 
-def _styles(runs: list[dict]) -> dict[str, tuple[str, str]]:
-    names = dict.fromkeys(run["attention"] for run in runs)
+def _styles(runs: list[dict]) -> dict[str, tuple]:
+    names = dict.fromkeys(map(attention_name, runs))
     return dict(zip(names, _STYLES))
 
 
 def _panel(axes: Axes, runs: list[dict], axis: str, unit: float, label: str) -> None:
     styles = _styles(runs)
     for run in runs:
-        colour, dashes = styles[run["attention"]]
+        colour, dashes = styles[attention_name(run)]
         x = [value / unit for value in run["validation"][axis]]
         y = run["validation"]["val_loss"]
         axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.1)

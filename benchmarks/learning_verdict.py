@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from benchmarks.attention_name import attention_name
 from benchmarks.curves import Curve, first_reached, lowest_until, shared_stretch, stretches
 
 _MOST_STRETCHES = 4
@@ -31,10 +32,10 @@ def hardest_shared_loss(runs: list[dict]) -> float:
 
 
 def groups(runs: list[dict]) -> dict[str, list[dict]]:
-    """The runs by attention."""
+    """The runs by the name of their attention."""
     found: dict[str, list[dict]] = {}
     for run in runs:
-        found.setdefault(run["attention"], []).append(run)
+        found.setdefault(attention_name(run), []).append(run)
     return found
 
 
@@ -67,7 +68,7 @@ def lower(values: dict[str, Sequence[float]]) -> tuple[str | None, str]:
 
 def verdict(one: list[dict], other: list[dict]) -> list[str]:
     """Sentences on two lists of runs, each of one attention."""
-    both = {runs[0]["attention"]: runs for runs in (one, other)}
+    both = {attention_name(runs[0]): runs for runs in (one, other)}
     return [
         f"**Speed:** {_speed(both)}.",
         f"**At equal tokens:** {_until_the_end(both, 'tokens', _millions)}.",

@@ -11,6 +11,7 @@ from statistics import median
 import yaml
 
 from meloformer.errors import UserError
+from meloformer.kernels.structure import KIND_RULE
 from meloformer.run_log import LOG, read_log
 from meloformer.summary import SUMMARY
 from meloformer.train_config import CONFIG
@@ -21,17 +22,17 @@ _FREE = (
     *("data_dir", "output_dir", "device", "max_skipped_steps", "sample_every", "save_every"),
     *("save_every_minutes", "keep_last", "tensorboard", "wandb"),
 )
-_OWN = ("attention", "seed")  # in which runs that are compared may differ
+_OWN = ("attention", "kind_rule", "seed")  # in which runs that are compared may differ
 
 
 def read_run(folder: Path) -> dict:
     """A run as JSON values.
 
     Returns:
-        `name`, `attention`, `seed`; `settings` and `origin`, which must be equal to compare it; what its
-        summary tells; `tokens_per_s` over all steps but the slow ones (the first, and those of more than
-        `SLOW` times the median step); `slow_steps` and `slow_seconds`; `validation`, columns with an entry
-        for each validation: `step`, `tokens` seen, `seconds` of the steps that were not slow,
+        `name`, `attention`, `kind_rule`, `seed`; `settings` and `origin`, which must be equal to compare it;
+        what its summary tells; `tokens_per_s` over all steps but the slow ones (the first, and those of more
+        than `SLOW` times the median step); `slow_steps` and `slow_seconds`; `validation`, columns with an
+        entry for each validation: `step`, `tokens` seen, `seconds` of the steps that were not slow,
         `all_seconds`, and the losses in nats per token, `val_loss` and by kind of token.
 
     Raises:
@@ -58,6 +59,7 @@ def read_run(folder: Path) -> dict:
     return {
         "name": folder.resolve().name,
         "attention": summary["attention"],
+        "kind_rule": config.get("kind_rule", KIND_RULE),  # not there if the run is older than the choice
         "seed": config["seed"],
         "settings": {key: value for key, value in config.items() if key not in (*_FREE, *_OWN)},
         "origin": {key: summary[key] for key in ("data", "device", "processes", "precision", "versions")},

@@ -1,6 +1,7 @@
 """The songs that attention is measured on, and the rows of tokens made of them."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from meloformer import facts
 from meloformer.errors import MidiError, UserError
 from meloformer.inputs import find_files
 from meloformer.kernels import Structure
-from meloformer.kernels.structure import NEAR_BARS, Facts, Kind, regular_sees, summary_room
+from meloformer.kernels.structure import KIND_RULE, NEAR_BARS, Facts, Kind, regular_sees, summary_room
 
 COMPOSED = 8
 COMPOSED_BARS = 150
@@ -95,17 +96,19 @@ def _row(songs: list[np.ndarray], length: int) -> Facts:
     return Facts(*(torch.from_numpy(column[:length].astype(np.int64)) for column in columns))
 
 
-def _build(tokens: Facts, near_bars: tuple[int, ...] = NEAR_BARS) -> Structure:
+def _build(tokens: Facts, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = KIND_RULE) -> Structure:
     """A structure with room for its bars in few sizes, as in training."""
     bars = 1
     for doc, bar in zip(tokens.doc, tokens.bar):
         bars = max(bars, len(torch.unique(torch.stack([doc, bar])[:, doc >= 0], dim=1)[0]))
-    return Structure.build(*tokens[:5], num_summaries=summary_room(bars), near_bars=near_bars)
+    return Structure.build(
+        *tokens[:5], num_summaries=summary_room(bars), near_bars=near_bars, kind_rule=kind_rule
+    )
 
 
 def cut(structure: Structure, length: int) -> Structure:
     """The first `length` tokens of every row."""
-    return _build(structure.tokens.at(slice(None), slice(length)), structure.near_bars)
+    return _build(structure.tokens.at(slice(None), slice(length)), structure.near_bars, structure.kind_rule)
 
 
 def padded(structure: Structure, multiple: int) -> Structure:
@@ -113,7 +116,9 @@ def padded(structure: Structure, multiple: int) -> Structure:
     missing = -structure.doc.shape[1] % multiple
     doc, *rest = (pad(fact, (0, missing), value=-1) for fact in structure.tokens[:5])
     room = structure.summary_doc.shape[1]
-    return Structure.build(doc, *rest, num_summaries=room, near_bars=structure.near_bars)
+    return Structure.build(
+        doc, *rest, num_summaries=room, near_bars=structure.near_bars, kind_rule=structure.kind_rule
+    )
 
 
 def instrument_order(structure: Structure) -> Tensor:
@@ -138,9 +143,7 @@ def reordered(structure: Structure, order: Tensor) -> Structure:
     go by the facts alone, as `reference` and `flex` do.
     """
     moved = Facts(*(fact.gather(1, order) for fact in structure.tokens))
-    return Structure(
-        *moved, structure.summary_doc, structure.summary_bar, structure.summary_position, structure.near_bars
-    )
+    return replace(structure, **moved._asdict())
 
 
 def visible_pairs(structure: Structure) -> int:
@@ -151,7 +154,7 @@ def visible_pairs(structure: Structure) -> int:
     total = torch.zeros((), dtype=torch.int64, device=structure.device)
     for start in range(0, length, chunk):
         queries = tokens.at(slice(None), slice(start, start + chunk), None)
-        total += regular_sees(queries, keys, structure.near_bars).sum()
+        total += regular_sees(queries, keys, structure.near_bars, structure.kind_rule).sum()
     return int(total)
 
 

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.train`: speed and memory of training by size, attention, length of the rows, what is
-computed again, and number of GPUs.
+"""`python -m benchmarks.train`: speed and memory of training by size, attention, kind rule, length of the
+rows, what is computed again, and number of GPUs.
 
 Takes the training loop's own steps, writes a JSON file after every row and a page of it; `--from` makes the
 page of earlier files. On several GPUs: `torchrun --nproc_per_node=2 -m benchmarks.train`. See
@@ -23,6 +23,7 @@ from meloformer import cli
 from meloformer.errors import UserError
 from meloformer.job import Job, start_job
 from meloformer.kernels import BACKENDS
+from meloformer.kernels.structure import KIND_RULE, KIND_RULES
 from meloformer.model import DENSE, RECOMPUTE, SIZES
 from meloformer.shards import ShardSet
 from meloformer.train_config import PRECISIONS, TrainConfig
@@ -44,12 +45,18 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
         "steps": args.steps,
     }
     result = {"format": FORMAT, "machine": describe(), "settings": settings, "rows": []}
-    axes = args.sizes, args.lengths, args.attention, args.checkpoint_activations
-    for size, length, attention, again in itertools.product(*axes):
+    attentions = [
+        (attention, rule)
+        for attention in args.attention
+        for rule in ([KIND_RULE] if attention == DENSE else args.kind_rules)
+    ]
+    axes = args.sizes, args.lengths, attentions, args.checkpoint_activations
+    for size, length, (attention, kind_rule), again in itertools.product(*axes):
         config = TrainConfig(
             data_dir=str(folder),
             model_size=size,
             attention=attention,
+            kind_rule=kind_rule,
             max_seq_len=length,
             batch_size=args.batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -61,6 +68,7 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
         row = {
             "size": size,
             "attention": attention,
+            "kind_rule": kind_rule,
             "tokens_per_row": length,
             "checkpoint_activations": again,
             "gpus": job.world,
@@ -115,6 +123,13 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument
     add("--sizes", type=_listed([*SIZES]), default="base", metavar="A,B")
     add("--attention", type=_listed(["auto", *BACKENDS, DENSE]), default="auto,dense", metavar="A,B")
+    add(
+        "--kind_rules",
+        type=_listed([*KIND_RULES]),
+        default=KIND_RULE,
+        metavar="A,B",
+        help=f"of {', '.join(KIND_RULES)}; {DENSE} has none, and one row",
+    )
     add(
         "--lengths",
         type=lambda text: [cli.positive_int(part) for part in text.split(",")],

@@ -1,5 +1,6 @@
 """What `benchmarks.train` measured as a Markdown page, from results alone."""
 
+from benchmarks.attention_name import attention_name
 from benchmarks.kernel_times import KINDS, OTHERS
 from benchmarks.machine import provenance
 from benchmarks.markdown import cell, table
@@ -8,8 +9,10 @@ from meloformer.errors import UserError
 MEANINGS = """\
 - **Tokens/s** count real tokens: padding is none. They are of whole steps as training takes them, by the
   clock, with the loader at work beside; with several GPUs, of all of them together.
-- **Times dense, times flex**: its tokens/s over those of that attention with the same size, length, GPUs and
-  recomputation; if that was measured with several numbers of rows per batch, over its fastest.
+- **A word after the attention** is the kind rule (`--kind_rule`), where it is not the original one.
+- **Times dense, times flex**: its tokens/s over those of dense, and of flex by the same kind rule, with the
+  same size, length, GPUs and recomputation; if that was measured with several numbers of rows per batch,
+  over its fastest.
 - **Rows per batch** are those of each GPU. Where memory is short, half as many are tried, and so on.
 - **Computed again**: what the backward computes anew instead of keeping it (`--checkpoint_activations`).
 - **MFU**: useful operations (matrix products, visible pairs alone, forward and backward; no padding, nothing
@@ -49,11 +52,7 @@ def page(results: list[dict], sources: list[str]) -> str:
                 raise UserError(
                     f"{source} and {sources[0]} differ in {name} ({other} and {first}): no page of both"
                 )
-    every = [
-        row | {"attention": row.get("attention_used", row["attention"])}  # what "auto" was
-        for result in results
-        for row in result["rows"]
-    ]
+    every = [_named(row) for result in results for row in result["rows"]]
     rows = list({tuple(row[key] for key in KEYS): row for row in every}.values())
     rows = [row for i, row in enumerate(rows) if "failed" not in row or not _repeated(row, rows[i + 1 :])]
     measured = [row for row in rows if "failed" not in row]
@@ -73,6 +72,12 @@ def page(results: list[dict], sources: list[str]) -> str:
         *(_made(result, source) for result, source in zip(results, sources)),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _named(row: dict) -> dict:
+    """The row with the name of its attention, which says what "auto" was."""
+    used = row | {"attention": row.get("attention_used", row["attention"])}
+    return used | {"attention": attention_name(used)}
 
 
 def _compiled(flag: bool | None) -> str:
@@ -101,7 +106,7 @@ def _speed(rows: list[dict]) -> str:
             row["precision"],
             f"{row['tokens_per_s']:,.0f}",
             cell(_times(row, rows, "dense"), "{:.2f}"),
-            cell(_times(row, rows, "flex"), "{:.2f}"),
+            cell(_times(row, rows, attention_name(row | {"attention": "flex"})), "{:.2f}"),
             cell(row["mfu"], "{:.1%}"),
             cell(row["peak_gb"], "{:.1f}"),
             f"{row['data_wait']:.2%}",

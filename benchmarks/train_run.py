@@ -18,10 +18,10 @@ from meloformer.feed import Feed
 from meloformer.flops import peak_flops
 from meloformer.job import Job
 from meloformer.metrics import Meter, StepFigures
-from meloformer.model import DENSE, SIZES
+from meloformer.model import SIZES
 from meloformer.shards import ShardSet
 from meloformer.stepper import Stepper
-from meloformer.train_config import TrainConfig
+from meloformer.train_config import TrainConfig, chosen_model
 
 PARTS = ("data", "prepare", "forward", "backward", "optimizer")
 MOST_WARMUPS = 10  # times the steps that were asked for
@@ -34,10 +34,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, shards: ShardSet, job: Job):
         self.config, self.job = config, job
-        model = SIZES[config.model_size]
-        if config.attention == DENSE:
-            model = model.as_dense()
-        self.data = PackedSongs(shards, "train", max_seq_len=config.max_seq_len, max_bars=config.max_bars)
+        model = chosen_model(config, SIZES[config.model_size])
+        limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars}
+        self.data = PackedSongs(shards, "train", **limits, kind_rule=model.kind_rule)
         self.data.require_samples()
         self.stepper = Stepper(config, model, job)
         peak = peak_flops(job.device)

@@ -56,11 +56,11 @@ def summary_mask_mod(queries: Facts, keys: Facts) -> MaskMod:
     return mask_mod
 
 
-def regular_mask_mod(queries: Facts, keys: Facts, near_bars: tuple[int, ...]) -> MaskMod:
+def regular_mask_mod(queries: Facts, keys: Facts, near_bars: tuple[int, ...], kind_rule: str) -> MaskMod:
     """Regular tokens [B, N] to all keys [B, M + N]."""
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return regular_sees(queries.at(b, i), keys.at(b, j), near_bars)
+        return regular_sees(queries.at(b, i), keys.at(b, j), near_bars, kind_rule)
 
     return mask_mod
 
@@ -102,7 +102,8 @@ class Backend:
     def __init__(self, structure: Structure):
         summaries, tokens, keys = structure.summaries, structure.tokens, structure.keys
         self._summarize = _Phase(summary_mask_mod(summaries, keys), summaries, keys)
-        self._update = _Phase(regular_mask_mod(tokens, keys, structure.near_bars), tokens, keys)
+        regular_mask = regular_mask_mod(tokens, keys, structure.near_bars, structure.kind_rule)
+        self._update = _Phase(regular_mask, tokens, keys)
 
     def summarize(self, q_s: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> Tensor:
         return self._summarize(q_s, torch.cat([k_s, k_r], dim=2), torch.cat([v_s, v_r], dim=2))

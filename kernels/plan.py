@@ -9,9 +9,10 @@ pair. The same is done by keys, for their gradients. Because columns are gathere
 costs nothing in a line that does not see it, wherever it stands.
 
 The three layouts, all stable, by document first:
-    near queries: structural, {T, P}, V, L;
-    near keys: the summaries as blocks of their own, then globals, INST, {T, P}, V, L;
-    far: by instrument, then INST, {T, P}, V, L.
+    near queries: structural, then the others by classes of what they see;
+    near keys: the summaries as blocks of their own, then globals, INST, the others by who sees them;
+    far: by instrument, then INST, the others by both.
+With the kind rule "alike" the classes of the others are {T, P}, V, L in each.
 
 Everything is computed on the structure's device, in a fixed order: two plans of one structure are
 equal. Nothing waits for the device but `Plan.settle`, which is called before the plan is first used
@@ -45,7 +46,7 @@ from .plan_kernels import (
     look_kernel,
     work_kernel,
 )
-from .structure import Structure
+from .structure import Kind, Structure, kinds_seen
 
 LINE = BLOCK.value  # tokens of a line, and columns of a tile
 
@@ -65,6 +66,22 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 MOST_ROWS = 1 << 14  # what the keys of `plan_kernels.work_kernel` can tell apart
+
+
+def layout_classes(kind_rule: str) -> "tuple[tuple[int, ...], ...]":
+    """The class of each `Kind`, by which tokens stand together: of near queries, near keys, the far layout.
+
+    Kinds share one if the kind rule treats them alike: as queries, as keys, as both.
+    """
+    sees = kinds_seen(kind_rule)
+    seen_by = tuple(sum((sees[query] >> key & 1) << query for query in Kind) for key in Kind)
+    return _classes(sees), _classes(seen_by), _classes(tuple(zip(sees, seen_by)))
+
+
+def _classes(treatment: tuple) -> "tuple[int, ...]":
+    """1 for structural tokens; one number more for each other treatment."""
+    different = list(dict.fromkeys(treatment[kind] for kind in (Kind.T, Kind.P, Kind.V, Kind.L)))
+    return tuple(1 if kind == Kind.STRUCTURAL else 2 + different.index(treatment[kind]) for kind in Kind)
 
 
 class Plan:
@@ -112,6 +129,7 @@ class Plan:
         q_blocks, k_blocks, lines = self.q_blocks, self.k_blocks, self.lines
         tokens, blocks = summaries + regular, rows * (2 * q_blocks + k_blocks)
         near_bars = tuple(sorted(set(structure.near_bars))) or (_NEVER,)
+        query_class, key_class, far_class = layout_classes(structure.kind_rule)
         candidates, tiles, masked, slots = self.capacity = capacity
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -121,7 +139,8 @@ class Plan:
         encode_kernel[triton.cdiv(tokens, 256), rows](
             structure.doc, structure.bar, structure.inst, structure.kind, structure.onset, structure.position,
             structure.summary_doc, structure.summary_bar, structure.summary_position,
-            facts, keys, rows, summaries, regular, SPAN=256,
+            facts, keys, rows, summaries, regular, KINDS_SEEN=kinds_seen(structure.kind_rule),
+            QUERY_CLASS=query_class, KEY_CLASS=key_class, FAR_CLASS=far_class, SPAN=256,
         )  # fmt: skip
         self.order, ranges = empty(blocks * LINE), empty(12, blocks)
         layout_kernel[(blocks,)](

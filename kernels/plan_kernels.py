@@ -18,6 +18,7 @@ from .visibility import (
     _NO_ONSET,
     _SUMMARY,
     ABSENT,
+    by_kind,
     code_of,
     load_ranges,
     may_see,
@@ -39,12 +40,14 @@ LEAST_SPLIT = tl.constexpr(16)  # tiles: parts of fewer would cost more than the
 @triton.jit(do_not_specialize=["rows", "summaries", "regular"])
 def encode_kernel(
     doc_ptr, bar_ptr, inst_ptr, kind_ptr, onset_ptr, position_ptr, s_doc_ptr, s_bar_ptr, s_position_ptr,
-    facts_ptr, keys_ptr, rows, summaries, regular, SPAN: tl.constexpr,
+    facts_ptr, keys_ptr, rows, summaries, regular, KINDS_SEEN: tl.constexpr,
+    QUERY_CLASS: tl.constexpr, KEY_CLASS: tl.constexpr, FAR_CLASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Facts of all tokens, int32 [6, B, M + N], and of regular ones their sort keys, int64 [3, B, N].
 
-    The keys order tokens by layout, row, document, and by what the layout groups them by; equal keys
-    stay in the order of the row. See `plan.py`.
+    The keys order tokens by layout, row, document, and by what the layout groups them by: by the
+    layout's class of each kind, 1 to 5, among others; equal keys stay in the order of the row. See
+    `plan.py`.
     """
     row = tl.program_id(1)
     token = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
@@ -59,7 +62,7 @@ def encode_kernel(
     bar = tl.load(bar_ptr + of_r, mask=is_r, other=0)
     onset = tl.load(onset_ptr + of_r, mask=is_r, other=_NO_ONSET)
     position = tl.load(position_ptr + of_r, mask=is_r, other=0)
-    code = tl.where(in_s, _SUMMARY, code_of(kind, inst))
+    code = tl.where(in_s, _SUMMARY, code_of(kind, inst, KINDS_SEEN))
     all_doc = tl.where(in_s, tl.load(s_doc_ptr + of_s, mask=is_s, other=-1), doc)
     bar = tl.where(in_s, tl.load(s_bar_ptr + of_s, mask=is_s, other=0), bar)
     position = tl.where(in_s, tl.load(s_position_ptr + of_s, mask=is_s, other=0), position)
@@ -72,18 +75,17 @@ def encode_kernel(
     tl.store(at + 4 * plane, onset, mask=there)
     tl.store(at + 5 * plane, position, mask=there)
 
-    structural = kind == 0
-    note = tl.where(kind == 3, 4, tl.where(kind == 4, 3, 2))  # {T, P}, V, L
-    query_class = tl.where(structural, 1, note)
-    key_class = tl.where(structural & (inst == _NO_INSTRUMENT), 0, query_class)
+    is_global = (kind == 0) & (inst == _NO_INSTRUMENT)
+    key_class = tl.where(is_global, 0, by_kind(kind, KEY_CLASS))
+    far_class = tl.where(is_global, 0, by_kind(kind, FAR_CLASS))
     rank = row.to(tl.int64) * 2**31 + tl.where(doc >= 0, doc, 2**31 - 1)  # padding is last
     rank *= 1024
     keys = keys_ptr + of_r
     plane = rows.to(tl.int64) * regular
     layout = rows.to(tl.int64) * (2**31 * 1024)
-    tl.store(keys, rank + query_class, mask=is_r)
+    tl.store(keys, rank + by_kind(kind, QUERY_CLASS), mask=is_r)
     tl.store(keys + plane, layout + rank + key_class, mask=is_r)
-    tl.store(keys + 2 * plane, 2 * layout + rank + inst * 5 + key_class, mask=is_r)
+    tl.store(keys + 2 * plane, 2 * layout + rank + inst * 6 + far_class, mask=is_r)
 
 
 @triton.jit

@@ -72,7 +72,8 @@ class Backend:
             return summary_sees(summaries.at(slice(None), queries, None), keys)
 
         def regular_mask(queries: slice) -> Tensor:
-            return regular_sees(tokens.at(slice(None), queries, None), keys, structure.near_bars)
+            of_queries = tokens.at(slice(None), queries, None)
+            return regular_sees(of_queries, keys, structure.near_bars, structure.kind_rule)
 
         self._summary_mask = chunks(summary_mask, summaries.doc.shape[1])
         self._regular_mask = chunks(regular_mask, tokens.doc.shape[1])

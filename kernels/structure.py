@@ -14,7 +14,7 @@ from torch import Tensor
 DRUMS = 128
 NO_INSTRUMENT = 129
 NEAR_BARS = (0, 1, 2, 4)
-
+KIND_RULE = "alike"
 
 MIN_SUMMARIES = 128
 
@@ -42,7 +42,17 @@ class Kind(IntEnum):
 
 # The rule compares with plain ints: under torch.compile (PyTorch 2.13), `tensor == Kind.T` is silently
 # False everywhere. That includes FlexAttention, which traces its mask_mod even when uncompiled.
-_STRUCTURAL, _T, _P, _V = (int(kind) for kind in (Kind.STRUCTURAL, Kind.T, Kind.P, Kind.V))
+_STRUCTURAL, _T, _P, _L, _V = map(int, Kind)
+
+# By name: (queries, keys) of which each query sees every key, besides structural tokens and its onset group.
+KIND_RULES: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
+    # The original scheme: a token sees its like.
+    "alike": (((_T, _P), (_T, _P)), ((_V,), (_V,))),
+    # A query predicts the token after it: it sees the kinds that usually follow its own in [T] P [L] [V].
+    "next": (((_T, _P, _V), (_T, _P)), ((_P,), (_L,)), ((_L,), (_V,))),
+    # The bar rule alone is left.
+    "any": (((_T, _P, _L, _V), (_T, _P, _L, _V)),),
+}
 
 SUMMARY = -1  # stands in the place of a Kind in the facts of a summary token
 
@@ -73,10 +83,13 @@ def summary_sees(s: Facts, u: Facts) -> Tensor:
     return _same_document(s, u) & torch.where(u.kind == SUMMARY, ss, sr)
 
 
-def regular_sees(t: Facts, u: Facts, near_bars: tuple[int, ...]) -> Tensor:
-    """Whether regular token `t` attends to `u`, a summary (RS) or a regular token (RR)."""
+def regular_sees(t: Facts, u: Facts, near_bars: tuple[int, ...], kind_rule: str) -> Tensor:
+    """Whether regular token `t` attends to `u`, a summary (RS) or a regular token (RR).
+
+    `near_bars` and `kind_rule` are those of `Structure`.
+    """
     rs = u.bar < t.bar  # only bars that are complete: this keeps summaries causal
-    rr = (u.position <= t.position) & _bar_rule(t, u, near_bars) & _kind_rule(t, u)
+    rr = (u.position <= t.position) & _bar_rule(t, u, near_bars) & _kind_rule(t, u, kind_rule)
     return _same_document(t, u) & torch.where(u.kind == SUMMARY, rs, rr)
 
 
@@ -91,10 +104,11 @@ def _bar_rule(t: Facts, u: Facts, near_bars: tuple[int, ...]) -> Tensor:
     return visible
 
 
-def _kind_rule(t: Facts, u: Facts) -> Tensor:
-    both_tp = _is_t_or_p(t) & _is_t_or_p(u)
-    both_v = (t.kind == _V) & (u.kind == _V)
-    return _is_structural(t) | _is_structural(u) | (t.onset == u.onset) | both_tp | both_v
+def _kind_rule(t: Facts, u: Facts, name: str) -> Tensor:
+    visible = _is_structural(t) | _is_structural(u) | (t.onset == u.onset)
+    for queries, keys in KIND_RULES[name]:
+        visible = visible | (_is_any(t, queries) & _is_any(u, keys))
+    return visible
 
 
 def is_global(u: Facts) -> Tensor:
@@ -106,8 +120,22 @@ def _is_structural(u: Facts) -> Tensor:
     return u.kind == _STRUCTURAL
 
 
-def _is_t_or_p(u: Facts) -> Tensor:
-    return (u.kind == _T) | (u.kind == _P)
+def _is_any(u: Facts, kinds: tuple[int, ...]) -> Tensor:
+    first, *others = kinds
+    found = u.kind == first
+    for kind in others:
+        found = found | (u.kind == kind)
+    return found
+
+
+def kinds_seen(kind_rule: str) -> tuple[int, ...]:
+    """For each `Kind` as a query those it sees whatever the onset, as a number: the sum of `1 << kind`."""
+    everything = sum(1 << kind for kind in Kind)
+    seen = [everything if kind == _STRUCTURAL else 1 << _STRUCTURAL for kind in Kind]
+    for queries, keys in KIND_RULES[kind_rule]:
+        for query in queries:
+            seen[query] |= sum(1 << key for key in keys)
+    return tuple(seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +147,7 @@ class Structure:
         summary_doc, summary_bar, summary_position: [B, M], the summary tokens, one per bar in order
             of the row.
         near_bars: distances, in bars, at which a token sees other instruments.
+        kind_rule: which kinds of other notes' tokens a note's token sees, one of `KIND_RULES`.
 
     Padding of either stream has document -1: it sees nothing and nothing sees it.
     """
@@ -133,6 +162,7 @@ class Structure:
     summary_bar: Tensor
     summary_position: Tensor
     near_bars: tuple[int, ...] = NEAR_BARS
+    kind_rule: str = KIND_RULE
 
     @classmethod
     def build(
@@ -144,6 +174,7 @@ class Structure:
         onset: Tensor,
         num_summaries: int | None = None,
         near_bars: tuple[int, ...] = NEAR_BARS,
+        kind_rule: str = KIND_RULE,
     ) -> "Structure":
         """Derives positions and summary tokens.
 
@@ -157,18 +188,19 @@ class Structure:
                 document; -1 for structural tokens.
             num_summaries: M, at least the bars of the fullest row. None counts them, which waits
                 for the device.
-            near_bars: see the class.
+            near_bars, kind_rule: see the class.
 
         Raises:
-            ValueError: the shapes differ, near_bars has a negative distance, or (on CPU) a row is
-                out of order or has more bars than num_summaries. On CUDA, where looking would stall
-                the stream, the last two are device-side assertions.
+            ValueError: the shapes differ, near_bars has a negative distance, kind_rule is unknown, or
+                (on CPU) a row is out of order or has more bars than num_summaries. On CUDA, where
+                looking would stall the stream, the last two are device-side assertions.
         """
         shapes = {tuple(fact.shape) for fact in (doc, bar, inst, kind, onset)}
         if len(shapes) != 1 or doc.dim() != 2:
             raise ValueError(f"facts must share one shape [B, N], got {sorted(shapes)}")
         if any(distance < 0 for distance in near_bars):
             raise ValueError(f"near_bars must not be negative, got {near_bars}")
+        check_kind_rule(kind_rule)
 
         doc, bar, inst, kind, onset = (fact.to(torch.int32) for fact in (doc, bar, inst, kind, onset))
         real = doc >= 0
@@ -208,6 +240,7 @@ class Structure:
             summary_bar=of_last_token(bar, 0),
             summary_position=of_last_token(position, 0),
             near_bars=tuple(near_bars),
+            kind_rule=kind_rule,
         )
 
     @property
@@ -245,6 +278,12 @@ class Structure:
             if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+def check_kind_rule(name: str) -> None:
+    """Raises ValueError if it is none of `KIND_RULES`."""
+    if name not in KIND_RULES:
+        raise ValueError(f"unknown kind_rule '{name}': there are {', '.join(KIND_RULES)}")
 
 
 def _require(condition: Tensor, message: str) -> None:

@@ -3,7 +3,7 @@
 `structure.py` states the rule; this is its copy for the plan, and the tests hold the two to be equal
 pair by pair. A token is six int32: document (-1 is padding, -2 a slot without a token), bar,
 instrument, code, onset and position. The code says in its low bits what a token is as a key and in
-its high bits what a note or structural token sees as a query, so that the kind rule is one `and`.
+its high bits which kinds a regular token sees as a query, so that any kind rule is one `and`.
 """
 
 import triton
@@ -11,15 +11,13 @@ import triton.language as tl
 
 ABSENT = tl.constexpr(-2)  # the document of a slot without a token
 
-# What a token is, as a key ...
-_TP = tl.constexpr(1)
-_V = tl.constexpr(2)
-_STRUCTURAL = tl.constexpr(4)
-_REGULAR = tl.constexpr(8)
-_SUMMARY = tl.constexpr(16)
-_GLOBAL = tl.constexpr(32)
-_KEY = tl.constexpr(15)
-# ... and, shifted by this, which of these it sees as a query whatever the onset.
+# What a token is, as a key: `1 << kind` if it is regular, and ...
+_KIND_BITS = tl.constexpr(5)
+_KINDS = tl.constexpr(31)
+_SUMMARY = tl.constexpr(32)
+_GLOBAL = tl.constexpr(64)
+_KEY_BITS = tl.constexpr(7)
+# ... shifted by this, which kinds it sees as a query whatever the onset.
 _SEES = tl.constexpr(8)
 
 _NO_INSTRUMENT = tl.constexpr(129)
@@ -28,13 +26,19 @@ _BIG = tl.constexpr(2**30)
 
 
 @triton.jit
-def code_of(kind, inst):
-    """The code of regular tokens from their `structure.Kind` and instrument."""
-    structural = kind == 0
-    key = tl.where((kind == 1) | (kind == 2), _TP, tl.where(kind == 4, _V, 0))
-    key = tl.where(structural, tl.where(inst == _NO_INSTRUMENT, _STRUCTURAL + _GLOBAL, _STRUCTURAL), key)
-    sees = tl.where(structural, _REGULAR, (key & (_TP + _V)) | _STRUCTURAL)
-    return key | _REGULAR | (sees << _SEES)
+def by_kind(kind, TABLE: tl.constexpr):
+    """The entry of TABLE, a tuple over `structure.Kind`, that is each token's."""
+    entry = kind * 0
+    for k in tl.static_range(len(TABLE)):
+        entry = tl.where(kind == k, TABLE[k], entry)
+    return entry
+
+
+@triton.jit
+def code_of(kind, inst, KINDS_SEEN: tl.constexpr):
+    """The code of regular tokens from their kind, their instrument and `structure.kinds_seen`."""
+    is_global = (kind == 0) & (inst == _NO_INSTRUMENT)
+    return (1 << kind) | tl.where(is_global, _GLOBAL, 0) | (by_kind(kind, KINDS_SEEN) << _SEES)
 
 
 @triton.jit
@@ -58,8 +62,8 @@ def sees(x, y, x_is_query, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
     x_doc, x_bar, x_inst, x_code, x_onset, x_position = x
     y_doc, y_bar, y_inst, y_code, y_onset, y_position = y
     sign = tl.where(x_is_query, 1, -1)
-    x_kind = tl.where(x_is_query, x_code >> _SEES, x_code & _KEY)
-    y_kind = tl.where(x_is_query, y_code & _KEY, y_code >> _SEES)
+    x_kind = tl.where(x_is_query, x_code >> _SEES, x_code & _KINDS)
+    y_kind = tl.where(x_is_query, y_code & _KINDS, y_code >> _SEES)
     x_key, y_key = tl.where(x_is_query, 0, x_code), tl.where(x_is_query, y_code, 0)
     distance = (x_bar * sign)[:, None] - (y_bar * sign)[None, :]
     causal = (x_position * sign)[:, None] >= (y_position * sign)[None, :]
@@ -103,8 +107,8 @@ def store_ranges(ranges_ptr, blocks, block, doc, bar, inst, code, onset, positio
     tl.store(at + 7 * blocks, _high(onset, note))
     tl.store(at + 8 * blocks, _low(position, real))
     tl.store(at + 9 * blocks, _high(position, real))
-    tl.store(at + 10 * blocks, _joined(code, real, 0, 6))
-    tl.store(at + 11 * blocks, _joined(code, real, _SEES, 4))
+    tl.store(at + 10 * blocks, _joined(code, real, 0, _KEY_BITS))
+    tl.store(at + 11 * blocks, _joined(code, real, _SEES, _KIND_BITS))
 
 
 @triton.jit

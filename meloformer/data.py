@@ -7,7 +7,7 @@ samples back to back, as documents that attention never crosses.
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import facts, vocab
 from .errors import UserError
-from .kernels.structure import NEAR_BARS, Structure, summary_room
-from .pairs import Counts, count_pairs
+from .kernels.structure import KIND_RULE, NEAR_BARS, Structure, summary_room
+from .pairs import Counts, count_documents
 from .shards import ShardSet
 
 PACKING = 2  # what rows an epoch has: to be raised when that changes, so that no run goes on with others
@@ -225,7 +225,7 @@ class PackedSongs:
         max_samples: use only that many samples, drawn by `seed`.
         seed: of the order, not negative. The rows of an epoch follow from (seed, epoch) and the
             arguments above.
-        near_bars: handed on to `Structure`.
+        near_bars, kind_rule: handed on to `Structure`.
 
     Attributes:
         samples: the `Samples` found; it tells what was skipped.
@@ -241,9 +241,11 @@ class PackedSongs:
         max_samples: int | None = None,
         seed: int = 0,
         near_bars: tuple[int, ...] = NEAR_BARS,
+        kind_rule: str = KIND_RULE,
     ):
         self.shards, self.split = shards, split
-        self.max_seq_len, self.max_bars, self.seed, self.near_bars = max_seq_len, max_bars, seed, near_bars
+        self.max_seq_len, self.max_bars, self.seed = max_seq_len, max_bars, seed
+        self.near_bars, self.kind_rule = near_bars, kind_rule
         self.samples = find_samples(
             shards,
             shards.split(split),
@@ -304,15 +306,15 @@ class PackedSongs:
             kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset
             most_bars = max(most_bars, int(self.samples.bars[numbers].sum()))
             num_targets += n - len(documents)
-            for sample, end, length in zip(numbers.tolist(), ends.tolist(), lengths.tolist()):
-                if not self._counts[sample].any():
-                    document = (fact[end - length : end] for fact in vars(scanned).values())
-                    self._counts[sample] = self._count(*document)
+            if not self._counts[numbers].any(axis=1).all():
+                each = vars(scanned).values()
+                self._counts[numbers] = count_documents(ends - lengths, *each, self.near_bars, self.kind_rule)
             counts += self._counts[numbers].sum(0)
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=summary_room(most_bars),
             near_bars=self.near_bars,
+            kind_rule=self.kind_rule,
         )
         return Batch(
             torch.from_numpy(ids),
@@ -321,11 +323,6 @@ class PackedSongs:
             num_targets,
             Counts(*counts.tolist()),
         )
-
-    def _count(self, *document: np.ndarray) -> tuple[int, ...]:
-        bar, inst, kind, onset = (torch.from_numpy(fact)[None] for fact in document)
-        structure = Structure.build(torch.zeros_like(bar), bar, inst, kind, onset, near_bars=self.near_bars)
-        return astuple(count_pairs(structure))
 
     def _dealt(self, epoch: int, first: int, batch_size: int, world: int) -> list[list[int]]:
         """The rows from `first` on that each process takes of the next `world * batch_size`.

@@ -127,6 +127,7 @@ def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Ten
         *(row(fact, 0) for fact in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)),
         num_summaries=bars,
         near_bars=model.config.near_bars,
+        kind_rule=model.config.kind_rule,
     )
     logits = model(row(ids, vocab.PAD).to(device), structure.to(device), attention)
     return logits[0, len(ids) - 1, : vocab.VOCAB_SIZE].float().cpu()

@@ -16,7 +16,7 @@ from . import vocab
 from .kernels import Structure, make_attention
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
-from .kernels.structure import NEAR_BARS, NO_INSTRUMENT
+from .kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
 from .layers import DenseLayer, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
@@ -25,9 +25,9 @@ DENSE = "dense"  # names the attention of a model without summaries, as backends
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. `ffn` is the inner width of SwiGLU; `near_bars` is that of `Structure`.
+    """The shape of a model. `ffn` is the inner width of SwiGLU; `near_bars`, `kind_rule`: see `Structure`.
 
-    A `dense` model has no summaries: it attends to all earlier tokens of the document.
+    A `dense` model has no summaries: it attends to all earlier tokens of the document, of whatever kind.
     """
 
     layers: int
@@ -39,11 +39,15 @@ class ModelConfig:
     rope_theta: float = 10000.0
     size: str = "custom"  # the name of a preset
     dense: bool = False
+    kind_rule: str = KIND_RULE
 
     def __post_init__(self):
         object.__setattr__(self, "near_bars", tuple(self.near_bars))  # a list when read from JSON
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} is not a multiple of 2 x heads ({self.heads})")
+        check_kind_rule(self.kind_rule)
+        if self.dense and self.kind_rule != KIND_RULE:
+            raise ValueError(f"a dense model has no kind_rule, got '{self.kind_rule}'")
 
     @property
     def head_dim(self) -> int:
@@ -149,7 +153,7 @@ class MeloFormer(nn.Module):
 
         Args:
             ids_BN: token ids, int64 [B, N].
-            structure: of the same tokens, with the near_bars of the configuration.
+            structure: of the same tokens, with near_bars and kind_rule of the configuration.
             attention: a name, or what `attention_for(structure)` returned (make it once per batch if
                 the model runs more than once on it, or is compiled).
 
@@ -157,8 +161,10 @@ class MeloFormer(nn.Module):
         """
         if ids_BN.shape != structure.doc.shape:
             raise ValueError(f"ids {list(ids_BN.shape)} do not fit structure {list(structure.doc.shape)}")
-        if structure.near_bars != self.config.near_bars:
-            raise ValueError(f"structure has near_bars {structure.near_bars}, not {self.config.near_bars}")
+        for name in ("near_bars", "kind_rule"):
+            its, mine = getattr(structure, name), getattr(self.config, name)
+            if its != mine:
+                raise ValueError(f"structure has {name} {its}, not {mine}")
         if isinstance(attention, str):
             attention = self.attention_for(structure, attention)
 

@@ -5,17 +5,18 @@ loader can do it for every batch. The rule itself (`kernels/structure.py`) judge
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .kernels.structure import DRUMS, NO_INSTRUMENT, Kind, Structure
+from .kernels.structure import DRUMS, KIND_RULES, NO_INSTRUMENT, Kind, Structure, kinds_seen
 
-# Tokens that the kind rule treats alike, and which of these classes a token of each sees whatever its onset.
-_STRUCTURAL, _ONSET_PITCH, _LENGTH, _VELOCITY = range(4)
-_CLASS = np.zeros(len(Kind), np.int64)
-_CLASS[[Kind.T, Kind.P, Kind.L, Kind.V]] = _ONSET_PITCH, _ONSET_PITCH, _LENGTH, _VELOCITY
-_SEES = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]], np.int64)
+_ONE_HOT = np.eye(len(Kind), dtype=np.int64)
+# By kind rule, [query, key]: whether a token of a kind sees one of another whatever their onsets.
+_SEES = {
+    name: np.array([[mask >> key & 1 for key in Kind] for mask in kinds_seen(name)], np.int64)
+    for name in KIND_RULES
+}
 _INSTRUMENTS = max(DRUMS, NO_INSTRUMENT) + 1
 
 
@@ -39,42 +40,62 @@ class Counts:
 def count_pairs(structure: Structure) -> Counts:
     """The counts of all rows together; `structure` is on the CPU."""
     real = structure.doc.numpy() >= 0
-    row = np.nonzero(real)[0]
     doc, bar, inst, kind, onset = (
-        fact.numpy()[real].astype(np.int64)
+        fact.numpy()[real]
         for fact in (structure.doc, structure.bar, structure.inst, structure.kind, structure.onset)
     )
-    if not len(doc):
-        return Counts(0, 0, 0, 0, 0)
-    begins = np.append(True, (np.diff(doc) != 0) | (np.diff(row) != 0))
-    doc = np.cumsum(begins) - 1  # counted through all rows
-    first = np.flatnonzero(begins)
-    lengths = np.diff(first, append=len(doc))
+    begins = (np.diff(doc) != 0) | (np.diff(np.nonzero(real)[0]) != 0)
+    first = np.flatnonzero(np.append(len(doc) > 0, begins))
+    each = count_documents(first, bar, inst, kind, onset, structure.near_bars, structure.kind_rule)
+    return Counts(*each.sum(0).tolist())
+
+
+def count_documents(
+    first: np.ndarray,
+    bar: np.ndarray,
+    inst: np.ndarray,
+    kind: np.ndarray,
+    onset: np.ndarray,
+    near_bars: tuple[int, ...],
+    kind_rule: str,
+) -> np.ndarray:
+    """The fields of `Counts` of each document, int64 [documents, 5].
+
+    Args:
+        first: where each document begins in the others, which hold them back to back without padding.
+        bar, inst, kind, onset: integers [n] as `Structure.build` takes them; so are near_bars, kind_rule.
+    """
+    if not len(first):
+        return np.zeros((0, len(fields(Counts))), np.int64)
+    bar, inst = bar.astype(np.int64), inst.astype(np.int64)
+    lengths = np.diff(first, append=len(bar))
+    doc = np.repeat(np.arange(len(first)), lengths)
 
     # Bars on one axis, with a gap before each document that no distance of `near_bars` spans.
-    near_bars = sorted(set(structure.near_bars))
+    near_bars = sorted(set(near_bars))
     gap = max(near_bars, default=0)
     room = np.maximum.reduceat(bar, first) + 1 + gap
-    place = bar + (gap + np.cumsum(room) - room)[doc]
+    place = bar + np.repeat(gap + np.cumsum(room) - room, lengths)
     bar_begins = np.append(True, np.diff(place) != 0)
-    bars = np.add.reduceat(bar_begins, first)
-    earlier_bars = np.cumsum(bar_begins) - 1 - (np.cumsum(bars) - bars)[doc]
+    bars = np.add.reduceat(bar_begins, first, dtype=np.int64)
+    earlier_bars = np.cumsum(bar_begins) - 1 - np.repeat(np.cumsum(bars) - bars, lengths)
 
-    kind_class = _CLASS[kind]
-    one_hot = np.eye(4, dtype=np.int64)[kind_class]
+    sees = _SEES[kind_rule]
+    seen = sees[kind]
+    one_hot = _ONE_HOT[kind]
     total = np.cumsum(one_hot, axis=0)
     run_begins = bar_begins | np.append(True, np.diff(inst) != 0)
 
-    # Pairs inside a run: the bar rule holds, and the kind rule by classes or else by the onset.
+    # Pairs inside a run: the bar rule holds, and the kind rule by kinds or else by the onset.
     run, has = _runs(one_hot, run_begins)
-    looks = has @ _SEES  # queries of each run that see a class
-    pairs = _within(_SEES[kind_class], total, looks, has)
-    _, sharing = _runs(one_hot, run_begins | np.append(True, np.diff(onset) != 0))
-    pairs += _within(1 - _SEES[kind_class], total, sharing @ (1 - _SEES), sharing)
+    looks = has @ sees  # queries of each run that see a kind
+    pairs = _within(first, seen, total, run, looks, has)
+    group, sharing = _runs(one_hot, run_begins | np.append(True, np.diff(onset) != 0))
+    pairs += _within(first, 1 - seen, total, group, sharing @ (1 - sees), sharing)
 
-    # Pairs of different runs: what the bar rule admits, by class. Onsets do not reach beyond a run.
+    # Pairs of different runs: what the bar rule admits, by kind. Onsets do not reach beyond a run.
     doc, place, inst = doc[run], place[run], inst[run]
-    globals_ = np.where((inst == NO_INSTRUMENT)[:, None], has * np.eye(4, dtype=np.int64)[_STRUCTURAL], 0)
+    globals_ = np.where((inst == NO_INSTRUMENT)[:, None], has * _ONE_HOT[Kind.STRUCTURAL], 0)
     local = has - globals_
     at = place * _INSTRUMENTS + inst
     admitted = _before(doc, globals_) + _before(doc * _INSTRUMENTS + inst, local)
@@ -84,34 +105,52 @@ def count_pairs(structure: Structure) -> Counts:
             admitted += of_bar(place - distance) - of_instrument(at - distance * _INSTRUMENTS)
         else:
             admitted += _before(place, local) - _before(at, local)
-    pairs += int((looks * admitted).sum())
+    pairs += np.add.reduceat(_dot(looks, admitted), np.searchsorted(run, first))
 
-    return Counts(
-        tokens=len(kind),
-        summaries=int(bars.sum()),
-        summary_pairs=int((bars * (bars + 1) // 2).sum()) + len(kind),
-        token_pairs=int(earlier_bars.sum()) + pairs,
-        causal_pairs=int((lengths * (lengths + 1) // 2).sum()),
+    return np.stack(
+        [
+            lengths,
+            bars,
+            bars * (bars + 1) // 2 + lengths,
+            np.add.reduceat(earlier_bars, first) + pairs,
+            lengths * (lengths + 1) // 2,
+        ],
+        axis=1,
     )
 
 
 def _runs(values: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first index of every run, and the sum of `values` [n, 4] over it."""
+    """The first index of every run, and the sum of `values` [n, kinds] over it."""
     first = np.flatnonzero(begins)
     return first, np.add.reduceat(values, first)
 
 
-def _within(sees: np.ndarray, total: np.ndarray, looks: np.ndarray, has: np.ndarray) -> int:
-    """Pairs of a token and one of a class it sees (`sees` [n, 4]), not after it in the same run.
+def _within(
+    first: np.ndarray,
+    sees: np.ndarray,
+    total: np.ndarray,
+    run: np.ndarray,
+    looks: np.ndarray,
+    has: np.ndarray,
+) -> np.ndarray:
+    """Of each document, pairs of a token and one of a kind it sees (`sees` [n, kinds]), not after it in the
+    same run.
 
-    `total` [n, 4] counts the classes up to each token; `has`, `looks` [runs, 4] are a run's own tokens of a
-    class, and those that see it.
+    `total` [n, kinds] counts the kinds up to each token. `run` says where runs begin; `has`, `looks`
+    [runs, kinds] are a run's own tokens of a kind, and those that see it.
     """
-    return int((sees * total).sum() - (looks * (np.cumsum(has, axis=0) - has)).sum())
+    before = np.cumsum(has, axis=0) - has
+    of_tokens = np.add.reduceat(_dot(sees, total), first)
+    return of_tokens - np.add.reduceat(_dot(looks, before), np.searchsorted(run, first))
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of each row of x the product with that of y."""
+    return np.einsum("ij,ij->i", x, y)
 
 
 def _before(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each i the sum of `values` [n, 4] over j < i with an equal key."""
+    """For each i the sum of `values` [n, kinds] over j < i with an equal key."""
     order = np.argsort(key, kind="stable")
     moved = values[order]
     total = np.cumsum(moved, axis=0) - moved
@@ -122,7 +161,7 @@ def _before(key: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _totals(key: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from keys to the sum of `values` [n, 4] over those with that key; 0 where there is none."""
+    """A function from keys to the sum of `values` [n, kinds] over those with that key, or 0."""
     order = np.argsort(key, kind="stable")
     ordered = key[order]
     first, sums = _runs(values[order], np.append(True, np.diff(ordered) != 0))

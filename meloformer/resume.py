@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint, find_checkpoint, has_checkpoints, latest_checkpoint, load_checkpoint
 from .data import PACKING
 from .errors import UserError
 from .job import Job, restarted
+from .kernels.structure import KIND_RULE
 from .model import ModelConfig
 from .shards import ShardSet
 from .train_config import TrainConfig
@@ -47,16 +49,22 @@ def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    saved = checkpoint.trainer["identity"]
-    for name, value in identity.items():
-        if saved.get(name) != value:
-            hint = (
-                " (processes x batch_size x gradient_accumulation_steps)" if name == "rows_per_step" else ""
-            )
-            raise UserError(
-                f"cannot resume from {path}: {name} was {saved.get(name)!r} there and is {value!r} now{hint}"
-            )
+    for name, was, value in _differences(checkpoint.trainer["identity"], identity):
+        hint = " (processes x batch_size x gradient_accumulation_steps)" if name == "rows_per_step" else ""
+        raise UserError(f"cannot resume from {path}: {name} was {was!r} there and is {value!r} now{hint}")
     return checkpoint
+
+
+def _differences(saved: dict, identity: dict) -> Iterator[tuple[str, object, object]]:
+    """What differs between two identities, and of their models that alone."""
+    for name, value in identity.items():
+        was = saved.get(name)
+        if name == "model" and isinstance(was, dict):
+            was = {"kind_rule": KIND_RULE} | was  # it was not a choice once
+            apart = [key for key in was.keys() | value.keys() if was.get(key) != value.get(key)]
+            was, value = ({key: model.get(key) for key in sorted(apart)} for model in (was, value))
+        if was != value:
+            yield name, was, value
 
 
 def _choose(config: TrainConfig, root: Path) -> str | None:

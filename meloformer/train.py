@@ -13,9 +13,9 @@ from .dry_run import dry_run
 from .errors import UserError
 from .estimate import is_out_of_memory, out_of_memory
 from .job import Job, start_job
-from .model import DENSE, SIZES, ModelConfig
+from .model import SIZES, ModelConfig
 from .stop import STOPPED, StopRequest
-from .train_config import TrainConfig, parse_args
+from .train_config import TrainConfig, chosen_model, parse_args
 from .trainer import Trainer
 
 _LOCK = ".lock"
@@ -24,7 +24,7 @@ _LOCK = ".lock"
 def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str | None:
     """Train as `config` says; `model_config` replaces the preset of `config.model_size`.
 
-    With the attention "dense" it is made dense, see `ModelConfig.as_dense`.
+    Either is changed to have the attention that `config` asks for, see `chosen_model`.
 
     Returns:
         None if the run is through, else what asked it to stop.
@@ -32,9 +32,7 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
     Raises:
         UserError: something a user can mend; `DivergedError` if the numbers of the run went wild.
     """
-    model_config = model_config or SIZES[config.model_size]
-    if config.attention == DENSE:
-        model_config = model_config.as_dense()
+    model_config = chosen_model(config, model_config or SIZES[config.model_size])
     with StopRequest() as stop:
         if config.deterministic:
             _be_deterministic()

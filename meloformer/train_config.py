@@ -13,7 +13,8 @@ import yaml
 from . import cli
 from .errors import UserError
 from .kernels import BACKENDS
-from .model import DENSE, RECOMPUTE, SIZES
+from .kernels.structure import KIND_RULE, KIND_RULES
+from .model import DENSE, RECOMPUTE, SIZES, ModelConfig
 from .shards import write_atomic
 
 CONFIG = "config.yaml"  # in the folder of a run
@@ -41,6 +42,7 @@ class TrainConfig:
     epochs: int = 100
     max_steps: int | None = None
     attention: str = "auto"
+    kind_rule: str = KIND_RULE
     device: str = "auto"
     precision: str = "auto"
     compile: bool | None = None
@@ -96,6 +98,12 @@ def make_parser() -> cli.Parser:
         "Transformer of the same size, to compare with",
         choices=["auto", *BACKENDS, DENSE],
     )
+    add(
+        "kind_rule",
+        "what a note's token sees of other notes: its like (alike, the original scheme), the kinds that "
+        "usually follow it (next), or any",
+        choices=KIND_RULES,
+    )
     add("device", "auto, cpu, cuda or cuda:N")
     add("precision", "auto is bf16 on CUDA and fp32 elsewhere", choices=PRECISIONS)
     switch("compile", "compile the layers; by default on a GPU, with any attention but reference")
@@ -130,6 +138,19 @@ def make_parser() -> cli.Parser:
     add("wandb", "log to this project of Weights & Biases too", metavar="PROJECT")
     switch("dry_run", "print parameters, memory, steps and time, and train nothing")
     return parser
+
+
+def chosen_model(config: TrainConfig, preset: ModelConfig) -> ModelConfig:
+    """`preset` with the attention that a run asks for: see `ModelConfig`.
+
+    Raises:
+        UserError: it asks for a dense model and a kind rule.
+    """
+    if config.attention != DENSE:
+        return dataclasses.replace(preset, kind_rule=config.kind_rule)
+    if config.kind_rule != KIND_RULE:
+        raise UserError(f"--kind_rule {config.kind_rule}: not with --attention {DENSE}, which sees all kinds")
+    return preset.as_dense()
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:

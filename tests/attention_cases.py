@@ -20,6 +20,13 @@ from meloformer.kernels.structure import regular_sees, summary_sees
 STRUCTURAL, T, P, L, V = range(5)
 DRUMS, NONE = 128, 129
 NEAR_BARS = (0, 1, 2, 4)
+NOTE = {T, P, L, V}
+SEES = {
+    "alike": {T: {T, P}, P: {T, P}, L: set(), V: {V}},
+    "next": {T: {T, P}, P: {T, P, L}, L: {V}, V: {T, P}},
+    "any": {T: NOTE, P: NOTE, L: NOTE, V: NOTE},
+}
+NEW_RULES = ("next", "any")  # what differs from the rule that all other tests go by
 
 
 class Token(NamedTuple):
@@ -96,8 +103,10 @@ def facts(batch: Batch, length: int | None = None) -> dict[str, Tensor]:
     return dict(zip(names, torch.tensor(padded, dtype=torch.int64).unbind(-1)))
 
 
-def structure(batch: Batch, length: int | None = None, num_summaries: int | None = None) -> Structure:
-    return Structure.build(**facts(batch, length), num_summaries=num_summaries)
+def structure(
+    batch: Batch, length: int | None = None, num_summaries: int | None = None, kind_rule: str = "alike"
+) -> Structure:
+    return Structure.build(**facts(batch, length), num_summaries=num_summaries, kind_rule=kind_rule)
 
 
 class Case(NamedTuple):
@@ -110,16 +119,19 @@ def dense_case(packed: Structure) -> Case:
     """The masks by the rule itself, for structures that are too long for the oracle in Python."""
     keys = packed.keys.at(slice(None), None)
     summaries, tokens = (x.at(slice(None), slice(None), None) for x in (packed.summaries, packed.tokens))
-    return Case(packed, summary_sees(summaries, keys), regular_sees(tokens, keys, packed.near_bars))
+    regular_mask = regular_sees(tokens, keys, packed.near_bars, packed.kind_rule)
+    return Case(packed, summary_sees(summaries, keys), regular_mask)
 
 
 @cache
-def case(name: str, seed: int = 0) -> Case:
+def case(name: str, seed: int = 0, kind_rule: str = "alike") -> Case:
     batch = CASES[name](Random(f"{name} {seed}"))
-    return Case(structure(batch), *oracle_masks(batch))
+    return Case(structure(batch, kind_rule=kind_rule), *oracle_masks(batch, kind_rule=kind_rule))
 
 
-def oracle_masks(batch: Batch, near_bars: tuple[int, ...] = NEAR_BARS) -> tuple[Tensor, Tensor]:
+def oracle_masks(
+    batch: Batch, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = "alike"
+) -> tuple[Tensor, Tensor]:
     """Who sees whom by the table of the design: bool [B, M, M + N] and [B, N, M + N]."""
     length = max(sum(map(len, row)) for row in batch)
     bars = [[(d, bar) for d, s in enumerate(row) for bar in sorted({t.bar for t in s})] for row in batch]
@@ -139,22 +151,16 @@ def oracle_masks(batch: Batch, near_bars: tuple[int, ...] = NEAR_BARS) -> tuple[
             seen = [
                 num_summaries + u
                 for u, (doc_u, token_u) in enumerate(tokens[: t + 1])
-                if doc_t == doc_u and _sees(token_t, token_u, near_bars)
+                if doc_t == doc_u and _sees(token_t, token_u, near_bars, SEES[kind_rule])
             ]
             regular_mask[b, t, seen] = True
     return summary_mask, regular_mask
 
 
-def _sees(t: Token, u: Token, near_bars: tuple[int, ...]) -> bool:
+def _sees(t: Token, u: Token, near_bars: tuple[int, ...], sees: dict[int, set[int]]) -> bool:
     """RR, for u not after t in the same document."""
     bar_rule = (u.kind == STRUCTURAL and u.inst == NONE) or t.inst == u.inst or t.bar - u.bar in near_bars
-    kind_rule = (
-        t.kind == STRUCTURAL
-        or u.kind == STRUCTURAL
-        or t.onset == u.onset
-        or {t.kind, u.kind} <= {T, P}
-        or t.kind == u.kind == V
-    )
+    kind_rule = t.kind == STRUCTURAL or u.kind == STRUCTURAL or t.onset == u.onset or u.kind in sees[t.kind]
     return bar_rule and kind_rule
 
 

@@ -11,6 +11,7 @@ from meloformer.kernels import BACKENDS, flex, make_attention, resolve_backend, 
 from attention_cases import (
     CASES,
     INPUTS,
+    NEW_RULES,
     PHASES,
     case,
     check_low_precision,
@@ -37,7 +38,17 @@ def forget_compiled_code():
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", PORTABLE)
 def test_outputs_and_gradients_in_float64(backend, name, phase, seed):
-    masks = case(name, seed)
+    check_in_float64(backend, case(name, seed), phase, seed)
+
+
+@pytest.mark.filterwarnings("ignore:FlexAttention has no backward on CPU")
+@pytest.mark.parametrize("kind_rule", NEW_RULES)
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_kind_rules(backend, kind_rule):
+    check_in_float64(backend, case("documents", kind_rule=kind_rule), "update", seed=0)
+
+
+def check_in_float64(backend, masks, phase, seed):
     inputs = random_inputs(phase, masks.structure, torch.float64, seed=seed)
     function = getattr(make_attention(masks.structure, backend), phase)
     expected = outputs_and_gradients(plain_phase(phase, masks), inputs)
@@ -50,8 +61,17 @@ def test_outputs_and_gradients_in_float64(backend, name, phase, seed):
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", CASES)
 def test_flex_without_gradients_runs_flex_attention_itself(name, phase, monkeypatch):
+    check_flex_itself(case(name), phase, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind_rule", NEW_RULES)
+def test_flex_attention_itself_follows_the_kind_rule(kind_rule, monkeypatch):
+    check_flex_itself(case("documents", kind_rule=kind_rule), "update", monkeypatch)
+
+
+def check_flex_itself(masks, phase, monkeypatch):
     monkeypatch.setattr(flex.reference, "attend", None)
-    masks = case(name)
     *arguments, _ = random_inputs(phase, masks.structure, torch.float64)
     got = getattr(make_attention(masks.structure, "flex"), phase)(*arguments)
     torch.testing.assert_close(got, plain_phase(phase, masks)(*arguments), rtol=0, atol=1e-13)

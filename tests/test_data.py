@@ -15,7 +15,7 @@ from meloformer import data, facts, grammar, vocab
 from meloformer.compose import compose
 from meloformer.data import IGNORED, PackedSongs, State, pack, prefetch
 from meloformer.errors import UserError
-from meloformer.pairs import count_pairs
+from meloformer.pairs import count_documents, count_pairs
 from meloformer.shards import ShardSet
 from meloformer.tokenizer import HIDTokenizer
 
@@ -256,15 +256,24 @@ def test_pairs_are_counted_in_every_epoch_but_found_once(shards, monkeypatch):
     songs = packed(shards)
     found = []
 
-    def count(structure):
-        found.append(structure)
-        return count_pairs(structure)
+    def count(*args):
+        each = count_documents(*args)
+        found.extend(each)
+        return each
 
-    monkeypatch.setattr(data, "count_pairs", count)
+    monkeypatch.setattr(data, "count_documents", count)
     for epoch in (0, 1):
-        batch = songs.batch(epoch, range(songs.rows_per_epoch(epoch)))
-        assert batch.counts == count_pairs(batch.structure)
+        for row in range(songs.rows_per_epoch(epoch)):
+            batch = songs.batch(epoch, [row])
+            assert batch.counts == count_pairs(batch.structure)
         assert len(found) == len(songs.samples)
+
+
+@pytest.mark.parametrize("kind_rule", ["next", "any"])
+def test_a_batch_has_the_kind_rule_asked_for(shards, kind_rule):
+    batch = packed(shards, kind_rule=kind_rule).batch(0, range(2))
+    assert batch.structure.kind_rule == kind_rule
+    assert batch.counts == count_pairs(batch.structure) != packed(shards).batch(0, range(2)).counts
 
 
 def test_rows_past_the_end_are_padding(shards):

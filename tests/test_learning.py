@@ -207,6 +207,28 @@ def test_the_table_tells_the_best_point_from_the_last(tmp_path):
     assert "| triton, seed 0 | 1.0000 | 1.0000 | 1.5000 | 1.0000 | 1.0000 | 1.0000 |" in text
 
 
+def test_kind_rules_are_compared_as_attentions_are(tmp_path, monkeypatch):
+    from benchmarks import learning_picture
+
+    legends = []
+    monkeypatch.setattr(learning_picture, "legend", lambda figure, entries: legends.extend(entries))
+    rules = {"old": {}, "alike": {"kind_rule": "alike", "seed": 1}, "next": {"kind_rule": "next"}}
+    runs = [write_run(tmp_path / name, SPARSE, **more) for name, more in rules.items()]
+    runs.append(write_run(tmp_path / "dense", DENSE, attention="dense", kind_rule="alike"))
+    result = gather(runs)
+    text = page(result, "a.png", "a.json")
+    assert re.findall("^## (`.*)$", text, re.M) == [
+        "`triton` against `triton, next`", "`triton` against `dense`", "`triton, next` against `dense`",
+    ]  # fmt: skip
+    assert re.findall(r"^\| (\S.*seed \d) \| 17.00M", text, re.M) == [
+        "triton, seed 0", "triton, seed 1", "triton, next, seed 0", "dense, seed 0",
+    ]  # fmt: skip
+    learning_picture.draw(result, tmp_path / "a.png")
+    assert [name for name, _ in legends] == ["triton", "triton, next", "dense"]
+    with pytest.raises(UserError, match="both triton, next of seed 0"):
+        gather([runs[2], write_run(tmp_path / "again", DENSE, kind_rule="next")])
+
+
 def test_every_pair_of_attentions_is_judged(folders, tmp_path):
     third = write_run(tmp_path / "flex", SPARSE, attention="flex")
     text = page(gather([*folders, third]), "a.png", "a.json")

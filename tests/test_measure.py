@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from benchmarks.timing import Timer
 from meloformer.errors import UserError
 from meloformer.kernels import make_attention
 
-from attention_cases import PHASES, case, outputs_and_gradients, random_inputs
+from attention_cases import PHASES, case, dense_case, outputs_and_gradients, random_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = ("documents", "rows", "padding_row", "16_instruments", "empty_bars")
@@ -77,6 +78,13 @@ class TestSongs:
     def test_visible_pairs(self, name, monkeypatch):
         monkeypatch.setattr(songs, "_PAIRS_AT_ONCE", 3000)  # more than one chunk
         assert songs.visible_pairs(case(name).structure) == int(case(name).regular_mask.sum())
+
+    def test_rows_made_of_others_keep_their_rule(self):
+        structure = replace(case("rows").structure, near_bars=(3,), kind_rule="next")
+        made = songs.cut(structure, 50), songs.padded(structure, 64)
+        made += (songs.reordered(structure, songs.instrument_order(structure)),)
+        assert {(rows.near_bars, rows.kind_rule) for rows in made} == {((3,), "next")}
+        assert songs.visible_pairs(structure) == int(dense_case(structure).regular_mask.sum())
 
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_instrument_order(self, name):

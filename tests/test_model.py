@@ -1,5 +1,6 @@
 """The model as a whole: what may influence what, sizes, and the loss."""
 
+from dataclasses import asdict, replace
 from random import Random
 
 import pytest
@@ -12,8 +13,19 @@ from meloformer.layers import Rotary
 from meloformer.loss import IGNORE, next_token_loss
 from meloformer.model import SIZES, MeloFormer, ModelConfig
 
-from attention_cases import CASES, DRUMS, NEAR_BARS, of_length, oracle_masks, plain_attention, song, structure
-from model_cases import influence, random_ids, tiny_model
+from attention_cases import (
+    CASES,
+    DRUMS,
+    NEAR_BARS,
+    NEW_RULES,
+    SEES,
+    of_length,
+    oracle_masks,
+    plain_attention,
+    song,
+    structure,
+)
+from model_cases import TINY, influence, random_ids, tiny_model
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 pytestmark = [
@@ -100,11 +112,14 @@ def test_forward_is_the_design_written_out(backend):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", ["reference", "flex"])
-def test_no_token_sees_what_comes_later_or_other_documents(backend):
+@pytest.mark.parametrize(
+    "backend, kind_rule", [*(("reference", rule) for rule in SEES), ("flex", "alike"), ("flex", "next")]
+)
+def test_no_token_sees_what_comes_later_or_other_documents(backend, kind_rule):
     random = Random(1)
     batch = [[song(random, 3), song(random, 2), of_length(random, 20)], [song(random, 4)]]
-    packed, ids, model = structure(batch), random_ids(batch), tiny_model()
+    packed, ids = structure(batch, kind_rule=kind_rule), random_ids(batch)
+    model = tiny_model(replace(TINY, kind_rule=kind_rule))
     attention = make_attention(packed, backend)
     for row in range(len(batch)):
         for token in range(0, int((packed.doc[row] >= 0).sum()), 5):
@@ -118,12 +133,13 @@ def test_no_token_sees_what_comes_later_or_other_documents(backend):
             assert reached[row, complete].all() and reached[row, token], (row, token)
 
 
-def test_one_layer_reaches_exactly_what_the_rule_says():
+@pytest.mark.parametrize("kind_rule", SEES)
+def test_one_layer_reaches_exactly_what_the_rule_says(kind_rule):
     batch = [[song(Random(2), 4), song(Random(3), 2)]]
-    packed, ids = structure(batch), random_ids(batch)
-    model = tiny_model(ModelConfig(layers=1, dim=32, heads=2, ffn=48))
+    packed, ids = structure(batch, kind_rule=kind_rule), random_ids(batch)
+    model = tiny_model(replace(TINY, layers=1, kind_rule=kind_rule))
     attention = make_attention(packed, "reference")
-    _, regular_mask = oracle_masks(batch)
+    _, regular_mask = oracle_masks(batch, kind_rule=kind_rule)
     directly = regular_mask[0, :, -packed.doc.shape[1] :]
     for token in range(0, packed.doc.shape[1], 3):
         reached = influence(model, ids, packed, attention, 0, token)[0] != 0
@@ -249,6 +265,8 @@ def test_wrong_structure_is_refused():
         tiny_model()(ids[:, 1:], packed)
     with pytest.raises(ValueError, match="near_bars"):
         tiny_model(ModelConfig(layers=1, dim=32, heads=2, ffn=48, near_bars=(0,)))(ids, packed)
+    with pytest.raises(ValueError, match="structure has kind_rule alike, not next"):
+        tiny_model(replace(TINY, kind_rule="next"))(ids, packed)
 
 
 def test_config_normalises_and_refuses():
@@ -258,6 +276,17 @@ def test_config_normalises_and_refuses():
     assert ModelConfig(1, 32, 2, 48, vocab_size=128).padded_vocab_size == 128
     with pytest.raises(ValueError, match="multiple"):
         ModelConfig(1, 30, 4, 48)
+    with pytest.raises(ValueError, match="unknown kind_rule 'other'"):
+        replace(TINY, kind_rule="other")
+    for rule in NEW_RULES:
+        with pytest.raises(ValueError, match=f"dense model has no kind_rule, got '{rule}'"):
+            replace(TINY, kind_rule=rule).as_dense()
+
+
+def test_a_configuration_without_a_kind_rule_has_the_original_one():
+    """As checkpoints hold it from before it was a choice."""
+    saved = {name: value for name, value in asdict(TINY).items() if name != "kind_rule"}
+    assert ModelConfig(**saved) == replace(TINY, kind_rule="alike")
 
 
 def batches_of_one_shape(number: int, length: int, num_summaries: int, device="cpu"):

@@ -13,7 +13,7 @@ from meloformer.kernels.structure import regular_sees, summary_sees
 from meloformer.pairs import count_pairs
 from meloformer.tokenizer import HIDTokenizer
 
-from attention_cases import CASES, NEAR_BARS, facts, structure
+from attention_cases import CASES, NEAR_BARS, NEW_RULES, facts, structure
 
 
 def by_the_rule(packed: Structure) -> dict[str, int]:
@@ -27,7 +27,7 @@ def by_the_rule(packed: Structure) -> dict[str, int]:
         "tokens": int((packed.doc >= 0).sum()),
         "summaries": int((packed.summary_doc >= 0).sum()),
         "summary_pairs": int(summary_sees(summaries.at(*at), keys).sum()),
-        "token_pairs": int(regular_sees(tokens.at(*at), keys, packed.near_bars).sum()),
+        "token_pairs": int(regular_sees(tokens.at(*at), keys, packed.near_bars, packed.kind_rule).sum()),
         "causal_pairs": int(causal.sum()),
     }
 
@@ -36,6 +36,13 @@ def by_the_rule(packed: Structure) -> dict[str, int]:
 @pytest.mark.parametrize("name", CASES)
 def test_counts_are_those_of_the_rule(name, near_bars):
     packed = replace(structure(CASES[name](Random(name))), near_bars=near_bars)
+    assert vars(count_pairs(packed)) == by_the_rule(packed)
+
+
+@pytest.mark.parametrize("kind_rule", NEW_RULES)
+@pytest.mark.parametrize("name", CASES)
+def test_counts_are_those_of_every_kind_rule(name, kind_rule):
+    packed = structure(CASES[name](Random(name)), kind_rule=kind_rule)
     assert vars(count_pairs(packed)) == by_the_rule(packed)
 
 
@@ -67,5 +74,5 @@ def test_an_instrument_may_come_twice_in_a_bar():
         for i, inst in enumerate((5, 6, 5))
         for kind in (1, 2, 4)
     ]
-    packed = Structure.build(**facts([[tokens]]))
+    packed = structure([[tokens]])
     assert vars(count_pairs(packed)) == by_the_rule(packed)

@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from meloformer.kernels import plan as plan_module
-from meloformer.kernels.plan import LINE, Plan
-from meloformer.kernels.structure import Facts, Structure, regular_sees
+from meloformer.kernels.plan import LINE, Plan, layout_classes
+from meloformer.kernels.structure import Kind, Structure
 
-from attention_cases import CASES, case, dense_case, facts, oracle_masks, song, structure
+from attention_cases import (
+    CASES,
+    NEW_RULES,
+    SEES,
+    Token,
+    case,
+    dense_case,
+    facts,
+    oracle_masks,
+    song,
+    structure,
+)
 from plan_cases import DEVICE, coverage
 
 
@@ -49,8 +60,44 @@ def test_near_bars(near_bars):
     check_coverage(Plan(packed.to(DEVICE)), oracle_masks(batch, near_bars)[1])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_tokens_without_any_grammar(seed):
+@pytest.mark.parametrize("kind_rule", NEW_RULES)
+@pytest.mark.parametrize("name", ["documents", "rows", "257_tokens"])
+def test_kind_rules(name, kind_rule):
+    masks = case(name, kind_rule=kind_rule)
+    check_coverage(Plan(masks.structure.to(DEVICE)), masks.regular_mask)
+
+
+def test_blocks_of_one_kind_see_blocks_of_another():
+    """A row for each pair of kinds by `next`: nothing but the kind tells that these blocks see each other."""
+
+    def block(bar, kind):
+        return [Token(bar, 5, kind, bar * LINE + i) for i in range(LINE)]
+
+    pairs = [(query, key) for query, keys in SEES["next"].items() for key in sorted(keys)]
+    batch = [[block(0, key) + block(1, query)] for query, key in pairs]
+    plan = Plan(structure(batch, kind_rule="next").to(DEVICE))
+    check_coverage(plan, oracle_masks(batch, kind_rule="next")[1])
+
+
+@pytest.mark.parametrize("kind_rule", SEES)
+def test_tokens_of_a_class_are_treated_alike(kind_rule):
+    """As queries, as keys, as both; and as few classes as that takes."""
+    sees = {
+        kind: (seen, {q for q in SEES[kind_rule] if kind in SEES[kind_rule][q]})
+        for kind, seen in SEES[kind_rule].items()
+    }
+    for classes, treatment in zip(layout_classes(kind_rule), (lambda x: x[0], lambda x: x[1], lambda x: x)):
+        assert classes[Kind.STRUCTURAL] == 1 < min(classes[1:])
+        for one in sees:
+            for other in sees:
+                alike = treatment(sees[one]) == treatment(sees[other])
+                assert (classes[one] == classes[other]) == alike, (one, other)
+
+
+@pytest.mark.parametrize(
+    "seed, kind_rule", [*((seed, "alike") for seed in range(4)), (0, "next"), (1, "any")]
+)
+def test_tokens_without_any_grammar(seed, kind_rule):
     """Facts drawn at random: the rule on tiles is the rule of `structure`, whatever the tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,11 +107,8 @@ def test_tokens_without_any_grammar(seed):
     drawn = {"doc": draw(3).sort().values, "bar": draw(9), "inst": draw(3) + 127, "kind": draw(5)}
     drawn["bar"] = (drawn["doc"] * 9 + drawn["bar"]).sort().values  # ascending within a document
     drawn["doc"][0, 170:] = -1
-    packed = Structure.build(**drawn, onset=draw(12))
-    queries = packed.tokens.at(slice(None), slice(None), None)
-    keys = packed.keys.at(slice(None), None)
-    mask = regular_sees(Facts(*queries), Facts(*keys), packed.near_bars)
-    check_coverage(Plan(packed.to(DEVICE)), mask)
+    packed = Structure.build(**drawn, onset=draw(12), kind_rule=kind_rule)
+    check_coverage(Plan(packed.to(DEVICE)), dense_case(packed).regular_mask)
 
 
 @pytest.mark.parametrize("split", [1, 2, 0])

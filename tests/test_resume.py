@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from meloformer import train
+from meloformer import trainer as trainer_module
 from meloformer.checkpoint import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
 from meloformer.job import start_job
 from meloformer.model import MeloFormer
+from meloformer.resume import run_identity
 from meloformer.stop import STOPPED
 from meloformer.trainer import Trainer
 
@@ -143,12 +145,36 @@ def test_a_run_is_not_begun_over_another(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"weight_decay": 0.5}, {"batch_size": 2}, {"epochs": 3}], ids=str
+    "change, says",
+    [
+        ({"seed": 1}, "seed was 0 there and is 1 now"),
+        ({"weight_decay": 0.5}, "weight_decay was"),
+        ({"batch_size": 2}, r"rows_per_step was 2 there and is 4 now \(processes"),
+        ({"epochs": 3}, "epochs was"),
+        ({"kind_rule": "next"}, "model was {'kind_rule': 'alike'} there and is {'kind_rule': 'next'} now"),
+    ],
+    ids=str,
 )
-def test_a_run_is_not_resumed_as_another(data, tmp_path, change):
+def test_a_run_is_not_resumed_as_another(data, tmp_path, change, says):
     train.train(config(data, tmp_path, max_steps=1), TINY)
-    with pytest.raises(UserError, match=r"cannot resume from .*: \w+ was .* there and is .* now"):
+    with pytest.raises(UserError, match=f"cannot resume from .*: {says}"):
         train.train(config(data, tmp_path, max_steps=1, resume="auto", **change), TINY)
+
+
+def test_a_run_from_before_there_were_kind_rules_goes_on(data, tmp_path, monkeypatch):
+    def as_before(*args):
+        identity = run_identity(*args)
+        del identity["model"]["kind_rule"]
+        return identity
+
+    settings = config(data, tmp_path, max_steps=2, save_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "run_identity", as_before)
+        _run_some(Trainer(settings, TINY, start_job("cpu")), 1)
+    with pytest.raises(UserError, match=r"model was \{'kind_rule': 'alike'\} there"):
+        train.train(dataclasses.replace(settings, resume="auto", kind_rule="next"), TINY)
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    assert len(losses(tmp_path)) == 2
 
 
 def test_a_damaged_run_is_not_begun_anew(data, tmp_path):

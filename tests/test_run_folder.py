@@ -31,8 +31,16 @@ def test_losses_stand_in_the_order_of_the_log_and_paths_are_left_out(tmp_path):
     assert losses == ["val_loss", *(f"val_loss_{kind}" for kind in ("T", "P", "L", "V", "structural"))]
     assert run["validation"]["val_loss_V"] == [4.0, 3.0]
     assert (run["name"], run["attention"], run["seed"]) == ("a", "triton", 7)
-    assert not {"data_dir", "output_dir", "attention", "seed", "keep_last"} & run["settings"].keys()
+    own = {"data_dir", "output_dir", "attention", "kind_rule", "seed", "keep_last"}
+    assert not own & run["settings"].keys()
     assert run["settings"]["learning_rate"] == 1e-3 and run["origin"]["device"] == "Test GPU"
+
+
+def test_the_kind_rule_is_the_original_one_where_the_folder_does_not_tell(tmp_path):
+    first = read_run(write_run(tmp_path / "a", {2: 3.0, 4: 2.0}))
+    second = read_run(write_run(tmp_path / "b", {2: 3.0, 4: 2.0}, kind_rule="next"))
+    assert (first["kind_rule"], second["kind_rule"]) == ("alike", "next")
+    assert first["settings"] == second["settings"]
 
 
 def test_of_a_step_that_was_logged_twice_the_last_record_counts(tmp_path):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from meloformer.kernels import Structure
-from meloformer.kernels.structure import regular_sees, summary_sees
+from meloformer.kernels.structure import KIND_RULES, regular_sees, summary_sees
 
-from attention_cases import CASES, NEAR_BARS, NONE, facts, oracle_masks, song, structure
+from attention_cases import CASES, NEAR_BARS, NEW_RULES, NONE, SEES, facts, oracle_masks, song, structure
 
 SEEDS = (0, 1, 2)
 
@@ -45,17 +45,33 @@ def test_build_equals_a_walk_over_the_tokens(name, seed):
 def test_rule_equals_the_table(name, near_bars):
     batch = batch_of(name, 0)
     built = Structure.build(**facts(batch), near_bars=near_bars)
-    summary_mask, regular_mask = oracle_masks(batch, near_bars)
+    check_rule(built, *oracle_masks(batch, near_bars))
+
+
+def check_rule(built, summary_mask, regular_mask):
     queries, keys = (slice(None), slice(None), None), (slice(None), None)
     assert torch.equal(summary_sees(built.summaries.at(*queries), built.keys.at(*keys)), summary_mask)
-    assert torch.equal(regular_sees(built.tokens.at(*queries), built.keys.at(*keys), near_bars), regular_mask)
+    tokens = built.tokens.at(*queries)
+    seen = regular_sees(tokens, built.keys.at(*keys), built.near_bars, built.kind_rule)
+    assert torch.equal(seen, regular_mask)
+
+
+@pytest.mark.parametrize("kind_rule", NEW_RULES)
+@pytest.mark.parametrize("name", ["1_token", "near_bar_edges", "documents", "rows", "16_instruments"])
+def test_every_kind_rule_equals_the_table(name, kind_rule):
+    batch = batch_of(name, 0)
+    check_rule(structure(batch, kind_rule=kind_rule), *oracle_masks(batch, kind_rule=kind_rule))
+
+
+def test_the_tables_name_the_same_kind_rules():
+    assert [*KIND_RULES] == [*SEES] and {*NEW_RULES} == {*SEES} - {"alike"}
 
 
 def test_rule_on_single_tokens():
     built = structure([[song(Random(0), 3)]])
     _, regular_mask = oracle_masks([[song(Random(0), 3)]])
     for t, u in [(0, 3), (5, 2), (20, 3), (20, 9)]:
-        seen = regular_sees(built.tokens.at(0, t), built.keys.at(0, u), NEAR_BARS)
+        seen = regular_sees(built.tokens.at(0, t), built.keys.at(0, u), NEAR_BARS, "alike")
         assert seen.shape == () and seen == regular_mask[0, t, u]
 
 
@@ -91,6 +107,7 @@ def test_bars_may_begin_anywhere_and_skip():
     [
         ({"num_summaries": 3}, "more than 3 bars"),
         ({"near_bars": (0, -1)}, "negative"),
+        ({"kind_rule": "other"}, "unknown kind_rule 'other': there are alike, next, any"),
         ({"bar": torch.tensor([[0, 1, 2, 3, 2, 0]])}, "ascend"),
         ({"doc": torch.tensor([[1, 1, 1, 0, 0, -1]])}, "ascend"),
         ({"doc": torch.tensor([[0, 0, -1, 1, 1, 1]])}, "end of a row"),
@@ -98,7 +115,17 @@ def test_bars_may_begin_anywhere_and_skip():
         ({"bar": torch.zeros(1, 5, dtype=torch.int64)}, "one shape"),
         ({name: torch.zeros(6) for name in ("doc", "bar", "inst", "kind", "onset")}, "one shape"),
     ],
-    ids=["bars", "near_bars", "bar_order", "doc_order", "hole", "padding_first", "shape", "no_rows"],
+    ids=[
+        "bars",
+        "near_bars",
+        "kind_rule",
+        "bar_order",
+        "doc_order",
+        "hole",
+        "padding_first",
+        "shape",
+        "no_rows",
+    ],
 )
 def test_build_refuses(change, message):
     zeros = torch.zeros(1, 6, dtype=torch.int64)
@@ -108,7 +135,7 @@ def test_build_refuses(change, message):
 
 
 def test_to_moves_every_tensor():
-    built = structure(batch_of("rows", 0))
+    built = Structure.build(**facts(batch_of("rows", 0)), near_bars=(3,), kind_rule="next")
     moved = built.to("meta")
-    assert moved.device.type == "meta" and moved.near_bars == built.near_bars
+    assert moved.device.type == "meta" and (moved.near_bars, moved.kind_rule) == ((3,), "next")
     assert all(fact.device.type == "meta" for fact in (*moved.keys, *moved.tokens))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from meloformer import cli, export, preprocess, train, trainer
+from meloformer import cli, export, preprocess, train, trainer, vocab
 from meloformer.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from meloformer.data import PackedSongs
 from meloformer.errors import DivergedError, UserError
@@ -157,6 +157,16 @@ def test_samples_come_when_asked(data, tmp_path, monkeypatch):
     )
     train.train(config(data, tmp_path, sample_every=5), TINY)
     assert asked == [((tmp_path / "samples", 5), 512), ((tmp_path / "samples", 10), 512)]
+
+
+def test_a_model_trains_validates_and_generates_by_its_own_kind_rule(data, tmp_path):
+    for rule in ("alike", "next"):
+        train.train(config(data, tmp_path / rule, kind_rule=rule, max_steps=2), TINY)
+    assert losses(tmp_path / "alike") != losses(tmp_path / "next")
+    assert records(tmp_path / "alike", "val_loss") != records(tmp_path / "next", "val_loss")
+    model, _ = load_model(tmp_path / "next", torch.device("cpu"))
+    assert model.config.kind_rule == "next"
+    assert generate(model, max_tokens=20)[0] == vocab.BOS
 
 
 def test_an_export_of_a_run_generates(data, tmp_path, capsys):

@@ -24,7 +24,10 @@ QUICK = [
     *("--sizes", "small", "--lengths", "512", "--batch_size", "1", "--warmup", "1", "--steps", "2"),
     *("--device", "cpu", "--attention", "reference"),
 ]
-NAMED = ("size", "attention", "tokens_per_row", "checkpoint_activations", "gpus", "rows_per_batch")
+NAMED = (
+    *("size", "attention", "kind_rule", "tokens_per_row", "checkpoint_activations", "gpus"),
+    "rows_per_batch",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -183,9 +186,10 @@ def gpu_time(busy, kinds):
     return {"wall_ms": busy + 3, "busy_ms": busy, "kinds": kinds, "kernels": []}
 
 
-def row(size, attention, length, speed, memory=20.0, again="none", gpus=1, rows=4):
+def row(size, attention, length, speed, memory=20.0, again="none", gpus=1, rows=4, rule="alike"):
     return {
-        "size": size, "attention": attention, "attention_used": attention, "tokens_per_row": length,
+        "size": size, "attention": attention, "attention_used": attention, "kind_rule": rule,
+        "tokens_per_row": length,
         "checkpoint_activations": again, "gpus": gpus, "rows_per_batch": rows, "tokens_per_s": speed,
         "parameters": 85e6, "precision": "bf16", "mfu": 0.4, "peak_gb": memory, "data_wait": 0.001,
         "step_ms": 160.0, "first_step_s": 9.0, "warmup_steps": 6,
@@ -252,6 +256,28 @@ def test_speed_is_set_beside_dense_and_flex_of_the_same_kind():
     assert "| 600,000 | 2.00 | 10.00 | 40.0% | 20.0 | 0.10% |" in triton
     assert "| 50,000 | 0.17 | 0.83 |" in flex
     assert "| 1,000,000 | - | - |" in short and "| 1,100,000 | - | - |" in two
+
+
+def test_kind_rules_have_rows_of_their_own_beside_one_dense_one(data, tmp_path):
+    target = tmp_path / "page.md"
+    args = ["--attention", "reference,dense", "--kind_rules", "alike,next", "--data_dir", str(data)]
+    train.main([*QUICK, *args, "--output", str(target)])
+    alike, following, dense = json.loads(target.with_suffix(".json").read_text())["rows"]
+    assert [r["kind_rule"] for r in (alike, following, dense)] == ["alike", "next", "alike"]
+    assert alike["loss"] != following["loss"]
+    assert [line.split(" | ")[1] for line in lines(target.read_text(), "Speed")] == [
+        "reference", "reference, next", "dense",
+    ]  # fmt: skip
+
+
+def test_a_kind_rule_is_set_beside_dense_and_flex_by_the_same_rule():
+    old = row("base", "flex", 24576, 50e3)
+    del old["kind_rule"]  # as in files of before it was a choice
+    rows = [row("base", "triton", 24576, 600e3), row("base", "triton", 24576, 400e3, rule="next"), old]
+    rows += [row("base", "flex", 24576, 20e3, rule="next"), row("base", "dense", 24576, 200e3)]
+    alike, following, *_ = lines(page([of(*rows)], ["a.json"]), "Speed")
+    assert alike.startswith("| base | triton | ") and "| 600,000 | 3.00 | 12.00 |" in alike
+    assert following.startswith("| base | triton, next | ") and "| 400,000 | 2.00 | 20.00 |" in following
 
 
 def test_several_gpus_are_set_beside_one():

@@ -5,7 +5,9 @@ import pytest
 import yaml
 
 from meloformer.errors import UserError
-from meloformer.train_config import TrainConfig, make_parser, parse_args, save_config
+from meloformer.train_config import TrainConfig, chosen_model, make_parser, parse_args, save_config
+
+from tiny_train import TINY
 
 
 def test_the_flags_of_the_original_are_taken_either_way():
@@ -53,11 +55,20 @@ def test_a_file_gives_settings_and_flags_go_before_it(tmp_path, name):
 def test_a_saved_configuration_is_taken_back(tmp_path):
     config = TrainConfig(
         data_dir="some: 'odd' folder", learning_rate=1e-9, deterministic=True, compile=False, wandb="no",
-        max_samples=3, resume="auto", dry_run=True,
+        max_samples=3, kind_rule="next", resume="auto", dry_run=True,
     )  # fmt: skip
     save_config(config, tmp_path / "config.yaml")
     found = parse_args(["--config", str(tmp_path / "config.yaml")])
     assert found == dataclasses.replace(config, resume=None, dry_run=False)
+
+
+def test_the_model_has_the_attention_that_was_asked_for():
+    assert chosen_model(TrainConfig(data_dir="d"), TINY) == TINY and TINY.kind_rule == "alike"
+    found = chosen_model(parse_args("--data_dir d --kind_rule next".split()), TINY)
+    assert found == dataclasses.replace(TINY, kind_rule="next")
+    assert chosen_model(TrainConfig(data_dir="d", attention="dense"), TINY) == TINY.as_dense()
+    with pytest.raises(UserError, match="--kind_rule any: not with --attention dense"):
+        chosen_model(TrainConfig(data_dir="d", attention="dense", kind_rule="any"), TINY)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from meloformer.model import SIZES, MeloFormer, ModelConfig
 from attention_cases import (
     CASES,
     INPUTS,
+    NEW_RULES,
     PHASES,
     case,
     check_low_precision,
@@ -69,6 +70,11 @@ def check_phase(masks, phase, dim=32, heads=1, split=0):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name, phase):
     check_phase(case(name), phase, split=1)
+
+
+@pytest.mark.parametrize("kind_rule", NEW_RULES)
+def test_kind_rules(kind_rule):
+    check_phase(case("documents", kind_rule=kind_rule), "update", split=1)
 
 
 LAUNCHES = {
