@@ -44,17 +44,24 @@ class Run:
         batches = full_batches(self.data, config.batch_size, job)
         self.fed = Feed(batches, self.stepper.prepare, job.device, self.meter)
 
-    def step(self) -> StepFigures:
-        number = self.config.gradient_accumulation_steps
-        for i in range(1, number + 1):
-            self.stepper.accumulate(next(self.fed)[0], last=i == number)
+    def _taken(self, number: int) -> Iterator[StepFigures]:
+        """The figures of so many steps, each when the next one has begun: as in training."""
+        told = None
+        for i in range(1, number * self.config.gradient_accumulation_steps + 1):
+            last = i % self.config.gradient_accumulation_steps == 0
+            self.stepper.accumulate(next(self.fed)[0], last)
             self.fed.look_ahead()
-        return self.stepper.update(self.config.learning_rate)[0]
+            if told is not None:
+                yield told()[0]
+                told = None
+            if last:
+                told = self.stepper.update(self.config.learning_rate)
+        yield told()[0]
 
     def steps(self, number: int) -> dict:
         """What the meter finds over so many steps, as if they were one."""
         self.meter.restart()
-        figures = [self.step() for _ in range(number)]
+        figures = list(self._taken(number))
         whole = StepFigures(
             loss=figures[-1].loss,
             grad_norm=figures[-1].grad_norm,
@@ -85,7 +92,7 @@ class Run:
                 ready.attention.settle()
                 done("prepare")
                 self.stepper.accumulate(ready, i == self.config.gradient_accumulation_steps, done)
-            self.stepper.update(self.config.learning_rate)
+            self.stepper.update(self.config.learning_rate)()
             done("optimizer")
         return spent
 
@@ -102,8 +109,9 @@ def full_batches(data: PackedSongs, rows: int, job: Job) -> Iterator[tuple[Batch
     them with more processes.
     """
     of_epoch = data.rows_per_epoch(0)
-    for first in itertools.count(job.rank * rows, job.world * rows):
-        yield data.batch(0, [row % of_epoch for row in range(first, first + rows)]), State()
+    for first in itertools.count(0, job.world * rows):
+        group = [row % of_epoch for row in range(first, first + job.world * rows)]
+        yield data.batch(0, data.dealt(0, group, job.world)[job.rank]), State()
 
 
 def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int) -> dict:

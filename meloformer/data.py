@@ -324,22 +324,21 @@ class PackedSongs:
             Counts(*counts.tolist()),
         )
 
-    def _dealt(self, epoch: int, first: int, batch_size: int, world: int) -> list[list[int]]:
-        """The rows from `first` on that each process takes of the next `world * batch_size`.
+    def dealt(self, epoch: int, group: list[int], world: int) -> list[list[int]]:
+        """Which rows of an epoch each of `world` processes takes of a group, the same number each.
 
         Processes wait for each other in every step. What rows differ in is attention, roughly the sum of
         squares of what stands in them: they are dealt from the dearest to the cheapest, back and forth.
         """
-        of_epoch = self.rows(epoch)
-        group = range(first, first + world * batch_size)
         if world == 1:
-            return [list(group)]
+            return [group]
+        of_epoch = self.rows(epoch)
         cost = [
             float((self.samples.length[of_epoch[row]] ** 2).sum()) if row < len(of_epoch) else 0.0
             for row in group
         ]
         dearest_first = np.array(group)[np.argsort(-np.array(cost), kind="stable")]
-        rounds = dearest_first.reshape(batch_size, world)
+        rounds = dearest_first.reshape(-1, world)
         rounds[1::2] = rounds[1::2, ::-1].copy()
         return rounds.T.tolist()
 
@@ -375,7 +374,8 @@ class PackedSongs:
         while stop_epoch is None or epoch < stop_epoch:
             rows = self.rows_per_epoch(epoch)
             if index < rows:
-                batch = self.batch(epoch, self._dealt(epoch, index, batch_size, world)[rank])
+                group = list(range(index, index + world * batch_size))
+                batch = self.batch(epoch, self.dealt(epoch, group, world)[rank])
                 index = min(index + world * batch_size, rows)
                 yield batch, State(epoch, index) if index < rows else State(epoch + 1, 0)
             if index >= rows:

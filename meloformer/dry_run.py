@@ -74,7 +74,7 @@ def _measure(trainer: Trainer) -> float:
         started = _now(job.device)
         stepper.accumulate(stepper.prepare(batch), last=True)
         accumulated = _now(job.device)
-        stepper.update(learning_rate(0, trainer.total_steps, config))
+        stepper.update(learning_rate(0, trainer.total_steps, config))()
         updated = _now(job.device)
     batches_per_epoch = math.ceil(trainer.data.rows_per_epoch(0) / (job.world * config.batch_size))
     batches_per_step = batches_per_epoch / trainer.steps_per_epoch

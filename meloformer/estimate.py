@@ -49,14 +49,14 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The formula: float32 weights, gradients, two moments of AdamW, and `activation_bytes`.
 
-    Computing in two bytes adds a copy of the weights; several processes add one of the gradients.
+    Computing in two bytes adds a copy of the weights.
 
     Sharded, a process holds its share of the four, besides two layers' weights, whole: of the one that
     computes and the next. The copy of the weights is kept for the backward, as a whole. Gradients are whole
     until they are exchanged: those of two layers, or all if batches are accumulated before.
     """
     copies = parameters * compute_bytes if compute_bytes < 4 else 0
-    weights, gradients = 4 * parameters, 4 * parameters * (1 if world == 1 else 2)
+    weights, gradients = 4 * parameters, 4 * parameters
     optimizer = 8 * parameters
     if config.shard_state and world > 1:
         two_layers = 4 * parameters * 2 // model.layers

@@ -9,6 +9,11 @@ WINDOW = 128
 MIN_WINDOW = 16  # fewer norms tell nothing
 
 
+def may_be_taken(loss: float, norm: float) -> bool:
+    """Whether a step with this loss and gradient norm changes the weights."""
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
 class Guard:
     """Judges every step by its loss and gradient norm, which are the same in all processes.
 
@@ -23,7 +28,7 @@ class Guard:
 
     def admits(self, loss: float, norm: float) -> bool:
         """Whether the step may be taken; counts it if not."""
-        if math.isfinite(loss) and math.isfinite(norm):
+        if may_be_taken(loss, norm):
             self.in_a_row = 0
             return True
         self.skipped += 1

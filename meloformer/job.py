@@ -29,12 +29,14 @@ class Job:
 
     rank: 0 .. world - 1. world: number of processes. device: where this one computes.
     lead_group: what the others wait for the lead with; None if there are no others.
+    one_machine: whether all are on this one.
     """
 
     rank: int
     world: int
     device: torch.device
     lead_group: dist.ProcessGroup | None = None
+    one_machine: bool = True
 
     @property
     def leads(self) -> bool:
@@ -120,4 +122,5 @@ def start_job(device: str) -> Job:
     store = dist.PrefixStore(f"attempt-{_attempt()}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Job(rank, world, chosen, dist.new_group(backend="gloo", timeout=LEAD_TIMEOUT))
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world
+    return Job(rank, world, chosen, dist.new_group(backend="gloo", timeout=LEAD_TIMEOUT), one_machine)

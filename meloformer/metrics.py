@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,6 +42,13 @@ class Meter:
     def restart(self) -> None:
         """Count from now on."""
         self._since, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no part of a step."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def waiting(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """The same items; the time until each is there counts as waiting for data."""

@@ -7,6 +7,7 @@ batches, so that the same rows give the same step however they are dealt out.
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .data import Batch
 from .device import pick_attention
 from .errors import UserError
 from .flops import training_flops
-from .guard import Guard
+from .guard import Guard, may_be_taken
 from .job import Job
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
@@ -29,6 +30,7 @@ from .optim import make_optimizer
 from .sharding import gather, local, shard, share, whole
 from .train_config import TrainConfig
 
+_ALL_MB = 1 << 20  # more than any model's gradients
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -73,7 +75,12 @@ class Stepper:
         self.parallel = self.model
         if job.world > 1 and not self.sharded:
             self.parallel = DistributedDataParallel(
-                self.model, device_ids=[job.device.index] if job.device.type == "cuda" else None
+                self.model,
+                device_ids=[job.device.index] if job.device.type == "cuda" else None,
+                # On one machine gradients travel in milliseconds: at once, when all are there. Exchanges
+                # beside the backward wait for the other GPUs with kernels that take its multiprocessors.
+                bucket_cap_mb=_ALL_MB if job.one_machine else None,
+                gradient_as_bucket_view=True,
             )
         self._sums = self._no_sums()
         self._aside = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
@@ -159,10 +166,14 @@ class Stepper:
             return self.parallel.no_sync()
         return nullcontext()
 
-    def update(self, lr: float, *flags: bool) -> tuple[StepFigures, list[bool]]:
-        """The optimizer step over what was accumulated; and whether any process has set each flag.
+    def update(self, lr: float, *flags: bool) -> Callable[[], tuple[StepFigures, list[bool]]]:
+        """The optimizer step over what was accumulated.
 
         It is skipped, on all processes alike, if the loss or the gradient is not finite.
+
+        Returns:
+            A function, to be called once: it waits for the step's figures, and for whether any process has
+            set each flag. A GPU may be given more to do before.
         """
         own = torch.tensor(flags, dtype=torch.float64, device=self._job.device)
         sums = self._job.sum(torch.cat([self._sums, own]))
@@ -173,20 +184,32 @@ class Stepper:
         told = _told(torch.cat([sums, norm.double()[None]]))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        ahead = self._job.device.type == "cuda" and not self.sharded
-        if ahead:
-            # The device judges for itself, by the rule of the guard, while the host is still to be told.
+        if self._job.device.type == "cuda" and not self.sharded:
+            # The device judges for itself, by the rule of the guard, before the host is told.
             self.optimizer.found_inf = (~(sums[0] + norm).isfinite()).float()
             self.optimizer.step()
-        nats, targets, tokens, flops, *any_flags, norm = told()
-        loss = nats / targets
-        taken = self.guard.admits(loss, norm)
-        if taken and not ahead:
-            self.optimizer.step()
+        else:
+            numbers = told()
+            told = partial(list, numbers)
+            if may_be_taken(numbers[0], numbers[-1]):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = self._no_sums()
+        return lambda: self._figures(*told())
+
+    def _figures(
+        self, nats: float, targets: float, tokens: float, flops: float, *others: float
+    ) -> tuple[StepFigures, list[bool]]:
+        *any_flags, norm = others
+        loss = nats / targets
+        taken = self.guard.admits(loss, norm)
         spike = self.guard.spike(norm) if taken else None
         return StepFigures(loss, norm, int(tokens), flops, taken, spike), [flag > 0 for flag in any_flags]
+
+    def wait(self) -> None:
+        """Until the device has done all it was given."""
+        if self._job.device.type == "cuda":
+            torch.cuda.synchronize(self._job.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """The state dicts of model and optimizer, whole, for the lead alone; all processes must ask."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from .errors import DivergedError
 from .feed import Feed
 from .flops import peak_flops
 from .job import Job
-from .metrics import Meter, bar_fields
+from .metrics import Meter, StepFigures, bar_fields
 from .model import MeloFormer, ModelConfig
 from .optim import learning_rate
 from .resume import load_for_resume, run_identity
@@ -35,6 +36,16 @@ from .train_config import CONFIG, TrainConfig, save_config
 from .validation import validate
 
 SKIPPED = "skipped.json"
+
+
+class _Taken(NamedTuple):
+    """A step that the device was given: what `Stepper.update` returned, where the data stands after it, and
+    whether an epoch or the run ends with it."""
+
+    told: Callable[[], tuple[StepFigures, list[bool]]]
+    lr: float
+    after: State
+    ends: bool
 
 
 class Trainer:
@@ -197,51 +208,77 @@ class Trainer:
             return self._take_steps(fed, bar)
 
     def _take_steps(self, fed: Feed[Ready], bar: tqdm) -> str | None:
+        """The books of a step are done when the device has begun with the next, so that it never waits for
+        them; unless more is due then."""
         config, job, stepper = self.config, self.job, self.stepper
-        saved_at = time.monotonic()
-        in_step = 0
-        stepper.seed(self.step)
+        self._saved_at = time.monotonic()
+        state, step, in_step = self.state, self.step, 0  # of what the device was given
+        taken: _Taken | None = None
         for batch, after in fed:
+            if in_step == 0:
+                stepper.seed(step)
             in_step += 1
-            epoch_ends = after.epoch != self.state.epoch
+            epoch_ends = after.epoch != state.epoch
             last = epoch_ends or in_step == config.gradient_accumulation_steps
             stepper.accumulate(batch, last)
             fed.look_ahead()
+            if taken is not None and self._conclude(taken, bar):
+                return self._reason()
+            taken = None
             if not last:
                 continue
-            in_step = 0
-            lr = learning_rate(self.step, self.total_steps, config)
+            lr = learning_rate(step, self.total_steps, config)
             # The lead's clock counts, and any process's signal: so they travel with the sums of the step.
-            late = job.leads and time.monotonic() - saved_at >= 60 * config.save_every_minutes
-            figures, (stops, saves) = stepper.update(lr, self.stop_reason() is not None, late)
-            before, self.state, self.step = self.state, after, self.step + 1
-            self.tokens += figures.tokens
-            record = self.meter.step_record(self.step, self.epoch, lr, figures)
-            self._note_step(bar, record, before)
-
-            finished = self.step == config.max_steps or after.epoch == config.epochs
+            late = job.leads and time.monotonic() - self._saved_at >= 60 * config.save_every_minutes
+            told = stepper.update(lr, self._wants_stop(), late)
+            state, step, in_step = after, step + 1, 0
+            finished = step == config.max_steps or after.epoch == config.epochs
             ends = epoch_ends or finished
-            if len(self.val_data.samples) and (ends or _is_due(config.validate_every, self.step)):
-                self.due.append("validate")
-            if _is_due(config.sample_every, self.step):
-                self.due.append("sample")
-            val_loss = None
-            if self.due and not stops:
-                stops, val_loss = self._catch_up(bar)
-            gives_up = stepper.guard.in_a_row >= config.max_skipped_steps
-            is_best = val_loss is not None and self.best["step"] == self.step
-            if saves or stops or ends or is_best or gives_up or _is_due(config.save_every, self.step):
-                self.save(val_loss)
-                saved_at = time.monotonic()
-            if gives_up:
-                raise self._diverged()
-            if stops:
-                return self._reason()
+            taken = _Taken(told, lr, after, ends)
+            if ends or any(_is_due(every, step) for every in self._intervals):
+                if self._conclude(taken, bar):
+                    return self._reason()
+                taken = None
             if finished:
                 break
-            stepper.seed(self.step)
-            self.meter.restart()
         return None
+
+    @property
+    def _intervals(self) -> tuple[int | None, ...]:
+        return self.config.validate_every, self.config.sample_every, self.config.save_every
+
+    def _conclude(self, taken: _Taken, bar: tqdm) -> bool:
+        """Log a step, and do what it calls for. Whether anything wants the run to stop.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped.
+        """
+        config, stepper = self.config, self.stepper
+        figures, (stops, saves) = taken.told()
+        before, self.state, self.step = self.state, taken.after, self.step + 1
+        self.tokens += figures.tokens
+        record = self.meter.step_record(self.step, self.epoch, taken.lr, figures)
+        self._note_step(bar, record, before)
+
+        if len(self.val_data.samples) and (taken.ends or _is_due(config.validate_every, self.step)):
+            self.due.append("validate")
+        if _is_due(config.sample_every, self.step):
+            self.due.append("sample")
+        gives_up = stepper.guard.in_a_row >= config.max_skipped_steps
+        saves = saves or stops or taken.ends or gives_up or _is_due(config.save_every, self.step)
+        if self.due or saves:
+            stepper.wait()  # what it works on is the next step
+            with self.meter.paused():
+                val_loss = None
+                if self.due and not stops:
+                    stops, val_loss = self._catch_up(bar)
+                is_best = val_loss is not None and self.best["step"] == self.step
+                if saves or stops or is_best:
+                    self.save(val_loss)
+                    self._saved_at = time.monotonic()
+        if gives_up:
+            raise self._diverged()
+        return stops
 
     def _catch_up(self, bar: tqdm) -> tuple[bool, float | None]:
         """Do what is due; whether a stop broke it off, and the validation loss if it was found."""

@@ -202,7 +202,7 @@ def save_gradients(file: str, *args: str) -> None:
             stepper.prepare(next(batches)[0]), last=number == config.gradient_accumulation_steps
         )
         present.append(sum(weight.grad is not None for weight in stepper.model.parameters()))
-    stepper.update(1e-3)
+    stepper.update(1e-3)()
     job.leave()
 
 

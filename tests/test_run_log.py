@@ -73,6 +73,18 @@ def test_a_resumed_run_goes_on_with_its_own_curves_on_wandb(tmp_path, monkeypatc
     assert calls[1:3] == [({"loss": 2.0}, 1), "finish"]
 
 
+def test_what_is_done_in_a_pause_is_no_part_of_a_step(monkeypatch):
+    """But what is before and after it."""
+    clock = iter([10.0, 11.0, 18.0, 19.5, 30.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter()
+    with meter.paused():  # from 11 to 18
+        pass
+    figures = StepFigures(2.5, 0.5, 1000, 8e11, True, None)
+    assert meter.step_record(1, 0, 1e-3, figures)["tokens_per_s"] == 1000 / 2.5
+    assert meter.step_record(2, 0, 1e-3, figures)["tokens_per_s"] == 1000 / 10.5
+
+
 def test_the_record_of_a_step(monkeypatch):
     clock = iter([10.0, 10.5, 11.0, 12.0, 20.0, 20.5])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

@@ -39,7 +39,7 @@ def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
     trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
     batch = trainer.data.batch(0, [0, 1])
     trainer.stepper.accumulate(trainer.stepper.prepare(batch), last=True)
-    figures, flags = trainer.stepper.update(1e-3, False, True)
+    figures, flags = trainer.stepper.update(1e-3, False, True)()
     assert flags == [False, True]
     assert (figures.tokens, figures.taken, figures.spike) == (batch.tokens, True, None)
     assert 6 < figures.loss < 9  # of a model that knows nothing: the logarithm of the vocabulary

@@ -108,16 +108,15 @@ def test_any_other_error_costs_its_row_alone_but_ends_a_job_of_several(monkeypat
         measured(monkeypatch, KeyError("a | b"))(world=2)
 
 
-def test_batches_are_full_and_dealt_out_in_turn(data):
+def test_batches_are_full_and_dealt_out_as_in_training(data):
     packed = PackedSongs(ShardSet(data), "train", max_seq_len=512, max_bars=100)
     of_epoch = packed.rows_per_epoch(0)
     expected = [packed.batch(0, [row]).ids for row in range(of_epoch)]
     both = [train_run.full_batches(packed, 2, Job(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
     for step in range(of_epoch):
-        for rank, batches in enumerate(both):
-            first = 4 * step + 2 * rank
-            ids = next(batches)[0].ids
-            assert torch.equal(ids, torch.cat([expected[(first + i) % of_epoch] for i in range(2)]))
+        group = [(4 * step + i) % of_epoch for i in range(4)]
+        for batches, rows in zip(both, packed.dealt(0, group, 2)):
+            assert torch.equal(next(batches)[0].ids, torch.cat([expected[row] for row in rows]))
 
 
 def test_warm_up_lasts_until_nothing_is_compiled(data, monkeypatch):
