@@ -1,18 +1,12 @@
 """The report as a Markdown page, and the table of the README, from results alone."""
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import figures
+from benchmarks import figures, readme
 from benchmarks.figures import LABELS, PASSES, measured, milliseconds
 from benchmarks.machine import provenance
 from benchmarks.markdown import cell, escape, table
-from meloformer.errors import UserError
-
-_BEGIN, _END = "<!-- attention: {} -->", "<!-- end of attention -->"
-_MARKED = re.compile(_BEGIN.format("(.*?)") + "\n.*?" + _END, re.DOTALL)
 
 MEANINGS = """\
 - **Row**: one row of tokens. A packed row holds songs back to back as documents, repeated when there are
@@ -206,8 +200,8 @@ def _entries(rows: list[dict]) -> list[tuple[dict, str, dict]]:
     ]
 
 
-def readme_part(result: dict, sources: list[str], page_path: str, picture: str | None) -> str:
-    """The table and picture between the README's markers, markers included; paths as seen from it."""
+def readme_body(result: dict, page_path: str, picture: str | None) -> str:
+    """The table and picture between the README's markers; paths as seen from it."""
     others = ["dense_cudnn", "dense_flash", "flex", "flex_sorted"]
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("song or row", lambda row: escape(row["name"])),
@@ -225,30 +219,21 @@ def readme_part(result: dict, sources: list[str], page_path: str, picture: str |
     lines = [[make(row) for _, make in columns] for row in rows]
     settings, machine = result["settings"], result["machines"][0]
     parts = [
-        _BEGIN.format(" ".join(sources)),
         *([f"![Attention: time of one layer by song]({picture})\n"] if picture else []),
         table([head for head, _ in columns], lines),
         f"One layer, {settings['heads']} heads of {settings['dim']}, {settings['dtype']}, "
         f"{machine['gpu']}, {machine['date']}: [all figures and what they mean]({page_path}).",
-        _END,
     ]
     return "\n".join(parts)
 
 
 def update_readme(
-    readme: Path, result: dict, sources: list[Path], page_path: Path, picture: Path | None
+    path: Path, result: dict, sources: list[Path], page_path: Path, picture: Path | None
 ) -> None:
-    """Puts `readme_part` between the markers of a README. Raises UserError if it has none."""
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {readme}: {error.strerror}") from None
-
-    def seen(path: Path) -> str:
-        return Path(os.path.relpath(path, readme.parent)).as_posix()
-
-    part = readme_part(result, list(map(seen, sources)), seen(page_path), seen(picture) if picture else None)
-    changed, count = _MARKED.subn(lambda _: part, text)
-    if count != 1:
-        raise UserError(f"{readme}: must have one part between '{_BEGIN.format('...')}' and '{_END}'")
-    readme.write_text(changed, encoding="utf-8")
+    """Puts `readme_body` between the markers of a README. Raises UserError if it has none."""
+    readme.update(
+        path,
+        "attention",
+        sources,
+        lambda seen: readme_body(result, seen(page_path), seen(picture) if picture else None),
+    )

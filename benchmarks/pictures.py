@@ -21,7 +21,7 @@ _STYLES = {
     "flex_fp32": ("#D55E00", "P"),
     "reference": ("#999999", "x"),
 }
-_BAR_HEIGHT = 0.16  # inches
+BAR_HEIGHT = 0.16  # inches
 _MOST_ROWS = 16
 
 
@@ -55,31 +55,26 @@ def _subtitle(result: dict) -> str:
 def by_row(rows: list[dict], subtitle: str) -> Figure:
     """Bars by row on a logarithmic scale, and a tick where the limit is."""
     columns = [column for column in _STYLES if any(column in _totals(row) for row in rows)]
-    group = (len(columns) + 1.2) * _BAR_HEIGHT
+    group = (len(columns) + 1.2) * BAR_HEIGHT
     height = 1.75 + group * len(rows)
     figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.2, 0.6 / height, 0.74, group * len(rows) / height))
     axes.set_xscale("log")
     for number, row in enumerate(rows):
         totals = _totals(row)
-        for place, column in enumerate(columns):
-            if column in totals:
-                y = number * group + (place + 1.1) * _BAR_HEIGHT
-                axes.barh(y, totals[column], 0.86 * _BAR_HEIGHT, color=_STYLES[column][0], zorder=2)
-                axes.annotate(
-                    figures.milliseconds(totals[column]),
-                    (totals[column], y),
-                    (3, 0),
-                    textcoords="offset points",
-                    va="center_baseline",
-                    size=7,
-                    color=INK,
-                )
+        places = {column: place for place, column in enumerate(columns) if column in totals}
+        bars(
+            axes,
+            [number * group + (place + 1.1) * BAR_HEIGHT for place in places.values()],
+            [totals[column] for column in places],
+            [_STYLES[column][0] for column in places],
+            [figures.milliseconds(totals[column]) for column in places],
+        )
         limit = figures.limit_ms(row)
         if limit is not None:
             low, high = (
-                number * group + 0.5 * _BAR_HEIGHT,
-                number * group + (len(columns) + 0.7) * _BAR_HEIGHT,
+                number * group + 0.5 * BAR_HEIGHT,
+                number * group + (len(columns) + 0.7) * BAR_HEIGHT,
             )
             axes.vlines(limit, low, high, color=INK, linewidth=1.2, linestyle="--", zorder=3)
     smallest = min(min([*_totals(row).values(), figures.limit_ms(row) or 1e9]) for row in rows)
@@ -95,6 +90,15 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
     handles = [(figures.LABELS[c], {"color": _STYLES[c][0], "linewidth": 6}) for c in columns]
     legend(figure, [*handles, ("limit", {"color": INK, "linewidth": 1.2, "linestyle": "--"})])
     return figure
+
+
+def bars(axes: Axes, at: list[float], values: list[float], colours: list[str], texts: list[str]) -> None:
+    """Horizontal bars with what they say behind them."""
+    axes.barh(at, values, 0.86 * BAR_HEIGHT, color=colours, zorder=2)
+    for y, value, text in zip(at, values, texts):
+        axes.annotate(
+            text, (value, y), (3, 0), textcoords="offset points", va="center_baseline", size=7, color=INK
+        )
 
 
 def by_length(rows: list[dict], subtitle: str) -> Figure:

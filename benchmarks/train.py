@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import readme
 from benchmarks.failures import check_gpu
 from benchmarks.machine import describe
 from benchmarks.results_file import load, save, write
-from benchmarks.train_page import page
+from benchmarks.train_page import joined, measured_rows, page, readme_body
+from benchmarks.train_picture import draw
 from benchmarks.train_run import attempt
 from meloformer import cli
 from meloformer.errors import UserError
@@ -170,6 +172,7 @@ def make_parser() -> cli.Parser:
     )
     add("--keep_songs", type=Path, metavar="FOLDER", help="keep them here, and take those that are here")
     add("--output", type=Path, default=Path("runs/training.md"), help="the page; a JSON file goes beside it")
+    add("--readme", type=Path, metavar="FILE", help="put a table between the markers there, too")
     add("--from", nargs="+", type=Path, dest="sources", metavar="JSON", help="make the page of these alone")
     return parser
 
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {args.output}: must end in .md")
     if args.sources:
         results = [load(source, FORMAT, "benchmarks.train") for source in args.sources]
-        _publish(results, args.sources, args.output)
+        _publish(results, args.sources, args.output, args.readme)
         return
     job = start_job(args.device)
     try:
@@ -199,13 +202,23 @@ def _measure_and_publish(args: argparse.Namespace, job: Job) -> None:
             kept = args.keep_songs or Path(scratch)
             folder = Path(job.lead_does(lambda: str(compose_shards(args.songs, kept))))
         result = measure_all(args, folder, job, path)
-        job.lead_does(lambda: _publish([result], [path], args.output))
+        job.lead_does(lambda: _publish([result], [path], args.output, args.readme))
 
 
-def _publish(results: list[dict], sources: list[Path], target: Path) -> None:
-    text = page(results, [source.name for source in sources])
+def _publish(results: list[dict], sources: list[Path], target: Path, readme_path: Path | None) -> None:
+    names, gpu = [source.name for source in sources], results[0]["machine"]["gpu"]
+    picture = draw(measured_rows(joined(results, names)), gpu or "CPU", target)
+    text = page(results, names, picture)
     write(target, text)
     print(text)
+    if readme_path is not None:
+        shown = picture and target.with_name(picture)
+        readme.update(
+            readme_path,
+            "training",
+            sources,
+            lambda seen: readme_body(results, names, seen(target), shown and seen(shown)),
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What `benchmarks.train` measured as a Markdown page, from results alone."""
 
+from collections.abc import Callable
+
 from benchmarks.attention_name import attention_name
 from benchmarks.kernel_times import KINDS, OTHERS
 from benchmarks.machine import provenance
@@ -37,8 +39,8 @@ KEYS = ("size", "attention", "tokens_per_row", "checkpoint_activations", "gpus",
 NAMES = ["size", "attention", "tokens per row", "computed again", "GPUs", "rows per batch"]
 
 
-def page(results: list[dict], sources: list[str]) -> str:
-    """The report; `sources` are the names of the files that hold the results. Of equal rows the last counts.
+def joined(results: list[dict], sources: list[str]) -> list[dict]:
+    """The rows of all results; of equal ones the last counts. `sources` are the names of their files.
 
     Raises:
         UserError: they were measured on different GPUs, or with different settings or data.
@@ -54,10 +56,21 @@ def page(results: list[dict], sources: list[str]) -> str:
                 )
     every = [_named(row) for result in results for row in result["rows"]]
     rows = list({tuple(row[key] for key in KEYS): row for row in every}.values())
-    rows = [row for i, row in enumerate(rows) if "failed" not in row or not _repeated(row, rows[i + 1 :])]
-    measured = [row for row in rows if "failed" not in row]
+    return [row for i, row in enumerate(rows) if "failed" not in row or not _repeated(row, rows[i + 1 :])]
+
+
+def measured_rows(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "failed" not in row]
+
+
+def page(results: list[dict], sources: list[str], picture: str | None = None) -> str:
+    """The report, see `joined`, with a picture of that name."""
+    settings, machine = results[0]["settings"], results[0]["machine"]
+    rows = joined(results, sources)
+    measured = measured_rows(rows)
     parts = [
         "# Training, measured\n",
+        f"![Tokens per second by size]({picture})\n" if picture else "",
         f"{machine['gpu'] or 'CPU'}; steps of {settings['gradient_accumulation_steps']} batch(es) of "
         f"{settings['data']}; layers {_compiled(settings['compile'])}.\n",
         _speed(measured),
@@ -72,6 +85,31 @@ def page(results: list[dict], sources: list[str]) -> str:
         *(_made(result, source) for result, source in zip(results, sources)),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def readme_body(results: list[dict], sources: list[str], page_path: str, picture: str | None) -> str:
+    """The picture and a table for a README; paths as seen from it. Dense rows are what others are beside."""
+    every = measured_rows(joined(results, sources))
+    plain = [row for row in every if row["checkpoint_activations"] == "none"]
+    rows = [row for row in plain if row["attention"] != "dense"]
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("size", lambda row: row["size"]),
+        ("attention", lambda row: row["attention"]),
+        ("tokens per row", lambda row: f"{row['tokens_per_row']:,}"),
+        ("GPUs", lambda row: str(row["gpus"])),
+        ("rows per GPU", lambda row: str(row["rows_per_batch"])),
+        ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
+        ("times dense", lambda row: cell(_times(row, every, "dense"), "{:.2f}")),
+        ("MFU", lambda row: cell(row["mfu"], "{:.1%}")),
+        ("memory, GB", lambda row: cell(row["peak_gb"], "{:.1f}")),
+    ]
+    machine = results[0]["machine"]
+    parts = [
+        *([f"![Training: tokens per second by size]({picture})\n"] if picture else []),
+        table([head for head, _ in columns], [[make(row) for _, make in columns] for row in rows], left=2),
+        f"{machine['gpu']}, {machine['date']}: [all figures and what they mean]({page_path}).",
+    ]
+    return "\n".join(parts)
 
 
 def _named(row: dict) -> dict:

@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import train, train_run
 from benchmarks.compilations import counted
-from benchmarks.train_page import page
+from benchmarks.readme import marked
+from benchmarks.results_file import load
+from benchmarks.train_page import page, readme_body
 from meloformer import compose, stepper
 from meloformer.data import PackedSongs
 from meloformer.errors import UserError
@@ -18,7 +22,7 @@ from meloformer.shards import ShardSet
 
 from report_cases import MACHINE
 from tiny_train import TINY
-from training import forked
+from training import ROOT, forked
 
 QUICK = [
     *("--sizes", "small", "--lengths", "512", "--batch_size", "1", "--warmup", "1", "--steps", "2"),
@@ -59,7 +63,8 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
 
     again = tmp_path / "again.md"
     train.main(["--from", str(target.with_suffix(".json")), "--output", str(again)])
-    assert again.read_text() == text
+    assert again.read_text() == text.replace("page_speed.png", "again_speed.png")
+    assert (tmp_path / "again_speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_data_songs_are_composed(tmp_path, monkeypatch):
@@ -307,6 +312,34 @@ def test_recomputation_is_set_beside_none():
 def test_what_was_compiled_is_told():
     (line,) = lines(page([of(row("base", "triton", 24576, 600e3))], ["a.json"]), "Compilation")
     assert line.endswith("| 9.0 | 6 | 2 | 31 | 0 | 7 |")
+
+
+def test_the_table_of_a_readme_is_between_its_markers(tmp_path):
+    readme, source = tmp_path / "README.md", tmp_path / "r" / "a.json"
+    readme.write_text("before\n<!-- training: old.json -->\nold\n<!-- end of training -->\nafter\n")
+    rows = [row("small", "triton", 512, 800.0), row("small", "dense", 512, 400.0)]
+    rows += [row("small", "triton", 512, 700.0, again="layer"), row("small", "triton", 512, 1500.0, gpus=2)]
+    source.parent.mkdir()
+    source.write_text(json.dumps({"format": train.FORMAT, **of(*rows)}))
+    train.main(["--from", str(source), "--output", str(tmp_path / "r" / "p.md"), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- training: r/a.json -->\n![Training") and text.endswith("after\n")
+    assert "(r/p_speed.png)" in text and "(r/p.md)" in text and "old" not in text
+    told = [line.split(" | ")[3:7] for line in text.splitlines() if line.startswith("| small | ")]
+    assert told == [["1", "4", "800", "2.00"], ["2", "4", "1,500", "-"]]
+
+
+def test_the_projects_own_table_is_made_of_its_results():
+    text = (ROOT / "README.md").read_text()
+    (names,) = re.findall(r"<!-- training: (.*) -->", text)
+    part = text[text.index("<!-- training:") :]
+    (page_path,) = re.findall(r"\[all figures and what they mean\]\((.*training.*)\)", part)
+    (picture,) = re.findall(r"!\[Training.*?\]\((.*)\)", part)
+    paths = [ROOT / name for name in names.split()]
+    results = [load(path, train.FORMAT) for path in paths]
+    body = readme_body(results, [path.name for path in paths], page_path, picture)
+    assert marked("training", names.split(), body) in text
+    assert (ROOT / page_path).read_text() == page(results, [path.name for path in paths], Path(picture).name)
 
 
 def test_of_equal_rows_the_last_counts():

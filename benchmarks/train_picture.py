@@ -1,0 +1,72 @@
+"""Tokens per second of training by size, length and GPUs as a picture, from results alone."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.pictures import BAR_HEIGHT, bars, head, legend
+from meloformer.drawing import DPI, GREY, dress, save
+
+_COLOURS = {  # Okabe and Ito's; others take what is left
+    "triton": "#0072B2",
+    "triton, next": "#009E73",
+    "dense": "#E69F00",
+    "flex": "#CC79A7",
+    "reference": "#999999",
+}
+_LEFT = ("#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
+    """Writes it beside a page; returns its name. Rows that compute something again are left out.
+
+    Args:
+        rows: as `train_page.measured` returns them.
+        gpu: what they were measured on.
+    """
+    groups: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["checkpoint_activations"] == "none":
+            group = groups.setdefault((row["size"], row["tokens_per_row"], row["gpus"]), {})
+            group[row["attention"]] = max(row["tokens_per_s"], group.get(row["attention"], 0.0))
+    if not groups:
+        return None
+    path = page.with_name(f"{page.stem}_speed.png")
+    save(_figure(groups, gpu), path)
+    return path.name
+
+
+def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
+    found = dict.fromkeys(name for group in groups.values() for name in group)
+    names = [*(name for name in _COLOURS if name in found), *(name for name in found if name not in _COLOURS)]
+    colours = dict(zip([name for name in names if name not in _COLOURS], _LEFT)) | _COLOURS
+    heights = [(len(group) + 1.2) * BAR_HEIGHT for group in groups.values()]
+    height = 1.75 + sum(heights)
+    figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.2, 0.6 / height, 0.72, sum(heights) / height))
+    top, ticks = 0.0, []
+    for group, room in zip(groups.values(), heights):
+        present = [name for name in names if name in group]
+        bars(
+            axes,
+            [top + (place + 1.1) * BAR_HEIGHT for place in range(len(present))],
+            [group[name] for name in present],
+            [colours[name] for name in present],
+            [f"{group[name]:,.0f}" for name in present],
+        )
+        ticks.append(top + room / 2)
+        top += room
+    axes.set_xlim(0, 1.15 * max(value for group in groups.values() for value in group.values()))
+    axes.set_ylim(top, 0)
+    axes.set_yticks(ticks, [_label(*key) for key in groups])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("tokens per second", color=GREY, fontsize=9)
+    dress(axes)
+    axes.grid(axis="y", visible=False)
+    head(figure, "Training: tokens per second", f"{gpu} · whole steps, padding not counted")
+    legend(figure, [(name, {"color": colours[name], "linewidth": 6}) for name in names])
+    return figure
+
+
+def _label(size: str, tokens: int, gpus: int) -> str:
+    return f"{size}{f', {gpus} GPUs' if gpus > 1 else ''}\n{tokens:,} tokens per row"
