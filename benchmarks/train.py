@@ -27,7 +27,7 @@ from meloformer.job import Job, start_job
 from meloformer.kernels import BACKENDS
 from meloformer.kernels.structure import KIND_RULE, KIND_RULES
 from meloformer.model import DENSE, RECOMPUTE, SIZES
-from meloformer.shards import ShardSet
+from meloformer.shards import MANIFEST, ShardSet
 from meloformer.train_config import PRECISIONS, TrainConfig
 
 FORMAT = "meloformer training 3"
@@ -90,7 +90,7 @@ def compose_shards(count: int, folder: Path) -> Path:
     Raises:
         UserError: it left another number of songs.
     """
-    if (folder / "shards").is_dir():
+    if (folder / "shards" / MANIFEST).is_file():  # else it was broken off, and goes on
         shards = ShardSet(folder / "shards")
         if len(shards) != count:
             raise UserError(f"{folder} has {len(shards)} composed songs: give --songs {len(shards)}")

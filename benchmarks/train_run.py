@@ -54,8 +54,8 @@ class Run:
             if told is not None:
                 yield told()[0]
                 told = None
-            if last:
-                told = self.stepper.update(self.config.learning_rate)
+            if last:  # with flags, as in training
+                told = self.stepper.update(self.config.learning_rate, False, False)
         yield told()[0]
 
     def steps(self, number: int) -> dict:

@@ -39,9 +39,11 @@ class CausalAttention:
         bounds = [*begins.flatten().nonzero()[:, 0].tolist(), doc.numel()]
         self._lengths = [stop - start for start, stop in pairwise(bounds)]
         self._longest = doc.shape[1]
-        self._bounds = torch.tensor(
-            bounds, dtype=torch.int32, device=doc.device if device is None else device
-        )
+        device = doc.device if device is None else torch.device(device)
+        ends = torch.tensor(bounds, dtype=torch.int32)
+        if device.type == "cuda":  # into memory that it copies from without the host
+            ends = ends.pin_memory()
+        self._bounds = ends.to(device, non_blocking=True)
         self._varlen = _causal_varlen()
 
     def settle(self) -> "CausalAttention":

@@ -32,7 +32,7 @@ def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int, recomp
 
     A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 8 vectors of
     width `dim` (queries, keys, values, outputs) and 3 of width `ffn`, and 4 of width `dim` in float32
-    (the residual stream and its norms). The loss holds the logits and their gradient.
+    (what the norms compute in; a compiled layer saves less). The loss holds the logits and their gradient.
     Masks, plans and work space of the attention are not counted. What is computed again (`recompute`, see
     `MeloFormer`) is there for one layer at a time: all of it but the stream that goes in, or the
     feed-forward network and its norm.
@@ -49,14 +49,16 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The formula: float32 weights, gradients, two moments of AdamW, and `activation_bytes`.
 
-    Computing in two bytes adds a copy of the weights.
+    Computing in two bytes adds a copy of the weights. Several processes that add up batches hold gradients
+    twice: what is added up, and where it is exchanged.
 
     Sharded, a process holds its share of the four, besides two layers' weights, whole: of the one that
     computes and the next. The copy of the weights is kept for the backward, as a whole. Gradients are whole
     until they are exchanged: those of two layers, or all if batches are accumulated before.
     """
     copies = parameters * compute_bytes if compute_bytes < 4 else 0
-    weights, gradients = 4 * parameters, 4 * parameters
+    twice = world > 1 and config.gradient_accumulation_steps > 1
+    weights, gradients = 4 * parameters, 4 * parameters * (2 if twice else 1)
     optimizer = 8 * parameters
     if config.shard_state and world > 1:
         two_layers = 4 * parameters * 2 // model.layers

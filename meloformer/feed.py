@@ -1,8 +1,8 @@
 """Batches on their way to the device, ahead of time, so that it never waits for one.
 
 The loader's thread puts a batch into memory that a GPU copies from by itself. While the GPU computes on a
-batch, the next one's copies and the plan of its attention go into its queue already, so that nobody has to
-wait for what the plan turned out to need.
+batch, it copies the next one and plans its attention, so that nobody has to wait for what the plan turned out
+to need.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ class Feed(Generic[_Ready]):
     """An iterator over what `prepare` makes of each batch, and the state after it.
 
     Call `look_ahead` when the device has got its work on a batch, before the host waits for that: then the
-    next batch is prepared behind that work. Without it a batch is prepared when it is asked for.
+    next batch is prepared meanwhile. Without it a batch is prepared when it is asked for.
 
     Close it in the end, which ends the loader's thread.
 

@@ -41,14 +41,15 @@ class Rotary:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * gain (Zhang and Sennrich, 2019, arXiv:1910.07467), in the dtype of x.
 
-    PyTorch's own takes another eps for each dtype, and no gain of another dtype than x.
+    It is computed in the dtype of the gain, with one eps for every dtype, which PyTorch's own has not.
     """
 
     def __init__(self, dim: int):
         super().__init__(dim, eps=torch.finfo(torch.float32).eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        normed = F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
+        return normed.to(x.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .kernels.structure import DRUMS, KIND_RULES, NO_INSTRUMENT, Kind, Structure, kinds_seen
+from .kernels.structure import DRUMS, KIND_RULES, NO_INSTRUMENT, Kind, kinds_seen
 
 _ONE_HOT = np.eye(len(Kind), dtype=np.int64)
 # By kind rule, [query, key]: whether a token of a kind sees one of another whatever their onsets.
@@ -35,19 +35,6 @@ class Counts:
     summary_pairs: int
     token_pairs: int
     causal_pairs: int
-
-
-def count_pairs(structure: Structure) -> Counts:
-    """The counts of all rows together; `structure` is on the CPU."""
-    real = structure.doc.numpy() >= 0
-    doc, bar, inst, kind, onset = (
-        fact.numpy()[real]
-        for fact in (structure.doc, structure.bar, structure.inst, structure.kind, structure.onset)
-    )
-    begins = (np.diff(doc) != 0) | (np.diff(np.nonzero(real)[0]) != 0)
-    first = np.flatnonzero(np.append(len(doc) > 0, begins))
-    each = count_documents(first, bar, inst, kind, onset, structure.near_bars, structure.kind_rule)
-    return Counts(*each.sum(0).tolist())
 
 
 def count_documents(

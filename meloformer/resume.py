@@ -10,7 +10,6 @@ from .checkpoint import Checkpoint, find_checkpoint, has_checkpoints, latest_che
 from .data import PACKING
 from .errors import UserError
 from .job import Job, restarted
-from .kernels.structure import KIND_RULE
 from .model import ModelConfig
 from .shards import ShardSet
 from .train_config import TrainConfig
@@ -20,6 +19,11 @@ FIXED = (
     *("seed", "max_seq_len", "max_bars", "max_samples", "epochs", "max_steps", "learning_rate"),
     *("warmup_steps", "weight_decay", "max_grad_norm"),
 )
+
+_HINTS = {
+    "rows_per_step": " (processes x batch_size x gradient_accumulation_steps)",
+    "packing": ": it was begun by a version that fills rows otherwise; finish it with that, or begin anew",
+}
 
 
 def run_identity(
@@ -50,7 +54,7 @@ def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -
         return None
     checkpoint = load_checkpoint(path)
     for name, was, value in _differences(checkpoint.trainer["identity"], identity):
-        hint = " (processes x batch_size x gradient_accumulation_steps)" if name == "rows_per_step" else ""
+        hint = _HINTS.get(name, "")
         raise UserError(f"cannot resume from {path}: {name} was {was!r} there and is {value!r} now{hint}")
     return checkpoint
 
@@ -60,7 +64,6 @@ def _differences(saved: dict, identity: dict) -> Iterator[tuple[str, object, obj
     for name, value in identity.items():
         was = saved.get(name)
         if name == "model" and isinstance(was, dict):
-            was = {"kind_rule": KIND_RULE} | was  # it was not a choice once
             apart = [key for key in was.keys() | value.keys() if was.get(key) != value.get(key)]
             was, value = ({key: model.get(key) for key in sorted(apart)} for model in (was, value))
         if was != value:

@@ -52,6 +52,7 @@ class Stepper:
         guard: which judges every step.
         precision: "fp32" or "bf16".
         attention: name of the backend.
+        runs_ahead: whether `update` leaves work to the device while the host goes on.
     """
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, job: Job):
@@ -70,6 +71,7 @@ class Stepper:
             shard(self.model, job)
         else:
             self.model.to(job.device)
+        self.runs_ahead = job.device.type == "cuda" and not self.sharded
         self.optimizer = make_optimizer(self.model, config, job.device)
         self.guard = Guard()
         self.parallel = self.model
@@ -175,7 +177,10 @@ class Stepper:
             A function, to be called once: it waits for the step's figures, and for whether any process has
             set each flag. A GPU may be given more to do before.
         """
-        own = torch.tensor(flags, dtype=torch.float64, device=self._job.device)
+        own = self._sums.new_zeros(len(flags))
+        for flag, place in zip(flags, own):
+            if flag:
+                place.fill_(1)  # to copy from the host would wait for the device
         sums = self._job.sum(torch.cat([self._sums, own]))
         # The exchange has averaged sums over processes: make that the mean over targets.
         gradients = [local(parameter.grad) for parameter in self.model.parameters()]
@@ -184,7 +189,7 @@ class Stepper:
         told = _told(torch.cat([sums, norm.double()[None]]))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self._job.device.type == "cuda" and not self.sharded:
+        if self.runs_ahead:
             # The device judges for itself, by the rule of the guard, before the host is told.
             self.optimizer.found_inf = (~(sums[0] + norm).isfinite()).float()
             self.optimizer.step()

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -141,13 +141,13 @@ def make_parser() -> cli.Parser:
 
 
 def chosen_model(config: TrainConfig, preset: ModelConfig) -> ModelConfig:
-    """`preset` with the attention that a run asks for: see `ModelConfig`.
+    """`preset` with the attention that a run asks for, see `ModelConfig`; its own kind rule if none is.
 
     Raises:
         UserError: it asks for a dense model and a kind rule.
     """
     if config.attention != DENSE:
-        return dataclasses.replace(preset, kind_rule=config.kind_rule)
+        return preset if config.kind_rule == KIND_RULE else replace(preset, kind_rule=config.kind_rule)
     if config.kind_rule != KIND_RULE:
         raise UserError(f"--kind_rule {config.kind_rule}: not with --attention {DENSE}, which sees all kinds")
     return preset.as_dense()

@@ -208,8 +208,8 @@ class Trainer:
             return self._take_steps(fed, bar)
 
     def _take_steps(self, fed: Feed[Ready], bar: tqdm) -> str | None:
-        """The books of a step are done when the device has begun with the next, so that it never waits for
-        them; unless more is due then."""
+        """Where the device runs ahead, the books of a step are done when it has begun with the next, so that
+        it never waits for them; unless more is due then, or this process alone is to stop."""
         config, job, stepper = self.config, self.job, self.stepper
         self._saved_at = time.monotonic()
         state, step, in_step = self.state, self.step, 0  # of what the device was given
@@ -235,7 +235,8 @@ class Trainer:
             finished = step == config.max_steps or after.epoch == config.epochs
             ends = epoch_ends or finished
             taken = _Taken(told, lr, after, ends)
-            if ends or any(_is_due(every, step) for every in self._intervals):
+            at_once = not stepper.runs_ahead or (job.world == 1 and self._wants_stop())
+            if ends or at_once or any(_is_due(every, step) for every in self._intervals):
                 if self._conclude(taken, bar):
                     return self._reason()
                 taken = None

@@ -11,11 +11,13 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from meloformer.kernels import Structure
 from meloformer.kernels.structure import regular_sees, summary_sees
+from meloformer.pairs import Counts, count_documents
 
 STRUCTURAL, T, P, L, V = range(5)
 DRUMS, NONE = 128, 129
@@ -253,3 +255,16 @@ def check_padding(function: Callable[..., Tensor], phase: str, structure: Struct
     for (a, b), stream in zip(results, (streams[0], *streams)):
         assert torch.equal(a, b)
         assert a.transpose(1, 2)[padding[stream]].eq(0).all()
+
+
+def count_pairs(structure: Structure) -> Counts:
+    """The counts of all rows together; `structure` is on the CPU."""
+    real = structure.doc.numpy() >= 0
+    doc, bar, inst, kind, onset = (
+        fact.numpy()[real]
+        for fact in (structure.doc, structure.bar, structure.inst, structure.kind, structure.onset)
+    )
+    begins = (np.diff(doc) != 0) | (np.diff(np.nonzero(real)[0]) != 0)
+    first = np.flatnonzero(np.append(len(doc) > 0, begins))
+    each = count_documents(first, bar, inst, kind, onset, structure.near_bars, structure.kind_rule)
+    return Counts(*each.sum(0).tolist())

@@ -16,11 +16,12 @@ from meloformer.generate import main as generate_command
 from meloformer.kernels.dense import CausalAttention
 from meloformer.loss import IGNORE, next_token_loss
 from meloformer.model import SIZES, MeloFormer
-from meloformer.pairs import Counts, count_pairs
+from meloformer.pairs import Counts
 
 from attention_cases import (
     CASES,
     check_low_precision,
+    count_pairs,
     outputs_and_gradients,
     plain_attention,
     song,

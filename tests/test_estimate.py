@@ -86,7 +86,9 @@ def test_states_are_counted_by_the_parameter():
     assert (one.weights, one.gradients, one.optimizer) == (4000, 4000, 8000)
     assert one.total == 16000 + one.activations
     two = estimate_memory(settings, TINY, 1000, 2, world=2)
-    assert (two.weights, two.gradients, two.optimizer) == (6000, 4000, 8000)
+    assert (two.weights, two.gradients, two.optimizer) == (6000, 8000, 8000)
+    at_once = dataclasses.replace(settings, gradient_accumulation_steps=1)
+    assert estimate_memory(at_once, TINY, 1000, 2, world=2).gradients == 4000
 
 
 def test_sharded_states_are_counted_by_their_share():

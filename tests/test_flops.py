@@ -12,10 +12,10 @@ from meloformer.data import PackedSongs, State
 from meloformer.flops import peak_flops, training_flops
 from meloformer.loss import next_token_loss
 from meloformer.model import MeloFormer, ModelConfig
-from meloformer.pairs import Counts, count_pairs
+from meloformer.pairs import Counts
 from meloformer.shards import ShardSet
 
-from attention_cases import song, structure
+from attention_cases import count_pairs, song, structure
 from tiny_train import TINY
 from training import config
 

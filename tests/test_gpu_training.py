@@ -16,11 +16,10 @@ from meloformer.job import Job
 from meloformer.kernels import plan
 from meloformer.loss import IGNORE
 from meloformer.model import SIZES
-from meloformer.pairs import count_pairs
 from meloformer.stepper import Stepper
 from meloformer.stop import STOPPED
 
-from attention_cases import Song, check_error, song, structure
+from attention_cases import Song, check_error, count_pairs, song, structure
 from model_cases import random_ids
 from plan_cases import DEVICE
 from tiny_train import TINY_BASE
@@ -245,6 +244,20 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(data, tmp_path):
     assert stepper.guard.skipped == 1
     assert step(spoil=False).loss < first.loss
     assert {int(state["step"]) for state in stepper.optimizer.state.values()} == {2}
+
+
+def test_an_update_does_not_wait_for_the_gpu(data, tmp_path):
+    stepper = make_stepper(data, tmp_path, "triton", LOW, compile=False)
+    batch = make_batch(0, LENGTH, SUMMARIES, (0, 33, 128))
+    for waits in (True, False):  # the first step makes what later ones have
+        stepper.accumulate(stepper.prepare(batch), last=True)
+        torch.cuda.set_sync_debug_mode("default" if waits else "error")
+        try:
+            told = stepper.update(1e-3, True, False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        figures, flags = told()
+        assert figures.taken and flags == [True, False]
 
 
 def on_gpus(data, **changes) -> list[str]:

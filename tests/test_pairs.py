@@ -10,10 +10,9 @@ from meloformer.compose import compose
 from meloformer.facts import scan
 from meloformer.kernels import Structure
 from meloformer.kernels.structure import regular_sees, summary_sees
-from meloformer.pairs import count_pairs
 from meloformer.tokenizer import HIDTokenizer
 
-from attention_cases import CASES, NEAR_BARS, NEW_RULES, facts, structure
+from attention_cases import CASES, NEAR_BARS, NEW_RULES, count_pairs, facts, structure
 
 
 def by_the_rule(packed: Structure) -> dict[str, int]:

@@ -1,18 +1,19 @@
 """A run that was interrupted goes on as if nothing had happened."""
 
 import dataclasses
+import itertools
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 
-from meloformer import train
-from meloformer import trainer as trainer_module
+from meloformer import resume, train, trainer
 from meloformer.checkpoint import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
 from meloformer.job import start_job
 from meloformer.model import MeloFormer
-from meloformer.resume import run_identity
+from meloformer.stepper import Stepper
 from meloformer.stop import STOPPED
 from meloformer.trainer import Trainer
 
@@ -161,29 +162,60 @@ def test_a_run_is_not_resumed_as_another(data, tmp_path, change, says):
         train.train(config(data, tmp_path, max_steps=1, resume="auto", **change), TINY)
 
 
-def test_a_run_from_before_there_were_kind_rules_goes_on(data, tmp_path, monkeypatch):
-    def as_before(*args):
-        identity = run_identity(*args)
-        del identity["model"]["kind_rule"]
-        return identity
+def test_a_run_whose_rows_were_packed_otherwise_does_not_go_on(data, tmp_path, monkeypatch):
+    settings = config(data, tmp_path, max_steps=1)
+    train.train(settings, TINY)
+    monkeypatch.setattr(resume, "PACKING", resume.PACKING + 1)
+    with pytest.raises(UserError, match=r"packing was .* there and is .* now: it was begun by a version"):
+        train.train(dataclasses.replace(settings, resume="auto"), TINY)
 
-    settings = config(data, tmp_path, max_steps=2, save_every=1)
+
+class _Ahead(Stepper):
+    """Behaves as on a GPU: what `update` returns is asked for later. Notes how many batches later."""
+
+    late: ClassVar[list[int]] = []
+    _updating, _batches = False, 0
+    runs_ahead = property(lambda self: not self._updating, lambda self, value: None)
+
+    def accumulate(self, *args):
+        self._batches += 1
+        super().accumulate(*args)
+
+    def update(self, *args):
+        self._updating, at = True, self._batches
+        told = super().update(*args)
+        self._updating = False
+        return lambda: (self.late.append(self._batches - at), told())[1]
+
+
+def test_books_that_are_done_while_the_device_works_on_are_the_same(data, tmp_path, monkeypatch):
+    """Left alone, and stopped and resumed; with validations and checkpoints in between."""
+    settings = config(data, tmp_path / "plain", validate_every=3, save_every=4)
+    train.train(settings, TINY)
+    monkeypatch.setattr(trainer, "Stepper", _Ahead)
+    train.train(dataclasses.replace(settings, output_dir=str(tmp_path / "ahead")), TINY)
+    assert set(_Ahead.late) == {0, 1}
+    assert_same_run(tmp_path / "ahead", tmp_path / "plain")
+
+    asked = itertools.count()
+    stopped = dataclasses.replace(settings, output_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "run_identity", as_before)
-        _run_some(Trainer(settings, TINY, start_job("cpu")), 1)
-    with pytest.raises(UserError, match=r"model was \{'kind_rule': 'alike'\} there"):
-        train.train(dataclasses.replace(settings, resume="auto", kind_rule="next"), TINY)
-    train.train(dataclasses.replace(settings, resume="auto"), TINY)
-    assert len(losses(tmp_path)) == 2
+        patch.setattr(
+            train.StopRequest, "reason", property(lambda self: "a test" * (next(asked) >= 5) or None)
+        )
+        assert train.train(stopped, TINY) == "a test"
+    assert 0 < len(losses(tmp_path / "stopped")) < len(losses(tmp_path / "plain"))
+    train.train(dataclasses.replace(stopped, resume="auto"), TINY)
+    assert_same_run(tmp_path / "stopped", tmp_path / "plain")
 
 
 def test_a_damaged_run_is_not_begun_anew(data, tmp_path):
     train.train(config(data, tmp_path, max_steps=1), TINY)
     (latest_checkpoint(tmp_path / "checkpoints") / "config.json").unlink()
     log = (tmp_path / "log.jsonl").read_text()
-    for resume, says in (("auto", r"no whole checkpoint .*config.json"), (None, "holds a run already")):
+    for flag, says in (("auto", r"no whole checkpoint .*config.json"), (None, "holds a run already")):
         with pytest.raises(UserError, match=says):
-            train.train(config(data, tmp_path, max_steps=1, resume=resume), TINY)
+            train.train(config(data, tmp_path, max_steps=1, resume=flag), TINY)
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
