@@ -1,4 +1,6 @@
-"""What an attention is called on the pages, where several are set side by side."""
+"""What an attention is called on the pages, where several are set side by side, and its colour."""
+
+from collections.abc import Iterable
 
 from meloformer.kernels.structure import KIND_RULE
 
@@ -10,3 +12,19 @@ def attention_name(run: dict) -> str:
     """
     kind_rule = run.get("kind_rule", KIND_RULE)
     return run["attention"] if kind_rule == KIND_RULE else f"{run['attention']}, {kind_rule}"
+
+
+# Okabe and Ito's colours, told apart by the colour-blind; names that are not listed take what is left.
+_COLOURS = {
+    "triton": "#0072B2",
+    "triton, next": "#009E73",
+    "dense": "#E69F00",
+    "flex": "#CC79A7",
+}
+_LEFT = ("#D55E00", "#56B4E9", "#999999", "#F0E442", "#000000")
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, in the order of the names."""
+    left = iter(_LEFT)
+    return {name: _COLOURS.get(name) or next(left) for name in names}

@@ -6,15 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.attention_name import attention_name
+from benchmarks.attention_name import attention_name, colours
 from benchmarks.pictures import head, legend
 from meloformer.drawing import DPI, GREY, dress, save
 
-# Okabe and Ito's colours, told apart by the colour-blind; dashes tell the lines apart without any.
-_STYLES = (
-    *(("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-.")),
-    *(("#D55E00", (0, (6, 1, 1, 1, 1, 1))), ("#56B4E9", (0, (1, 3)))),
-)
+_DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))  # tell lines apart without colours
 
 
 def draw(result: dict, path: Path) -> None:
@@ -43,8 +39,8 @@ def draw(result: dict, path: Path) -> None:
 
 
 def _styles(runs: list[dict]) -> dict[str, tuple]:
-    names = dict.fromkeys(map(attention_name, runs))
-    return dict(zip(names, _STYLES))
+    of = colours(dict.fromkeys(map(attention_name, runs)))
+    return {name: (colour, dashes) for (name, colour), dashes in zip(of.items(), _DASHES)}
 
 
 def _panel(axes: Axes, runs: list[dict], axis: str, unit: float, label: str) -> None:

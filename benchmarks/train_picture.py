@@ -4,17 +4,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.attention_name import colours
 from benchmarks.pictures import BAR_HEIGHT, bars, head, legend
 from meloformer.drawing import DPI, GREY, dress, save
-
-_COLOURS = {  # Okabe and Ito's; others take what is left
-    "triton": "#0072B2",
-    "triton, next": "#009E73",
-    "dense": "#E69F00",
-    "flex": "#CC79A7",
-    "reference": "#999999",
-}
-_LEFT = ("#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
@@ -37,21 +29,20 @@ def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
 
 
 def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
-    found = dict.fromkeys(name for group in groups.values() for name in group)
-    names = [*(name for name in _COLOURS if name in found), *(name for name in found if name not in _COLOURS)]
-    colours = dict(zip([name for name in names if name not in _COLOURS], _LEFT)) | _COLOURS
+    found = {name for group in groups.values() for name in group}
+    colour = colours(sorted(found, key=lambda name: (name.startswith("dense"), name)))  # dense comes last
     heights = [(len(group) + 1.2) * BAR_HEIGHT for group in groups.values()]
     height = 1.75 + sum(heights)
     figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.2, 0.6 / height, 0.72, sum(heights) / height))
     top, ticks = 0.0, []
     for group, room in zip(groups.values(), heights):
-        present = [name for name in names if name in group]
+        present = [name for name in colour if name in group]
         bars(
             axes,
             [top + (place + 1.1) * BAR_HEIGHT for place in range(len(present))],
             [group[name] for name in present],
-            [colours[name] for name in present],
+            [colour[name] for name in present],
             [f"{group[name]:,.0f}" for name in present],
         )
         ticks.append(top + room / 2)
@@ -64,7 +55,7 @@ def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
     dress(axes)
     axes.grid(axis="y", visible=False)
     head(figure, "Training: tokens per second", f"{gpu} · whole steps, padding not counted")
-    legend(figure, [(name, {"color": colours[name], "linewidth": 6}) for name in names])
+    legend(figure, [(name, {"color": of, "linewidth": 6}) for name, of in colour.items()])
     return figure
 
 

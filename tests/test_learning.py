@@ -12,7 +12,8 @@ from benchmarks.learning_verdict import lower, verdict
 from benchmarks.run_folder import read_run
 from meloformer import preprocess, train
 from meloformer.errors import UserError
-from meloformer.train_config import parse_args
+from meloformer.model import SIZES
+from meloformer.train_config import chosen_model, parse_args
 
 from learning_runs import DATA, VERSIONS, write_run
 from tiny_train import TINY
@@ -355,6 +356,10 @@ def test_the_recipe_in_the_docs_is_what_the_commands_take():
     (line,) = re.findall(r"python -m meloformer.preprocess (.*)", recipe)
     assert preprocess._arguments(shlex.split(line)).val_split == 0.1
     (line,) = re.findall(r"python -m meloformer.train (.*)", recipe)
-    for seed, attention in ((0, "triton"), (1, "dense")):
-        settings = parse_args(shlex.split(line.replace("$seed", str(seed)).replace("$attention", attention)))
-        assert (settings.seed, settings.attention) == (seed, attention)
+    (models,) = re.findall(r"for model in (.*?);", recipe)
+    for seed, model in enumerate(shlex.split(models)):
+        attention, rule = model.split()
+        words = line.replace("$seed", str(seed)).replace("$attention", attention).replace("$rule", rule)
+        settings = parse_args(shlex.split(words))
+        assert (settings.seed, settings.attention, settings.kind_rule) == (seed, attention, rule)
+        chosen_model(settings, SIZES[settings.model_size])  # which refuses what does not go together
