@@ -36,7 +36,8 @@ class Run:
         self.config, self.job = config, job
         model = chosen_model(config, SIZES[config.model_size])
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars}
-        self.data = PackedSongs(shards, "train", **limits, kind_rule=model.kind_rule)
+        limits |= {"kind_rule": model.kind_rule, "one_room": config.one_room}
+        self.data = PackedSongs(shards, "train", **limits)
         self.data.require_samples()
         self.stepper = Stepper(config, model, job)
         peak = peak_flops(job.device)

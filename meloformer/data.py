@@ -180,7 +180,7 @@ class Batch:
 
     ids: [B, N] int64; PAD after the last document.
     targets: [B, N] int64, the next token of the same document; -100 where there is none.
-    structure: of [B, N] tokens and [B, M] summaries; M is 128, 256, 512, ... so that shapes are few.
+    structure: of [B, N] tokens and [B, M] summaries; M is one of few numbers, see `summary_room`.
     num_targets: targets that are not -100.
     counts: tokens that are no padding, and pairs of them, over all rows.
     """
@@ -226,6 +226,8 @@ class PackedSongs:
         seed: of the order, not negative. The rows of an epoch follow from (seed, epoch) and the
             arguments above.
         near_bars, kind_rule: handed on to `Structure`.
+        one_room: give all batches of an epoch room for the summaries of its fullest row, for an attention
+            that compiles anew for every other number.
 
     Attributes:
         samples: the `Samples` found; it tells what was skipped.
@@ -242,10 +244,11 @@ class PackedSongs:
         seed: int = 0,
         near_bars: tuple[int, ...] = NEAR_BARS,
         kind_rule: str = KIND_RULE,
+        one_room: bool = False,
     ):
         self.shards, self.split = shards, split
         self.max_seq_len, self.max_bars, self.seed = max_seq_len, max_bars, seed
-        self.near_bars, self.kind_rule = near_bars, kind_rule
+        self.near_bars, self.kind_rule, self.one_room = near_bars, kind_rule, one_room
         self.samples = find_samples(
             shards,
             shards.split(split),
@@ -310,6 +313,8 @@ class PackedSongs:
                 each = vars(scanned).values()
                 self._counts[numbers] = count_documents(ends - lengths, *each, self.near_bars, self.kind_rule)
             counts += self._counts[numbers].sum(0)
+        if self.one_room:
+            most_bars = max((int(self.samples.bars[numbers].sum()) for numbers in of_epoch), default=0)
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=summary_room(most_bars),

@@ -29,7 +29,12 @@ def dry_run(trainer: Trainer) -> None:
 
     parameters = stepper.model.num_parameters()
     memory = estimate_memory(
-        config, stepper.model.config, parameters, stepper.compute_dtype.itemsize, job.world
+        config,
+        stepper.model.config,
+        parameters,
+        stepper.compute_dtype.itemsize,
+        job.world,
+        stepper.compiled,
     )
     parts = {field.name: getattr(memory, field.name) / GB for field in dataclasses.fields(memory)}
     say("model", f"{stepper.model.config.size}, {parameters / 1e6:.1f}M parameters")

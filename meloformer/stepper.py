@@ -52,6 +52,7 @@ class Stepper:
         guard: which judges every step.
         precision: "fp32" or "bf16".
         attention: name of the backend.
+        compiled: whether layers and loss are.
         runs_ahead: whether `update` leaves work to the device while the host goes on.
     """
 
@@ -63,8 +64,8 @@ class Stepper:
         self.attention = pick_attention(config.attention, job.device, model_config)
         torch.manual_seed(config.seed)
         self.model = MeloFormer(model_config, config.checkpoint_activations)
-        self._compiled = self._compiles()
-        if self._compiled:
+        self.compiled = self._compiles()
+        if self.compiled:
             self.model.compile_layers()
         self.sharded = config.shard_state and job.world > 1
         if self.sharded:
@@ -151,7 +152,7 @@ class Stepper:
             self._current = ready  # held until there is an event behind all work on it
         with self._exchange(last):
             logits = self._forward(self.parallel, ready)
-            nats, targets = next_token_loss(logits, batch.targets, self._compiled)
+            nats, targets = next_token_loss(logits, batch.targets, self.compiled)
             done("forward")
             nats.backward()
         done("backward")

@@ -60,6 +60,12 @@ class TrainConfig:
     wandb: str | None = None
     dry_run: bool = False
 
+    @property
+    def one_room(self) -> bool:
+        """Whether batches should all have room for as many summaries: FlexAttention compiles for each number,
+        which takes most of a minute."""
+        return self.attention == "flex"
+
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m meloformer.train", description="Train a model on preprocessed songs.")

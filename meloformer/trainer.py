@@ -76,6 +76,7 @@ class Trainer:
         shards = ShardSet(config.data_dir)
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars, "seed": config.seed}
         limits |= {"near_bars": model_config.near_bars, "kind_rule": model_config.kind_rule}
+        limits["one_room"] = config.one_room
         self.data = PackedSongs(shards, "train", max_samples=config.max_samples, **limits)
         self.data.require_samples()
         self.val_data = PackedSongs(shards, "val", max_samples=config.max_samples, **limits)

@@ -1,6 +1,7 @@
 """The estimate before the first step, against what autograd really saves."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -12,11 +13,11 @@ from meloformer import train
 from meloformer.estimate import activation_bytes, estimate_memory, is_out_of_memory, out_of_memory
 from meloformer.kernels import Structure
 from meloformer.loss import next_token_loss
-from meloformer.model import RECOMPUTE, MeloFormer, ModelConfig
+from meloformer.model import RECOMPUTE, SIZES, MeloFormer, ModelConfig
 from meloformer.train_config import TrainConfig
 
 from tiny_train import TINY
-from training import config
+from training import ROOT, config
 
 CPU = torch.device("cpu")
 
@@ -82,24 +83,44 @@ def test_activations_are_what_is_alive_after_the_forward(dim, ffn, layers, dtype
 
 def test_states_are_counted_by_the_parameter():
     settings = TrainConfig(data_dir="", batch_size=2, max_seq_len=1024)
-    one = estimate_memory(settings, TINY, 1000, 4, world=1)
+    one = estimate_memory(settings, TINY, 1000, 4, world=1, compiled=False)
     assert (one.weights, one.gradients, one.optimizer) == (4000, 4000, 8000)
     assert one.total == 16000 + one.activations
-    two = estimate_memory(settings, TINY, 1000, 2, world=2)
+    two = estimate_memory(settings, TINY, 1000, 2, world=2, compiled=False)
     assert (two.weights, two.gradients, two.optimizer) == (6000, 8000, 8000)
     at_once = dataclasses.replace(settings, gradient_accumulation_steps=1)
-    assert estimate_memory(at_once, TINY, 1000, 2, world=2).gradients == 4000
+    assert estimate_memory(at_once, TINY, 1000, 2, world=2, compiled=False).gradients == 4000
 
 
 def test_sharded_states_are_counted_by_their_share():
     """Besides the weights of two layers of eight and their gradients; or all gradients, to add up batches."""
     model, settings = dataclasses.replace(TINY, layers=8), TrainConfig(data_dir="", shard_state=True)
-    four = estimate_memory(settings, model, 1000, 2, world=4)
+    four = estimate_memory(settings, model, 1000, 2, world=4, compiled=True)
     assert (four.weights, four.gradients, four.optimizer) == (1000 + 1000 + 2000, 1000 + 1000 + 4000, 2000)
     at_once = dataclasses.replace(settings, gradient_accumulation_steps=1)
-    assert estimate_memory(at_once, model, 1000, 2, world=4).gradients == 2000
+    assert estimate_memory(at_once, model, 1000, 2, world=4, compiled=True).gradients == 2000
     plain = dataclasses.replace(settings, shard_state=False)
-    assert estimate_memory(settings, model, 1000, 2, 1) == estimate_memory(plain, model, 1000, 2, 1)
+    one, other = (estimate_memory(each, model, 1000, 2, 1, True) for each in (settings, plain))
+    assert one == other
+
+
+def test_the_formula_is_near_what_was_measured_on_gpus():
+    """In the committed results of the training benchmark."""
+    found = []
+    for path in (ROOT / "benchmarks" / "results").glob("training_*/*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            model = SIZES[row["size"]]
+            model = model.as_dense() if row["attention"] == "dense" else model
+            settings = TrainConfig(
+                data_dir="",
+                batch_size=row["rows_per_batch"],
+                gradient_accumulation_steps=1,
+                max_seq_len=row["tokens_per_row"],
+                checkpoint_activations=row["checkpoint_activations"],
+            )
+            memory = estimate_memory(settings, model, row["parameters"], 2, row["gpus"], compiled=True)
+            found.append(memory.total / 1e9 / row["peak_gb"])
+    assert found and 0.75 < min(found) and max(found) < 1.25, found
 
 
 @pytest.mark.parametrize(
