@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint, find_checkpoint, has_checkpoints, latest_checkpoint, load_checkpoint
-from .data import PACKING
 from .errors import UserError
 from .job import Job, restarted
 from .model import ModelConfig
+from .packing import PACKING
 from .shards import ShardSet
 from .train_config import TrainConfig
 

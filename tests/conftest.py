@@ -30,3 +30,25 @@ def data(tmp_path_factory):
         ["--input", str(folder / "midi"), "--output", str(folder / "shards"), "--val-split", "0.2"]
     )
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def songs():
+    """Tokens of 24 songs of 2 to 40 bars, some of them in changing metres."""
+    import numpy as np
+
+    from meloformer.compose import compose
+    from meloformer.tokenizer import HIDTokenizer
+
+    generator, tokenizer = np.random.default_rng(0), HIDTokenizer()
+    return [tokenizer.encode(compose(seed, bars=int(generator.integers(2, 41)))) for seed in range(24)]
+
+
+@pytest.fixture(scope="session")
+def shards(songs, tmp_path_factory):
+    """A ShardSet of them, of which one shard is empty."""
+    from folders import write_folder
+
+    from meloformer.shards import ShardSet
+
+    return ShardSet(write_folder(tmp_path_factory.mktemp("data") / "shards", songs, (10, 0, 14)))
