@@ -118,16 +118,23 @@ class PackedSongs:
             max_samples=max_samples,
             seed=seed,
         )
-        self._rows: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch last asked for
+        # Of the epoch last asked for; one value, since the loader's thread asks too.
+        self._epoch: tuple[int, list[np.ndarray], int] = (-1, [], 0)
         # Of each sample its `Counts`, 0 until it is first read: no pair reaches beyond a document.
         self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
 
     def rows(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, see `packing.rows_of_epoch`."""
-        if self._rows[0] != epoch:
-            seed = [self.seed, epoch]
-            self._rows = (epoch, rows_of_epoch(self.samples, seed, self.max_seq_len, self.max_bars))
-        return self._rows[1]
+        return self._of(epoch)[1]
+
+    def _of(self, epoch: int) -> tuple[int, list[np.ndarray], int]:
+        """An epoch, its rows, and the most bars that a row has."""
+        found = self._epoch
+        if found[0] != epoch:
+            rows = rows_of_epoch(self.samples, [self.seed, epoch], self.max_seq_len, self.max_bars)
+            most_bars = max((int(self.samples.bars[numbers].sum()) for numbers in rows), default=0)
+            found = self._epoch = (epoch, rows, most_bars)
+        return found
 
     def rows_per_epoch(self, epoch: int) -> int:
         return len(self.rows(epoch))
@@ -135,7 +142,7 @@ class PackedSongs:
     def batch(self, epoch: int, rows: Iterable[int]) -> Batch:
         """The given rows of an epoch; a number past the last row stands for a row of padding."""
         rows = list(rows)
-        of_epoch = self.rows(epoch)
+        _, of_epoch, most_of_epoch = self._of(epoch)
         shape = (len(rows), self.max_seq_len)
         ids = np.full(shape, vocab.PAD, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
@@ -164,7 +171,7 @@ class PackedSongs:
                 self._counts[numbers] = count_documents(ends - lengths, *each, self.near_bars, self.kind_rule)
             counts += self._counts[numbers].sum(0)
         if self.one_room:
-            most_bars = max((int(self.samples.bars[numbers].sum()) for numbers in of_epoch), default=0)
+            most_bars = most_of_epoch
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=summary_room(most_bars),
