@@ -107,7 +107,7 @@ def readme_body(results: list[dict], sources: list[str], page_path: str, picture
     parts = [
         *([f"![Training: tokens per second by size]({picture})\n"] if picture else []),
         table([head for head, _ in columns], [[make(row) for _, make in columns] for row in rows], left=2),
-        f"{machine['gpu']}, {machine['date']}: [all figures and what they mean]({page_path}).",
+        f"{machine['gpu'] or 'CPU'}, {machine['date']}: [all figures and what they mean]({page_path}).",
     ]
     return "\n".join(parts)
 

@@ -13,7 +13,7 @@ def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
     """Writes it beside a page; returns its name. Rows that compute something again are left out.
 
     Args:
-        rows: as `train_page.measured` returns them.
+        rows: as `train_page.measured_rows` returns them.
         gpu: what they were measured on.
     """
     groups: dict[tuple, dict[str, float]] = {}

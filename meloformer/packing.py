@@ -13,7 +13,7 @@ from . import facts, vocab
 from .shards import ShardSet
 
 PACKING = 2  # what rows an epoch has: to be raised when that changes, so that no run goes on with others
-BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
+_BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
 _MAX_HEADER = 4  # CHORD, TS, CUT, BPM
 _OPEN_ROWS = 256
 _WINDOW = 512  # samples that are packed longest first: rows that they open can stay open until they are full
@@ -118,7 +118,7 @@ def find_samples(
 
     kept = np.lexsort((start, song))
     if max_samples is not None:
-        drawn = np.random.Generator(BIT_GENERATOR(seed)).permutation(len(kept))[:max_samples]
+        drawn = np.random.Generator(_BIT_GENERATOR(seed)).permutation(len(kept))[:max_samples]
         kept = kept[np.sort(drawn)]
     length = stop - start + np.count_nonzero(header != vocab.PAD, axis=1)
     return Samples(
@@ -159,7 +159,7 @@ def rows_of_epoch(samples: Samples, seed: list[int], max_tokens: int, max_bars: 
     Rows come in random order. What shares a row is random too, but for what fills rows: samples are
     drawn at random, and of each `_WINDOW` of them the longer ones are packed before the shorter.
     """
-    generator = np.random.Generator(BIT_GENERATOR(seed))
+    generator = np.random.Generator(_BIT_GENERATOR(seed))
     order = generator.permutation(len(samples))
     rank = -(samples.length[order] * _LENGTHS // max_tokens)
     order = order[np.lexsort((rank, np.arange(len(order)) // _WINDOW))]  # stable

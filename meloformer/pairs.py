@@ -1,7 +1,8 @@
 """How many pairs of tokens attend to each other: what the attention of a batch is worth in work.
 
 Counted by totals over runs of tokens that share bar and instrument, instead of pair by pair, so that the
-loader can do it for every batch. The rule itself (`kernels/structure.py`) judges the result in the tests.
+loader can do it when it first reads a sample. The rule itself (`kernels/structure.py`) judges the result in
+the tests.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ _INSTRUMENTS = max(DRUMS, NO_INSTRUMENT) + 1
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in a batch, padding apart.
+    """What is in a document or a batch, padding apart.
 
     tokens: regular tokens. summaries: summary tokens, one per bar.
     summary_pairs: visible pairs of the summarize phase (SS and SR).
