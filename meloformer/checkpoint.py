@@ -195,12 +195,37 @@ def _write_folder(
         seal(temporary / MANIFEST)
         sync_folder(temporary)
         if target.exists():
-            target.rename(target.with_name(target.name + _REPLACED))
+            _step_aside(target)
         temporary.rename(target)
         sync_folder(target.parent)
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
         raise
+
+
+def _step_aside(target: Path) -> None:
+    """Clear the name `target`, with a whole checkpoint of its step left if there is one."""
+    replaced = target.with_name(target.name + _REPLACED)
+    if replaced.exists():  # an earlier save was killed before it had removed this one
+        if not _is_whole(target):
+            _remove(target)
+            return
+        _remove(replaced)
+    target.rename(replaced)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except UserError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{_TEMPORARY}{path.name}.removed")  # a folder under its own name is always whole
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
@@ -341,6 +366,4 @@ def _remove_old(root: Path, newest: Path, keep_last: int) -> None:
     kept = {*found[: found.index(newest) + 1][-keep_last:], best_checkpoint(root)}
     for path in _by_step(root):
         if path not in kept:
-            doomed = root / f"{_TEMPORARY}{path.name}"  # a folder under its own name is always whole
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(path)

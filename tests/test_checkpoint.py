@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -534,23 +535,28 @@ def save(step):
     save_checkpoint(root, step, model_state=model.state_dict(), config={"step": step},
         tokenizer_json=vocab.to_json(), optimizer_state=optimizer.state_dict(), trainer={}, keep_last=1)
 
+def incomplete():
+    return [name for name in os.listdir(root) if name.startswith(".incomplete-")]
+
 delays = random.Random(0)
-begun = time.monotonic()
+started = time.monotonic()
 save(0)
-took = time.monotonic() - begun
+took = time.monotonic() - started
 latest = moments = 0
 for _ in range(kills):
-    before = os.listdir(root)
+    seen, begun, wanted = {*incomplete()}, 0, delays.randint(1, 3)
     child = os.fork()
     if child == 0:
         for step in range(latest, latest + 10_000):  # the first one replaces a checkpoint of its step
             save(step)
-    while os.listdir(root) == before and time.monotonic() - begun < 240:
-        time.sleep(0.001)  # until it saves, however busy the machine is
-    time.sleep(delays.random() * 4 * took)
+    while begun < wanted and time.monotonic() - started < 240:  # however busy the machine is
+        now = {*incomplete()}
+        begun, seen = begun + len(now - seen), now
+        time.sleep(0.001)
+    time.sleep(delays.random() * 1.5 * took)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    moments += any(name.startswith(".incomplete-") for name in os.listdir(root))
+    moments += bool(incomplete())
     checkpoint = load_checkpoint(latest_checkpoint(root))
     assert checkpoint.step >= latest and checkpoint.config == {"step": checkpoint.step}
     restore_optimizer(checkpoint.path, optimizer)
@@ -568,3 +574,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr
     latest, cut_short = map(int, done.stdout.split())
     assert latest > 0 and cut_short >= 10, "the kills missed the saves"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_a_killed_save_had_replaced_does_not_stop_the_next(tmp_path, monkeypatch, broken):
+    """Killed between its new checkpoint and the removal of the one before, of the same step."""
+    good = save(tmp_path, 3)
+    shutil.copytree(good, tmp_path / f"{good.name}.replaced")
+    if broken:
+        (good / "model.safetensors").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        rename = Path.rename
+        patch.setattr(Path, "rename", lambda path, to: rename(path, to) if to != good else _full())
+        with pytest.raises(UserError, match="No space"):
+            save(tmp_path, 3)
+    assert load_checkpoint(latest_checkpoint(tmp_path)).step == 3
+    save(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    assert load_checkpoint(good).step == 3
+
+
+def _full():
+    raise OSError(errno.ENOSPC, "No space left on device")
