@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import Attention
@@ -31,11 +32,11 @@ class Rotary:
         self.cos_BN11D = angle_BND.cos().to(dtype)[:, :, None, None]
         self.sin_BN11D = angle_BND.sin().to(dtype)[:, :, None, None]
 
-    def __call__(self, x_BNPHD: Tensor) -> Tensor:
-        """P vectors of each token and head, turned."""
-        first, second = x_BNPHD.chunk(2, dim=-1)
-        turned_BNPHD = torch.cat([-second, first], dim=-1)
-        return x_BNPHD * self.cos_BN11D + turned_BNPHD * self.sin_BN11D
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Vectors x [..., D] turned by the angles of these cosines and sines (`Rotary`), which broadcast to x."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class RMSNorm(nn.RMSNorm):
@@ -152,10 +153,29 @@ class DenseLayer(_FeedsForward):
 def _split(x: Tensor, parts: int, heads: int, rotary: Rotary) -> tuple[Tensor, ...]:
     """[B, length, parts x E] -> parts of [B, H, length, D]; all but the last, the values, are turned."""
     rows, length, _ = x.shape
-    x = x.view(rows, length, parts, heads, -1)
-    # Turned at once, queries and keys are one kernel each way when compiled.
-    turned = rotary(x[:, :, :-1]).permute(2, 0, 3, 1, 4).unbind(0)
-    return (*turned, x[:, :, -1].transpose(1, 2))
+    return _Split.apply(x.view(rows, length, parts, heads, -1), rotary.cos_BN11D, rotary.sin_BN11D)
+
+
+class _Split(torch.autograd.Function):
+    """Each of P vectors of tokens and heads, [B, N, P, H, D], as [B, H, N, D]; all but the last are turned.
+
+    Left to itself, torch.compile writes the gradients of what was turned twice: before and after they are
+    laid beside those of the values.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BNPHD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        # Turned at once, queries and keys are one kernel when compiled.
+        turned = turn(x_BNPHD[:, :, :-1], cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
+        return (*turned, x_BNPHD[:, :, -1].transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = (table[:, :, 0] for table in ctx.saved_tensors)  # [B, N, 1, D]
+        *turned, of_values = (gradient.transpose(1, 2) for gradient in gradients)
+        return torch.stack([*(turn(part, cos, -sin) for part in turned), of_values], dim=2), None, None
 
 
 def _join(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from meloformer import vocab
 from meloformer.kernels import make_attention
-from meloformer.layers import Rotary
+from meloformer.layers import Rotary, turn
 from meloformer.loss import IGNORE, next_token_loss
 from meloformer.model import SIZES, MeloFormer, ModelConfig
 
@@ -240,7 +240,8 @@ def test_rotary_products_depend_on_the_distance_alone():
             Rotary(torch.tensor([[position]]), 64, 10000.0, torch.float64)
             for position in (position_q, position_k)
         ]
-        return (at[0](q[None]) * at[1](k[None])).sum()
+        q_turned, k_turned = (turn(x[None], r.cos_BN11D, r.sin_BN11D) for x, r in zip((q, k), at))
+        return (q_turned * k_turned).sum()
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=0, atol=1e-3)
     torch.testing.assert_close(product(0, 0), (q * k).sum())
