@@ -141,7 +141,10 @@ def save_checkpoint(
     try:
         root.mkdir(parents=True, exist_ok=True)
         for path in root.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path)
+            _delete(path)
+        for path in root.glob(f"step-*{_REPLACED}"):  # an earlier save was killed between its two renames
+            if not (own := path.with_name(path.name.removesuffix(_REPLACED))).exists():
+                path.rename(own)
         _write_folder(target, step, val_loss, texts, tensors)
         _remove_old(root, target, keep_last)
     except (OSError, SafetensorError) as error:
@@ -225,7 +228,14 @@ def _is_whole(path: Path) -> bool:
 def _remove(path: Path) -> None:
     doomed = path.with_name(f"{_TEMPORARY}{path.name}.removed")  # a folder under its own name is always whole
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():  # as a user may have moved a checkpoint to another disk
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:

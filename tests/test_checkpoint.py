@@ -555,7 +555,8 @@ for _ in range(kills):
         time.sleep(0.001)
     time.sleep(delays.random() * 1.5 * took)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "a save failed"
     moments += bool(incomplete())
     checkpoint = load_checkpoint(latest_checkpoint(root))
     assert checkpoint.step >= latest and checkpoint.config == {"step": checkpoint.step}
@@ -596,3 +597,22 @@ def test_what_a_killed_save_had_replaced_does_not_stop_the_next(tmp_path, monkey
 
 def _full():
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_best_checkpoint_stays_though_it_was_just_being_replaced(tmp_path):
+    """Killed between the two renames, and trained on from there."""
+    best = save(tmp_path, 3, val_loss=0.05)
+    best.rename(tmp_path / f"{best.name}.replaced")
+    newest = save(tmp_path, 4, val_loss=0.9, keep_last=1)
+    assert {path.name for path in tmp_path.iterdir()} == {best.name, newest.name}
+    assert best_checkpoint(tmp_path) == best
+
+
+def test_a_checkpoint_that_was_moved_and_linked_can_be_replaced_and_removed(tmp_path):
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(root, 3).rename(elsewhere)
+    (root / "step-00000003").symlink_to(elsewhere)
+    save(root, 3)
+    save(root, 4, keep_last=1)
+    assert [path.name for path in root.iterdir()] == ["step-00000004"]
+    assert load_checkpoint(elsewhere).step == 3

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from meloformer import vocab
 from meloformer.kernels import make_attention
-from meloformer.layers import Rotary, turn
+from meloformer.layers import Rotary, _split, turn
 from meloformer.loss import IGNORE, next_token_loss
 from meloformer.model import SIZES, MeloFormer, ModelConfig
 
@@ -230,6 +230,27 @@ def test_initial_deviations():
             assert parameter.std().item() == pytest.approx(std, rel=0.3 if parameter.dim() == 1 else 0.05), (
                 name
             )
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_gradients_through_the_split_into_heads_are_those_of_its_formula(parts):
+    torch.manual_seed(parts)
+    rotary = Rotary(torch.randint(2000, (2, 5)), 8, 10000.0, torch.float64)
+    x = torch.randn(2, 5, parts * 3 * 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = rotary.cos_BN11D[..., 0, :4], rotary.sin_BN11D[..., 0, :4]
+
+    def formula(x):
+        *turned, values = x.view(2, 5, parts, 3, 8).unbind(2)
+        for part in turned:
+            a, b = part[..., :4], part[..., 4:]
+            yield torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).transpose(1, 2)
+        yield values.transpose(1, 2)
+
+    found, exact = _split(x, parts, 3, rotary), tuple(formula(x))
+    gradients = [torch.randn_like(part) for part in exact]
+    torch.testing.assert_close(found, exact)
+    of_found, of_exact = (torch.autograd.grad(parts_of, x, gradients) for parts_of in (found, exact))
+    torch.testing.assert_close(of_found, of_exact)
 
 
 def test_rotary_products_depend_on_the_distance_alone():
