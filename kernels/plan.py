@@ -142,9 +142,9 @@ class Plan:
             facts, keys, rows, summaries, regular, KINDS_SEEN=kinds_seen(structure.kind_rule),
             QUERY_CLASS=query_class, KEY_CLASS=key_class, FAR_CLASS=far_class, SPAN=256,
         )  # fmt: skip
-        self.order, ranges = empty(blocks * LINE), empty(12, blocks)
+        self.order, laid, ranges = empty(blocks * LINE), empty(6, blocks * LINE), empty(12, blocks)
         layout_kernel[(blocks,)](
-            keys.sort(stable=True).indices, facts, self.order, ranges,
+            keys.sort(stable=True).indices, facts, self.order, laid, ranges,
             rows, summaries, regular, q_blocks, self.s_blocks, blocks, num_warps=1,
         )  # fmt: skip
 
@@ -164,8 +164,8 @@ class Plan:
         some, every = empty(2, candidates, dtype=torch.int64)
         number = empty(candidates)
         look_kernel[(candidates,)](
-            facts, self.order, line, column, end, some, every, number,
-            lines, rows, tokens, q_blocks, k_blocks, **look,
+            laid, line, column, end, some, every, number,
+            candidates, rows, q_blocks, k_blocks, blocks, CHUNK=64, **look,
         )  # fmt: skip
 
         sizes = empty(3, lines)
@@ -179,8 +179,8 @@ class Plan:
         )  # fmt: skip
         self.bits = empty(masked, 2, LINE)
         bits_kernel[(masked,)](
-            facts, self.order, self.tokens, tile_line, sizes, ends, self.table, self.bits,
-            lines, tiles, rows, summaries, regular, q_blocks, k_blocks, **look,
+            facts, laid, self.tokens, tile_line, sizes, ends, self.table, self.bits,
+            lines, tiles, rows, summaries, regular, q_blocks, k_blocks, blocks, **look,
         )  # fmt: skip
 
         # A line that is split has an item for every slot.

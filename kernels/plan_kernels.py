@@ -105,9 +105,11 @@ def load_facts(facts_ptr, rows, tokens, row, token):
 
 @triton.jit(do_not_specialize=["rows", "summaries", "regular", "q_blocks", "s_blocks", "blocks"])
 def layout_kernel(
-    sorted_ptr, facts_ptr, order_ptr, ranges_ptr, rows, summaries, regular, q_blocks, s_blocks, blocks
-):
-    """The token in each slot of every layout, int32 [blocks * 64], -1 for none; and the blocks' ranges.
+    sorted_ptr, facts_ptr, order_ptr, laid_ptr, ranges_ptr,
+    rows, summaries, regular, q_blocks, s_blocks, blocks,
+):  # fmt: skip
+    """The token in each slot of every layout, int32 [blocks * 64], -1 for none; its facts, int32
+    [6, blocks * 64]; and the blocks' ranges.
 
     `sorted` is what the sort of `encode_kernel`'s keys gave, int64 [3 * B * N].
     """
@@ -124,9 +126,31 @@ def layout_kernel(
     index = tl.load(sorted_ptr + place + slot, mask=(slot < regular) & (in_s == 0), other=0) - place
     token = tl.where(slot < regular, index.to(tl.int32) + summaries, -1)
     token = tl.where(in_s, tl.where(slot < summaries, slot, -1), token)
-    tl.store(order_ptr + block * BLOCK + tl.arange(0, BLOCK), token)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(order_ptr + offs, token)
     doc, bar, inst, code, onset, position = load_facts(facts_ptr, rows, summaries + regular, row, token)
+    plane = blocks.to(tl.int64) * BLOCK
+    tl.store(laid_ptr + offs, doc)
+    tl.store(laid_ptr + plane + offs, bar)
+    tl.store(laid_ptr + 2 * plane + offs, inst)
+    tl.store(laid_ptr + 3 * plane + offs, code)
+    tl.store(laid_ptr + 4 * plane + offs, onset)
+    tl.store(laid_ptr + 5 * plane + offs, position)
     store_ranges(ranges_ptr, blocks, block, doc, bar, inst, code, onset, position)
+
+
+@triton.jit
+def _load_laid(laid_ptr, blocks, slot):
+    """The facts of the tokens in some slots."""
+    plane, at = blocks.to(tl.int64) * BLOCK, laid_ptr + slot
+    return (
+        tl.load(at),
+        tl.load(at + plane),
+        tl.load(at + 2 * plane),
+        tl.load(at + 3 * plane),
+        tl.load(at + 4 * plane),
+        tl.load(at + 5 * plane),
+    )
 
 
 @triton.jit
@@ -176,33 +200,74 @@ def candidates_kernel(
         tl.store(count_ptr + line, count)
 
 
-@triton.jit(do_not_specialize=["lines", "rows", "tokens", "q_blocks", "k_blocks"])
-def look_kernel(
-    facts_ptr, order_ptr, line_ptr, column_ptr, end_ptr, any_ptr, all_ptr, number_ptr,
-    lines, rows, tokens, q_blocks, k_blocks,
-    NEAR_BARS: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Which columns of a candidate any, and which all tokens of the line see: 64 bits each, and numbers.
+@triton.jit
+def _seen_by(laid_ptr, blocks, at, y, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+    """For each token y, as a key, which of the 32 tokens in the slots from `at` on see it, int32 [BY]; and
+    which of these slots have a token, int32."""
+    seen_by, real = y[0] * 0, at * 0
+    for start in range(0, 32, STEP):  # a few queries against all keys
+        bit = start + tl.arange(0, STEP)
+        x = _load_laid(laid_ptr, blocks, at + bit)
+        seen = sees(x, y, True, far, NEAR_BARS, BITS).to(tl.int32)
+        seen_by |= tl.sum(seen << bit[:, None], 0)
+        real |= tl.sum((x[0] != ABSENT).to(tl.int32) << bit, 0)
+    return seen_by, real
 
-    Slots without a token do not count against `all`.
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _store_bits(ptr, low, high, keep):
+    """64 bits from two words; returns how many are set."""
+    tl.store(ptr, (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32), mask=keep)
+    bit = tl.arange(0, 32)
+    return tl.sum(((low >> bit) & 1) + ((high >> bit) & 1), 0)
+
+
+@triton.jit(do_not_specialize=["capacity", "rows", "q_blocks", "k_blocks", "blocks"])
+def look_kernel(
+    laid_ptr, line_ptr, column_ptr, end_ptr, any_ptr, all_ptr, number_ptr,
+    capacity, rows, q_blocks, k_blocks, blocks,
+    NEAR_BARS: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Which columns of a candidate any, and which all tokens of its line see: 64 bits each, and numbers.
+
+    Slots without a token do not count against `all`. Every pair of blocks is a candidate twice, by queries
+    and by keys: a program looks at the pairs of one by queries, and finds out about the other as well.
     """
     candidate = tl.program_id(0)
-    if candidate < tl.load(end_ptr + lines - 1):
+    if candidate < min(tl.load(end_ptr + 2 * rows * q_blocks - 1), capacity):
         line, column = tl.load(line_ptr + candidate), tl.load(column_ptr + candidate)
-        by_keys, far, row, block, _, _ = _decode(line, rows, q_blocks, k_blocks)
+        _, far, _, block, _, _ = _decode(line, rows, q_blocks, k_blocks)
         offs = tl.arange(0, BLOCK)
-        y = load_facts(facts_ptr, rows, tokens, row, tl.load(order_ptr + column * BLOCK + offs))
-        some, every = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], 1, tl.int32)
-        for start in range(0, BLOCK, STEP):  # a few tokens of the line against all columns
-            slot = block * BLOCK + start + tl.arange(0, STEP)
-            x = load_facts(facts_ptr, rows, tokens, row, tl.load(order_ptr + slot))
-            seen = sees(x, y, by_keys == 0, far, NEAR_BARS, BITS).to(tl.int32)
-            some |= tl.max(seen, 0)
-            every &= tl.min(tl.where((x[0] == ABSENT)[:, None], 1, seen), 0)
-        every &= some
+        y = _load_laid(laid_ptr, blocks, column * BLOCK + offs)
+        low, low_real = _seen_by(laid_ptr, blocks, block * BLOCK, y, far, NEAR_BARS, BITS, STEP)
+        high, high_real = _seen_by(laid_ptr, blocks, block * BLOCK + 32, y, far, NEAR_BARS, BITS, STEP)
+        some = (low | high) != 0
+        every = some & (low == low_real) & (high == high_real)
+        some, every = some.to(tl.int32), every.to(tl.int32)
         tl.store(any_ptr + candidate, tl.sum(some.to(tl.int64) << offs.to(tl.int64), 0))
         tl.store(all_ptr + candidate, tl.sum(every.to(tl.int64) << offs.to(tl.int64), 0))
         tl.store(number_ptr + candidate, tl.sum(some, 0) + (tl.sum(every, 0) << 16))
+
+        # By keys, the line is that of the column's block: this one among its columns, which ascend.
+        other = column + rows * q_blocks
+        at, end = tl.load(end_ptr + other - 1), min(tl.load(end_ptr + other), capacity)
+        for start in range(at, end, CHUNK):
+            index = start + tl.arange(0, CHUNK)
+            earlier = tl.load(column_ptr + index, mask=index < end, other=block) < block
+            at += tl.sum(earlier.to(tl.int32), 0)
+        keep = at < end
+        real = y[0] != ABSENT
+        some_low, some_high = tl.reduce(low, 0, _either), tl.reduce(high, 0, _either)
+        every_low = ~tl.reduce(tl.where(real, ~low, 0), 0, _either) & some_low
+        every_high = ~tl.reduce(tl.where(real, ~high, 0), 0, _either) & some_high
+        number = _store_bits(any_ptr + at, some_low, some_high, keep)
+        number += _store_bits(all_ptr + at, every_low, every_high, keep) << 16
+        tl.store(number_ptr + at, number, mask=keep)
 
 
 @triton.jit(do_not_specialize=["lines", "capacity"])
@@ -285,10 +350,12 @@ def fill_kernel(
         tl.store(tile_line_ptr + first_masked + at, line + at * 0, mask=keep)
 
 
-@triton.jit(do_not_specialize=["lines", "tiles", "rows", "summaries", "regular", "q_blocks", "k_blocks"])
+@triton.jit(
+    do_not_specialize=["lines", "tiles", "rows", "summaries", "regular", "q_blocks", "k_blocks", "blocks"]
+)
 def bits_kernel(
-    facts_ptr, order_ptr, tokens_ptr, tile_line_ptr, tiles_ptr, ends_ptr, table_ptr, bits_ptr,
-    lines, tiles, rows, summaries, regular, q_blocks, k_blocks,
+    facts_ptr, laid_ptr, tokens_ptr, tile_line_ptr, tiles_ptr, ends_ptr, table_ptr, bits_ptr,
+    lines, tiles, rows, summaries, regular, q_blocks, k_blocks, blocks,
     NEAR_BARS: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The bits of one tile with a mask, int32 [2, 64]; see `forward.tile_mask`."""
@@ -301,8 +368,7 @@ def bits_kernel(
         real_columns = tl.load(tiles_ptr + 2 * lines + line) - nth * BLOCK
         shift = tl.where(by_keys, summaries, 0)
         offs = tl.arange(0, BLOCK)
-        own = tl.load(order_ptr + block * BLOCK + offs)
-        y = load_facts(facts_ptr, rows, summaries + regular, row, own)
+        y = _load_laid(laid_ptr, blocks, block * BLOCK + offs)
         for word in range(2):
             bits = tl.zeros([BLOCK], tl.int32)
             for start in range(0, 32, STEP):  # a few columns against all tokens of the line

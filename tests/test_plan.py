@@ -205,6 +205,28 @@ class TestCapacity:
         check_coverage(plan.settle(), dense_case(packed.to("cpu")).regular_mask)
         assert plan.needs.tolist() == needs
 
+    @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+    def test_nothing_is_counted_that_was_not_looked_at(self, share):
+        """With too little room for candidates, what comes after sees fewer of them, but never what is not
+        there: it would write anywhere."""
+        packed = structure([[song(Random(6), 12, (0, 33))]]).to(DEVICE)
+        good = Plan(packed, split=1).settle()
+        candidates, tiles, masked, *_ = needs = good.needs.tolist()
+        some = int(share * candidates)
+        plan_module._capacities[good._key] = (some, tiles, masked, max(needs[3:7]))
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # with the highest number
+        try:
+            plan = Plan(packed, split=1)
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+        assert plan.capacity[0] == some
+        found = plan.needs.tolist()
+        assert found[0] == candidates and 0 < found[1] <= tiles and 0 < found[2] <= masked
+        assert plan.settle().needs.tolist() == needs
+
     def test_later_plans_have_room_from_the_start(self):
         self.plan().settle()
         second = self.plan(seed=7)
