@@ -31,6 +31,7 @@ from .sharding import gather, local, shard, share, whole
 from .train_config import TrainConfig
 
 _ALL_MB = 1 << 20  # more than any model's gradients
+_LEAST_NORM = 1e-6  # a gradient of zeros must not be divided by zero
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -183,11 +184,13 @@ class Stepper:
             if flag:
                 place.fill_(1)  # to copy from the host would wait for the device
         sums = self._job.sum(torch.cat([self._sums, own]))
-        # The exchange has averaged sums over processes: make that the mean over targets.
-        gradients = [local(parameter.grad) for parameter in self.model.parameters()]
-        torch._foreach_mul_(gradients, (self._job.world / sums[1]).float())
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
-        told = _told(torch.cat([sums, norm.double()[None]]))
+        # The exchange has averaged sums over processes: at once make that the mean over targets and clip it.
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        share = self._job.world / sums[1]
+        norm = whole(torch.nn.utils.get_total_norm(gradients)) * share
+        clip = (self._config.max_grad_norm / (norm + _LEAST_NORM)).clamp(max=1)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], (share * clip).float())
+        told = _told(torch.cat([sums, norm[None]]))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.runs_ahead:
