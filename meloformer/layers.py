@@ -7,18 +7,18 @@ E model width. `s_` and `r_` are the summary and the regular stream.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
+from .kernels.norm import rms_norm, rms_norm_of_stream, rms_norm_of_streams
+from .kernels.rope import split
 from .kernels.swiglu import swiglu
 
 
 class Rotary:
-    """RoPE (Su et al., 2021, arXiv:2104.09864) at given positions, channel i paired with i + D / 2.
+    """The tables of RoPE (`kernels.rope.turn`) at given positions.
 
     Angles are float32 whatever the model computes in, since bfloat16 cannot tell distant positions apart;
     the tables are rounded to `dtype`, once for all layers.
@@ -29,28 +29,25 @@ class Rotary:
         frequency = theta ** (-channel / head_dim)
         angle_BND = position_BN[..., None].float() * frequency
         angle_BND = torch.cat([angle_BND, angle_BND], dim=-1)
-        self.cos_BN11D = angle_BND.cos().to(dtype)[:, :, None, None]
-        self.sin_BN11D = angle_BND.sin().to(dtype)[:, :, None, None]
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors x [..., D] turned by the angles of these cosines and sines (`Rotary`), which broadcast to x."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+        self.cos_BND, self.sin_BND = angle_BND.cos().to(dtype), angle_BND.sin().to(dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * gain (Zhang and Sennrich, 2019, arXiv:1910.07467), in the dtype of x.
-
-    It is computed in the dtype of the gain, with one eps for every dtype, which PyTorch's own has not.
-    """
+    """`kernels.norm.rms_norm`, its gain, and one eps for every dtype, which PyTorch's own has not."""
 
     def __init__(self, dim: int):
         super().__init__(dim, eps=torch.finfo(torch.float32).eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
-        return normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_stream(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`kernels.norm.rms_norm_of_stream`: the stream to go on with, and its norm, [T, E]."""
+        return rms_norm_of_stream(x, self.weight, self.eps, added)
+
+    def of_streams(self, x: Tensor, added_to_x: Tensor, y: Tensor, added_to_y: Tensor) -> tuple[Tensor, ...]:
+        """The same of two streams."""
+        return rms_norm_of_streams(x, added_to_x, y, added_to_y, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -66,7 +63,7 @@ class SwiGLU(nn.Module):
 
 
 class _FeedsForward(nn.Module):
-    """A layer that ends in `ffn` of the stream normed by `norm_ffn`.
+    """A layer that ends in `ffn` of its streams normed by `norm_ffn`, added to them.
 
     With `recompute_ffn` that part keeps its input alone for the backward, which computes the rest again.
     """
@@ -75,10 +72,31 @@ class _FeedsForward(nn.Module):
     ffn: SwiGLU
     recompute_ffn = False
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        if self.recompute_ffn and torch.is_grad_enabled():
-            return recomputed(lambda y: self.ffn(self.norm_ffn(y)), x)
-        return self.ffn(self.norm_ffn(x))
+    def _feed_forward(self, x: Tensor, added: Tensor) -> Tensor:
+        """The stream after the layer, if `added` is what its attention adds to the stream x."""
+        return self._recomputing(self._fed, x, added)
+
+    def _feed_forward_both(
+        self, x: Tensor, added_to_x: Tensor, y: Tensor, added_to_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of two streams at once, whose matrix products are joint ones."""
+        return self._recomputing(self._fed_both, x, added_to_x, y, added_to_y)
+
+    def _fed(self, x: Tensor, added: Tensor) -> Tensor:
+        x, normed_TE = self.norm_ffn.of_stream(x, added)
+        return x + self.ffn(normed_TE).view(x.shape)
+
+    def _fed_both(
+        self, x: Tensor, added_to_x: Tensor, y: Tensor, added_to_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, y, normed_TE = self.norm_ffn.of_streams(x, added_to_x, y, added_to_y)
+        rows = x.shape[0] * x.shape[1]
+        fed_TE = self.ffn(normed_TE)
+        return x + fed_TE[:rows].view(x.shape), y + fed_TE[rows:].view(y.shape)
+
+    def _recomputing(self, function: Callable, *args: Tensor):
+        recomputes = self.recompute_ffn and torch.is_grad_enabled()
+        return recomputed(function, *args) if recomputes else function(*args)
 
 
 def recomputed(function: Callable, *args):
@@ -108,17 +126,18 @@ class Layer(_FeedsForward):
     def forward(
         self, s_BME: Tensor, r_BNE: Tensor, attention: Attention, rotary_s: Rotary, rotary_r: Rotary
     ) -> tuple[Tensor, Tensor]:
-        q_s, k_s, v_s = _split(self.qkv_s(self.norm_s(s_BME)), 3, self.heads, rotary_s)  # [B, H, M, D]
-        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads, rotary_r)  # [B, H, N, D]
+        s_BME, normed_s = self.norm_s.of_stream(s_BME)
+        r_BNE, normed_r = self.norm_r.of_stream(r_BNE)
+        q_s, k_s, v_s = _split(self.qkv_s(normed_s), s_BME, 3, self.heads, rotary_s)  # [B, H, M, D]
+        # Keys and values have two readers: [B, H, N, D]
+        q_r, k_r, v_r, k_r2, v_r2 = _split(self.qkv_r(normed_r), r_BNE, 3, self.heads, rotary_r, twice=True)
         o_s = _join(attention.summarize(q_s, k_s, v_s, k_r, v_r))
-        k2_s, v2_s = _split(self.kv2(o_s), 2, self.heads, rotary_s)
-        o_r = _join(attention.update(q_r, k_r, v_r, k2_s, v2_s))
+        k2_s, v2_s = _split(self.kv2(o_s), s_BME, 2, self.heads, rotary_s)
+        o_r = _join(attention.update(q_r, k_r2, v_r2, k2_s, v2_s))
 
-        r_BNE = r_BNE + self.out_r(o_r)
-        r_BNE = r_BNE + self._feed_forward(r_BNE)
-        if self.out_s is not None:
-            s_BME = s_BME + self.out_s(o_s)
-            s_BME = s_BME + self._feed_forward(s_BME)
+        if self.out_s is None:
+            return s_BME, self._feed_forward(r_BNE, self.out_r(o_r))
+        r_BNE, s_BME = self._feed_forward_both(r_BNE, self.out_r(o_r), s_BME, self.out_s(o_s))
         return s_BME, r_BNE
 
     @property
@@ -139,10 +158,10 @@ class DenseLayer(_FeedsForward):
         self.ffn = SwiGLU(dim, ffn)
 
     def forward(self, r_BNE: Tensor, attention: CausalAttention, rotary_r: Rotary) -> Tensor:
-        q_r, k_r, v_r = _split(self.qkv_r(self.norm_r(r_BNE)), 3, self.heads, rotary_r)  # [B, H, N, D]
+        r_BNE, normed_r = self.norm_r.of_stream(r_BNE)
+        q_r, k_r, v_r = _split(self.qkv_r(normed_r), r_BNE, 3, self.heads, rotary_r)  # [B, H, N, D]
         o_r = _join(attention(q_r, k_r, v_r))
-        r_BNE = r_BNE + self.out_r(o_r)
-        return r_BNE + self._feed_forward(r_BNE)
+        return self._feed_forward(r_BNE, self.out_r(o_r))
 
     @property
     def residual_projections(self) -> list[nn.Linear]:
@@ -150,32 +169,13 @@ class DenseLayer(_FeedsForward):
         return [self.out_r, self.ffn.down]
 
 
-def _split(x: Tensor, parts: int, heads: int, rotary: Rotary) -> tuple[Tensor, ...]:
-    """[B, length, parts x E] -> parts of [B, H, length, D]; all but the last, the values, are turned."""
-    rows, length, _ = x.shape
-    return _Split.apply(x.view(rows, length, parts, heads, -1), rotary.cos_BN11D, rotary.sin_BN11D)
-
-
-class _Split(torch.autograd.Function):
-    """Each of P vectors of tokens and heads, [B, N, P, H, D], as [B, H, N, D]; all but the last are turned.
-
-    Left to itself, torch.compile writes the gradients of what was turned twice: before and after they are
-    laid beside those of the values.
-    """
-
-    @staticmethod
-    def forward(ctx, x_BNPHD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(cos, sin)
-        # Turned at once, queries and keys are one kernel when compiled.
-        turned = turn(x_BNPHD[:, :, :-1], cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
-        return (*turned, x_BNPHD[:, :, -1].transpose(1, 2))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = (table[:, :, 0] for table in ctx.saved_tensors)  # [B, N, 1, D]
-        *turned, of_values = (gradient.transpose(1, 2) for gradient in gradients)
-        return torch.stack([*(turn(part, cos, -sin) for part in turned), of_values], dim=2), None, None
+def _split(
+    x: Tensor, stream: Tensor, parts: int, heads: int, rotary: Rotary, twice: bool = False
+) -> tuple[Tensor, ...]:
+    """What is projected of a `stream` [B, length, E], P x E channels a token, as P of [B, H, length, D]; see
+    `kernels.rope.split`."""
+    x_BNPHD = x.view(*stream.shape[:2], parts, heads, -1)
+    return split(x_BNPHD, rotary.cos_BND, rotary.sin_BND, twice)
 
 
 def _join(x: Tensor) -> Tensor:

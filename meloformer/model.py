@@ -213,6 +213,6 @@ def _compiled_forward(compiled: Callable, layer: nn.Module, *args):
         return _forward(layer, *args)
     if isinstance(layer, Layer) and args[2].any_summaries:
         s_BME, _, _, rotary_s, _ = args
-        for x in (s_BME, rotary_s.cos_BN11D, rotary_s.sin_BN11D):  # by now: hooks of the layer may copy them
+        for x in (s_BME, rotary_s.cos_BND, rotary_s.sin_BND):  # by now: hooks of the layer may copy them
             torch._dynamo.maybe_mark_dynamic(x, 1)
     return compiled(layer, *args)

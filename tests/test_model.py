@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from meloformer import vocab
 from meloformer.kernels import make_attention
-from meloformer.layers import Rotary, _split, turn
+from meloformer.kernels.rope import turn
+from meloformer.layers import Rotary
 from meloformer.loss import IGNORE, next_token_loss
 from meloformer.model import SIZES, MeloFormer, ModelConfig
 
@@ -232,27 +233,6 @@ def test_initial_deviations():
             )
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_gradients_through_the_split_into_heads_are_those_of_its_formula(parts):
-    torch.manual_seed(parts)
-    rotary = Rotary(torch.randint(2000, (2, 5)), 8, 10000.0, torch.float64)
-    x = torch.randn(2, 5, parts * 3 * 8, dtype=torch.float64, requires_grad=True)
-    cos, sin = rotary.cos_BN11D[..., 0, :4], rotary.sin_BN11D[..., 0, :4]
-
-    def formula(x):
-        *turned, values = x.view(2, 5, parts, 3, 8).unbind(2)
-        for part in turned:
-            a, b = part[..., :4], part[..., 4:]
-            yield torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).transpose(1, 2)
-        yield values.transpose(1, 2)
-
-    found, exact = _split(x, parts, 3, rotary), tuple(formula(x))
-    gradients = [torch.randn_like(part) for part in exact]
-    torch.testing.assert_close(found, exact)
-    of_found, of_exact = (torch.autograd.grad(parts_of, x, gradients) for parts_of in (found, exact))
-    torch.testing.assert_close(of_found, of_exact)
-
-
 def test_rotary_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 64, dtype=torch.float64)
 
@@ -261,7 +241,7 @@ def test_rotary_products_depend_on_the_distance_alone():
             Rotary(torch.tensor([[position]]), 64, 10000.0, torch.float64)
             for position in (position_q, position_k)
         ]
-        q_turned, k_turned = (turn(x[None], r.cos_BN11D, r.sin_BN11D) for x, r in zip((q, k), at))
+        q_turned, k_turned = (turn(x[None], r.cos_BND, r.sin_BND) for x, r in zip((q, k), at))
         return (q_turned * k_turned).sum()
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=0, atol=1e-3)
@@ -277,7 +257,7 @@ def test_tables_of_rope_are_made_once_in_the_precision_of_the_products(dtype, mo
     batch = CASES["one_bar"](Random(9))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         tiny_model(dtype=torch.float32)(random_ids(batch), structure(batch), "reference")
-    assert [table.cos_BN11D.dtype for table in made] == [dtype, dtype]  # of the two streams
+    assert [table.cos_BND.dtype for table in made] == [dtype, dtype]  # of the two streams
 
 
 def test_wrong_structure_is_refused():
