@@ -121,10 +121,16 @@ class Trainer:
     def save(self, val_loss: float | None = None) -> None:
         """Write a checkpoint; the other processes wait until it is whole.
 
+        Args:
+            val_loss: of these weights, if known. That of the best so far is known anyway: it may have been
+                found before a stop, and this replaces the checkpoint that says so.
+
         Raises:
             DivergedError: the weights are not finite.
             UserError: the disk is full, or cannot be written.
         """
+        if self.best is not None and self.best["step"] == self.step:
+            val_loss = self.best["val_loss"]
         weights, optimizer_state = self.stepper.state()
         self.job.lead_does(lambda: self._save(weights, optimizer_state, val_loss))
 

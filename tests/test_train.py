@@ -15,6 +15,7 @@ from meloformer.data import PackedSongs
 from meloformer.errors import DivergedError, UserError
 from meloformer.generate import Sampling, generate, load_model, read_prompt
 from meloformer.generate import main as generate_command
+from meloformer.job import start_job
 from meloformer.metrics import Meter
 from meloformer.model import ModelConfig
 from meloformer.optim import learning_rate
@@ -140,6 +141,26 @@ def test_the_best_checkpoint_outlives_the_last_ones(data, tmp_path, monkeypatch)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000012"]
     assert json.loads((tmp_path / "summary.json").read_text())["best"] == {"step": 4, "val_loss": 1.0}
+
+
+def test_the_best_stays_the_best_when_a_stop_came_after_its_validation(data, tmp_path, monkeypatch):
+    """Its sample is still due then, and after that the same step is saved once more."""
+    wishes, figures = [], iter([1.0, *[2.0] * 9])
+    write = trainer.write_sample
+
+    def write_sample(model, folder, step, **others):
+        if not wishes:
+            wishes.append("a test")
+            return False
+        return write(model, folder, step, **others)
+
+    monkeypatch.setattr(trainer, "validate", lambda *_: {"val_loss": next(figures)})
+    monkeypatch.setattr(trainer, "write_sample", write_sample)
+    settings = config(data, tmp_path, validate_every=2, sample_every=2, keep_last=1, max_steps=4)
+    first = trainer.Trainer(settings, TINY, start_job("cpu"), lambda: wishes[0] if wishes else None)
+    assert first.run() == "a test" and (first.step, first.due) == (2, ["sample"])
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    assert best_checkpoint(tmp_path / "checkpoints").name == "step-00000002"
 
 
 def test_checkpoints_by_minutes(data, tmp_path, monkeypatch):
