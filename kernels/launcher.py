@@ -20,6 +20,11 @@ def _compiled(kernel) -> bool:
     return isinstance(kernel, triton.JITFunction)
 
 
+def _current_stream(device: int) -> int:
+    """Its address, as Triton asks for it: PyTorch's own way makes an object each time."""
+    return triton.runtime.driver.active.get_current_stream(device)
+
+
 class Launcher:
     """A Triton kernel whose parameters are tensors first, then numbers, then constants."""
 
@@ -56,7 +61,7 @@ class Launcher:
             return
         x, y, z = (*programs, 1, 1)[:3]
         values = [value for name, value in constants.items() if name in self._constants]
-        stream = torch.cuda.current_stream(first.device).cuda_stream
+        stream = _current_stream(first.device.index)
         known.run(
             x, y, z, stream, known.function, known.packed_metadata, None, None, None,
             *pointers, *numbers, *values,

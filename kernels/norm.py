@@ -8,6 +8,8 @@ go through one network are normed into one tensor: then its matrix products are 
 import torch
 from torch import Tensor
 
+from .gradients import refuse_second_gradients
+
 _library = torch.library.Library("meloformer", "FRAGMENT")
 _library.define("rms_norm(Tensor[] streams, Tensor[] added, Tensor gain, float eps) -> Tensor[]")
 _library.define(
@@ -76,6 +78,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
+        refuse_second_gradients("rms_norm")
         *of_streams, of_normed = gradients
         gain, *streams = ctx.saved_tensors
         *of_streams, of_gain = torch.ops.meloformer.rms_norm_backward(
@@ -147,10 +150,6 @@ def _fake_backward(
     return [*map(_like, streams), _like(gain)]
 
 
-def _refuse(ctx, *gradients):
-    raise RuntimeError("rms_norm can be differentiated once")
-
-
 for _name, _on_cpu, _on_cuda, _on_fakes in (
     ("rms_norm", _cpu, _cuda, _fake),
     ("rms_norm_backward", _cpu_backward, _cuda_backward, _fake_backward),
@@ -158,4 +157,3 @@ for _name, _on_cpu, _on_cuda, _on_fakes in (
     _library.impl(_name, _on_cpu, "CPU")
     _library.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"meloformer::{_name}", _on_fakes, lib=_library)
-torch.library.register_autograd("meloformer::rms_norm_backward", _refuse, lib=_library)

@@ -6,6 +6,8 @@ Shape suffixes: B rows, N tokens, P parts of a projection, H heads, D channels o
 import torch
 from torch import Tensor
 
+from .gradients import refuse_second_gradients
+
 _library = torch.library.Library("meloformer", "FRAGMENT")
 _library.define("unsplit(Tensor[] gradients, Tensor[] more, Tensor cos, Tensor sin) -> Tensor")
 
@@ -51,6 +53,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_gradients("split")
         own, more = gradients[: ctx.parts], gradients[ctx.parts :]
         return torch.ops.meloformer.unsplit(own, more, *ctx.saved_tensors), None, None, None
 
@@ -78,11 +81,6 @@ def _fake(gradients: list[Tensor], more: list[Tensor], cos: Tensor, sin: Tensor)
     return gradients[0].new_empty(rows, tokens, len(gradients), heads, dim)
 
 
-def _refuse(ctx, gradient):
-    raise RuntimeError("split can be differentiated once")
-
-
 _library.impl("unsplit", _cpu, "CPU")
 _library.impl("unsplit", _cuda, "CUDA")
 torch.library.register_fake("meloformer::unsplit", _fake, lib=_library)
-torch.library.register_autograd("meloformer::unsplit", _refuse, lib=_library)

@@ -7,6 +7,7 @@ E model width. `s_` and `r_` are the summary and the regular stream.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +31,13 @@ class Rotary:
         angle_BND = position_BN[..., None].float() * frequency
         angle_BND = torch.cat([angle_BND, angle_BND], dim=-1)
         self.cos_BND, self.sin_BND = angle_BND.cos().to(dtype), angle_BND.sin().to(dtype)
+
+
+class Embedding(nn.Embedding):
+    """Vectors in a dtype to which the table is rounded, as weights are before a product: fewer bytes move."""
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.weight.to(dtype))
 
 
 class RMSNorm(nn.RMSNorm):

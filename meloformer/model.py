@@ -17,7 +17,7 @@ from .kernels import Structure, make_attention
 from .kernels.attention import Attention
 from .kernels.dense import CausalAttention
 from .kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
-from .layers import DenseLayer, Layer, RMSNorm, Rotary, recomputed
+from .layers import DenseLayer, Embedding, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
 DENSE = "dense"  # names the attention of a model without summaries, as backends name those with them
@@ -90,8 +90,8 @@ class MeloFormer(nn.Module):
     def __init__(self, config: ModelConfig, recompute: str = "none"):
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.dim)
-        self.instrument_embedding = nn.Embedding(NO_INSTRUMENT + 1, config.dim)
+        self.token_embedding = Embedding(config.padded_vocab_size, config.dim)
+        self.instrument_embedding = Embedding(NO_INSTRUMENT + 1, config.dim)
         shape = config.dim, config.heads, config.ffn
         if config.dense:
             self.layers = nn.ModuleList(DenseLayer(*shape) for _ in range(config.layers))
@@ -170,8 +170,8 @@ class MeloFormer(nn.Module):
 
         # Streams are in the dtype that products are computed in: between layers nothing is done but to add
         # and to norm, both bound by memory.
-        r_BNE = self.token_embedding(ids_BN) + self.instrument_embedding(structure.inst)
-        r_BNE = r_BNE.to(self._compute_dtype())
+        dtype = self._compute_dtype()
+        r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(structure.inst, dtype)
         recomputes = self.recompute == "layer" and torch.is_grad_enabled()
         run = recomputed if recomputes else _run
         rotary_r = self._rotary(structure.position)

@@ -89,8 +89,7 @@ class FakeKernel:
 class TestLauncher:
     @pytest.fixture
     def kernel(self, monkeypatch):
-        stream = type("Stream", (), {"cuda_stream": 7})
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(launcher, "_current_stream", lambda device: 7)
         return FakeKernel()
 
     def launcher(self, kernel):

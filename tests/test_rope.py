@@ -83,9 +83,8 @@ def test_compiled(twice):
     x, cos, sin, gradients = inputs(3, 16, torch.float32, heads_first=True, twice=twice)
     leaf = x.clone().requires_grad_()
     outs = torch.compile(split, backend="aot_eager", fullgraph=True)(leaf, cos, sin, twice)
-    check(
-        [*outs, *torch.autograd.grad(outs, leaf, gradients)], gold(x, cos, sin, gradients), torch.float32, 3
-    )
+    found = [*outs, *torch.autograd.grad(outs, leaf, gradients)]
+    check(found, gold(x, cos, sin, gradients), torch.float32, 3)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -101,3 +100,10 @@ def test_other_numbers_of_parts_are_refused():
     x, cos, sin, _ = inputs(3, 8, torch.float32)
     with pytest.raises(ValueError, match="got 1"):
         split(x[:, :, :1], cos, sin)
+
+
+def test_second_gradients_are_refused():
+    x, cos, sin, gradients = inputs(2, 8, torch.float32)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(split(leaf, cos, sin), leaf, gradients, create_graph=True)
