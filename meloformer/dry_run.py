@@ -34,7 +34,6 @@ def dry_run(trainer: Trainer) -> None:
         parameters,
         stepper.compute_dtype.itemsize,
         job.world,
-        stepper.compiled,
     )
     parts = {field.name: getattr(memory, field.name) / GB for field in dataclasses.fields(memory)}
     say("model", f"{stepper.model.config.size}, {parameters / 1e6:.1f}M parameters")

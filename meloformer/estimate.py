@@ -27,29 +27,26 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def activation_bytes(
-    model: ModelConfig, tokens: int, compute_bytes: int, recompute: str = "none", norm_bytes: int = 4
-) -> int:
+def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int, recompute: str = "none") -> int:
     """What a backward pass finds saved for `tokens` regular and summary tokens, and the loss needs at once.
 
-    A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 8 vectors of
-    width `dim` (queries, keys, values, outputs) and 3 of width `ffn`, and 4 of width `dim` for the streams
-    and their norms, of `norm_bytes` a value: those of float32, which norms compute in, or in a compiled
-    layer, which keeps what they were computed from, those of the streams. The loss holds the logits and
-    their gradient.
+    A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 10 vectors of
+    width `dim` (the stream before and after its attention, the norms of both, the joint projection, of which
+    queries and keys are kept turned as well, and the attention's output) and 3 of width `ffn`. The loss
+    holds the logits and their gradient.
     Masks, plans and work space of the attention are not counted. What is computed again (`recompute`, see
     `MeloFormer`) is there for one layer at a time: all of it but the stream that goes in, or the
     feed-forward network and its norm.
     """
-    ffn = compute_bytes * (model.dim + 3 * model.ffn) + norm_bytes * model.dim
-    layer = compute_bytes * 7 * model.dim + norm_bytes * 3 * model.dim + ffn
-    at_once = {"none": 0, "ffn": ffn, "layer": layer - norm_bytes * model.dim}[recompute]
-    logits = 2 * compute_bytes * model.padded_vocab_size
-    return tokens * (model.layers * (layer - at_once) + at_once + logits)
+    ffn = model.dim + 3 * model.ffn
+    layer = 9 * model.dim + ffn
+    at_once = {"none": 0, "ffn": ffn, "layer": layer - model.dim}[recompute]
+    values = model.layers * (layer - at_once) + at_once + 2 * model.padded_vocab_size
+    return tokens * compute_bytes * values
 
 
 def estimate_memory(
-    config: TrainConfig, model: ModelConfig, parameters: int, compute_bytes: int, world: int, compiled: bool
+    config: TrainConfig, model: ModelConfig, parameters: int, compute_bytes: int, world: int
 ) -> MemoryEstimate:
     """The formula: float32 weights, gradients, two moments of AdamW, and `activation_bytes`.
 
@@ -71,12 +68,11 @@ def estimate_memory(
         gradients = 4 * parameters // world + two_layers + accumulated
         optimizer //= world
     tokens = config.batch_size * (config.max_seq_len + MIN_SUMMARIES)
-    norm_bytes = compute_bytes if compiled else 4
     return MemoryEstimate(
         weights=weights + copies,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activation_bytes(model, tokens, compute_bytes, config.checkpoint_activations, norm_bytes),
+        activations=activation_bytes(model, tokens, compute_bytes, config.checkpoint_activations),
     )
 
 
