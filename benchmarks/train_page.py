@@ -29,6 +29,7 @@ MEANINGS = """\
   that the loader does, *prepare* the copies to the device and the plan of the attention. In training both are
   hidden behind the parts that follow, so the sum is more than the step.
 - **GPU time**: by the profiler over a few steps more; *in all* counts once what ran side by side.
+  *Beside attention* is what would be left if attention took no time: no attention can make a step faster.
   The JSON files have every kernel of more than half a per cent.
 - **dense** is a plain causal Transformer without summaries, of as many parameters; its MFU counts its own
   operations, of which it has more.
@@ -238,10 +239,16 @@ def _gpu_time(rows: list[dict]) -> str:
             *_names(row),
             *(cell(row["gpu_time"]["kinds"].get(kind), "{:.1f}") for kind in kinds),
             f"{row['gpu_time']['busy_ms']:.1f}",
+            f"{_beside_attention(row['gpu_time']['kinds']):.1f}",
         ]
         for row in rows
     ]
-    return "## GPU time of a step, ms\n\n" + _table([*NAMES, *kinds, "in all"], lines) if rows else ""
+    heads = [*NAMES, *kinds, "in all", "beside attention"]
+    return "## GPU time of a step, ms\n\n" + _table(heads, lines) if rows else ""
+
+
+def _beside_attention(kinds: dict[str, float]) -> float:
+    return sum(ms for kind, ms in kinds.items() if kind != "plan" and not kind.startswith("attention"))
 
 
 def _failed(rows: list[dict]) -> str:

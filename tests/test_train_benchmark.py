@@ -219,8 +219,9 @@ def test_gpu_time_by_kinds_of_kernels():
     dense = row("base", "dense", 24576, 300_000.0)
     dense["gpu_time"] = gpu_time(236.0, {"attention, dense": 120.0})
     text = page([of(row("base", "triton", 24576, 600_000.0), dense)], ["a.json"])
-    sparse, dense = (line.split(" | ")[-4:] for line in lines(text, "GPU time of a step, ms"))
-    assert sparse == ["-", "13.0", "2.5", "158.0 |"] and dense == ["120.0", "-", "-", "236.0 |"]
+    sparse, dense = (line.split(" | ")[-5:] for line in lines(text, "GPU time of a step, ms"))
+    assert sparse == ["-", "13.0", "2.5", "158.0", "15.5 |"]
+    assert dense == ["120.0", "-", "-", "236.0", "0.0 |"]
     unknown = row("base", "triton", 24576, 1.0) | {"gpu_time": None}
     assert "GPU time of a step" not in page([of(unknown)], ["a.json"]).split("## What is what")[0]
 
