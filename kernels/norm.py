@@ -28,9 +28,9 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
         gain: [E]
 
     Raises:
-        ValueError: float64 on CUDA.
+        ValueError: shapes or dtypes do not belong together, eps is not positive, or float64 on CUDA.
     """
-    _check(gain, x)
+    _check(gain, eps, x, None)
     return _Norm.apply(x, None, None, None, gain, eps, False)[0].view(x.shape)
 
 
@@ -41,7 +41,7 @@ def rms_norm_of_stream(
 
     What goes on with the stream must take it from here: then the backward adds up its gradients at once.
     """
-    _check(gain, x)
+    _check(gain, eps, x, added)
     return _Norm.apply(x, added, None, None, gain, eps, True)
 
 
@@ -49,7 +49,7 @@ def rms_norm_of_streams(
     x: Tensor, added_to_x: Tensor, y: Tensor, added_to_y: Tensor, gain: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rms_norm_of_stream` of two, row after row in one norm: the rows of x come first."""
-    _check(gain, x, y)
+    _check(gain, eps, x, added_to_x, y, added_to_y)
     return _Norm.apply(x, added_to_x, y, added_to_y, gain, eps, True)
 
 
@@ -57,8 +57,21 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _check(gain: Tensor, *streams: Tensor) -> None:
-    if gain.is_cuda and torch.float64 in (gain.dtype, *(x.dtype for x in streams)):
+def _check(gain: Tensor, eps: float, *streams: Tensor | None) -> None:
+    x = streams[0]
+    if gain.shape != x.shape[-1:]:
+        raise ValueError(f"expected a gain of {x.shape[-1]} channels, got {list(gain.shape)}")
+    for stream, added in zip(streams[::2], streams[1::2]):
+        for other in (stream, added):
+            if other is not None and (other.dtype, other.shape[-1]) != (x.dtype, x.shape[-1]):
+                raise ValueError(
+                    f"streams must share dtype and channels, got {other.dtype} {list(other.shape)}"
+                )
+        if added is not None and added.shape != stream.shape:
+            raise ValueError(f"cannot add {list(added.shape)} to a stream {list(stream.shape)}")
+    if eps < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"eps must be positive in float32, got {eps}")
+    if gain.is_cuda and torch.float64 in (gain.dtype, x.dtype):
         raise ValueError("rms_norm computes in float32 on CUDA: float64 would not be what it says")
 
 
@@ -114,7 +127,7 @@ def _cpu_backward(
 
 
 def _joined(streams: list[Tensor]) -> Tensor:
-    return torch.cat([x.flatten(0, -2) for x in streams])
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in streams])
 
 
 def _share(wide: Tensor, eps: float) -> Tensor:

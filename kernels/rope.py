@@ -28,11 +28,17 @@ def split(x_BNPHD: Tensor, cos_BND: Tensor, sin_BND: Tensor, twice: bool = False
         twice: append keys and values again, for another reader: gradients of both readers are then added up
             where they are turned back.
 
+    The halves of each cosine and sine [D] must be equal, as those of RoPE are.
+
     Raises:
-        ValueError: another number of parts, or float64 on CUDA.
+        ValueError: another number of parts, tables that do not belong to x, or float64 on CUDA.
     """
-    if x_BNPHD.shape[2] not in (2, 3):
-        raise ValueError(f"a projection has 2 or 3 parts, got {x_BNPHD.shape[2]}")
+    rows, tokens, parts, _, dim = x_BNPHD.shape
+    if parts not in (2, 3):
+        raise ValueError(f"a projection has 2 or 3 parts, got {parts}")
+    for table in (cos_BND, sin_BND):
+        if table.shape != (rows, tokens, dim):
+            raise ValueError(f"expected tables [B, N, D] = {[rows, tokens, dim]}, got {list(table.shape)}")
     if x_BNPHD.is_cuda and x_BNPHD.dtype == torch.float64:
         raise ValueError("split computes in float32 on CUDA: float64 would not be what it says")
     return _Split.apply(x_BNPHD, cos_BND, sin_BND, twice)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import Attention
@@ -37,7 +38,25 @@ class Embedding(nn.Embedding):
     """Vectors in a dtype to which the table is rounded, as weights are before a product: fewer bytes move."""
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids, self.weight.to(dtype))
+        return _Lookup.apply(self.weight, ids, dtype)
+
+
+class _Lookup(torch.autograd.Function):
+    """The gradient is summed in the dtype of the table: thousands of tokens share one row, and a sum of so
+    many in bfloat16 stands still."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = len(table), table.dtype
+        return F.embedding(ids, table.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        gradient = gradient.to(ctx.dtype)
+        return torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.rows, -1, False), None, None
 
 
 class RMSNorm(nn.RMSNorm):

@@ -31,7 +31,7 @@ from .sharding import gather, local, shard, share, whole
 from .train_config import TrainConfig
 
 _ALL_MB = 1 << 20  # more than any model's gradients
-_LEAST_NORM = 1e-6  # a gradient of zeros must not be divided by zero
+_LEAST_NORM = 1e-6  # is added to the norm before the limit is divided by it, as torch.nn.utils does
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

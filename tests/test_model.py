@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from meloformer import vocab
 from meloformer.kernels import make_attention
 from meloformer.kernels.rope import turn
-from meloformer.layers import Rotary
+from meloformer.layers import Embedding, Rotary
 from meloformer.loss import IGNORE, next_token_loss
 from meloformer.model import SIZES, MeloFormer, ModelConfig
 
@@ -231,6 +231,15 @@ def test_initial_deviations():
             assert parameter.std().item() == pytest.approx(std, rel=0.3 if parameter.dim() == 1 else 0.05), (
                 name
             )
+
+
+def test_gradients_of_embeddings_are_summed_in_the_precision_of_the_table():
+    """In bfloat16 a sum of thousands of like numbers stands still."""
+    table, ids = Embedding(3, 2), torch.tensor([1] * 5000 + [2])
+    out = table(ids, torch.bfloat16)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, table.weight[ids].bfloat16())
+    out.backward(torch.full_like(out, 0.5))
+    assert table.weight.grad.tolist() == [[0, 0], [2500, 2500], [0.5, 0.5]]
 
 
 def test_rotary_products_depend_on_the_distance_alone():

@@ -53,6 +53,31 @@ def test_full_tiles():
     assert statistics["visible"] == int(mask.sum()) < statistics["computed"]
 
 
+@pytest.mark.parametrize("length", [None, 2100], ids=["part of a block", "padding"])
+def test_lines_have_no_more_tiles_than_their_columns_need(length):
+    """Columns that all tokens of a line see are full, by queries and by keys; slots without a token do not
+    count against it."""
+    packed = structure([[song(Random(2), 40, (0,), resting=0)]], length=length)
+    assert packed.doc.shape[1] % LINE
+    plan = Plan(packed.to(DEVICE)).settle()
+    near, far, *_ = (mask[0].bool() for mask in coverage(plan))
+    q, k, m = plan.q_blocks, plan.k_blocks, plan.summaries
+    near_q, near_k, far_slots = plan.order.view(-1, LINE).long().cpu().split([q, k, q])
+    groups = [(near_q, near, False), (far_slots, far, False), (near_k, near, True), (far_slots, far, True)]
+    expected = []
+    for blocks, mask, by_keys in groups:
+        for slots in blocks:
+            slots = slots[slots >= 0]
+            seen = mask[:, slots].T if by_keys else mask[slots - m]
+            some, every = int(seen.any(0).sum()), int(seen.all(0).sum()) if len(slots) else 0
+            full = every // (2 * LINE) * 2 * LINE  # as kernels take them
+            masked = -(-(some - full) // LINE)
+            expected.append([masked, masked + full // LINE])
+    assert plan.table[:, 2:].tolist() == expected
+    by_keys = expected[2 * q :]
+    assert any(tiles > masked for masked, tiles in by_keys), "no full tiles: this tests nothing"
+
+
 @pytest.mark.parametrize("near_bars", [(), (0,), (3, 0, 3), (1, 7, 40)], ids=str)
 def test_near_bars(near_bars):
     batch = [[song(Random(1), 12, (0, 33), resting=0.2)]]

@@ -102,6 +102,12 @@ def test_other_numbers_of_parts_are_refused():
         split(x[:, :, :1], cos, sin)
 
 
+def test_tables_of_other_rows_are_refused():
+    x, cos, sin, _ = inputs(3, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"expected tables .* \[2, 21, 8\], got \[1, 21, 8\]"):
+        split(x, cos, sin[:1])
+
+
 def test_second_gradients_are_refused():
     x, cos, sin, gradients = inputs(2, 8, torch.float32)
     leaf = x.clone().requires_grad_()

@@ -1,5 +1,7 @@
 """One optimizer step: the same whatever deals out its rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,6 +45,29 @@ def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
     assert flags == [False, True]
     assert (figures.tokens, figures.taken, figures.spike) == (batch.tokens, True, None)
     assert 6 < figures.loss < 9  # of a model that knows nothing: the logarithm of the vocabulary
+
+
+@pytest.mark.parametrize("share", [0.1, 10.0], ids=["clipped", "not clipped"])
+def test_gradients_are_means_over_targets_and_clipped_as_pytorch_does(data, tmp_path, share, monkeypatch):
+    """Adam does not see by what its gradients are scaled: those that it is given are looked at."""
+    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    batch, stepper = trainer.data.batch(0, [0, 1]), trainer.stepper
+    stepper.accumulate(stepper.prepare(batch), last=True)
+    expected = [torch.nn.Parameter(torch.zeros_like(p)) for p in stepper.model.parameters()]
+    for own, parameter in zip(expected, stepper.model.parameters()):
+        own.grad = parameter.grad / batch.num_targets
+    norm = torch.nn.utils.get_total_norm([own.grad for own in expected]).item()
+    limit = share * norm
+    torch.nn.utils.clip_grad_norm_(expected, limit)
+    monkeypatch.setattr(stepper, "_config", dataclasses.replace(stepper._config, max_grad_norm=limit))
+    seen = []
+    monkeypatch.setattr(
+        stepper.optimizer, "step", lambda: seen.extend(p.grad.clone() for p in stepper.model.parameters())
+    )
+    figures, _ = stepper.update(1e-3)()
+    assert figures.grad_norm == pytest.approx(norm, rel=1e-5)
+    for got, own in zip(seen, expected, strict=True):
+        torch.testing.assert_close(got, own.grad, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("step", [0, 5])
