@@ -92,7 +92,7 @@ class SwiGLU(nn.Module):
 class _FeedsForward(nn.Module):
     """A layer that ends in `ffn` of its streams normed by `norm_ffn`, added to them.
 
-    With `recompute_ffn` that part keeps its input alone for the backward, which computes the rest again.
+    With `recompute_ffn` that part keeps its inputs alone for the backward, which computes the rest again.
     """
 
     norm_ffn: RMSNorm
