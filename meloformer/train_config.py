@@ -63,7 +63,7 @@ class TrainConfig:
     @property
     def one_room(self) -> bool:
         """Whether batches should all have room for as many summaries: FlexAttention compiles for each number,
-        which takes most of a minute."""
+        which takes longest of all."""
         return self.attention == "flex"
 
 
