@@ -4,7 +4,7 @@ Another distribution owns the import name `kernels`, so ours must never land in 
 under it: see `meloformer/kernels/__init__.py` for how a plain checkout finds the same files.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -26,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["meloformer", "meloformer.kernels"],
+    packages=find_packages(include=["meloformer", "meloformer.*"]),
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
         "torch>=2.10",

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.measure import Shape, phase_inputs
-from benchmarks.songs import compose_songs, pack
-from benchmarks.timing import FLUSH_BYTES
+from benchmarks.attention.measure import Shape, phase_inputs
+from benchmarks.common.timing import FLUSH_BYTES
+from benchmarks.songs.rows import compose_songs, pack
 from meloformer.kernels import Structure, make_attention
 from meloformer.kernels.attention import BACKENDS
 

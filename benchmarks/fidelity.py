@@ -10,13 +10,13 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import folder_page
-from benchmarks.machine import describe, provenance
+from benchmarks.common.machine import describe, provenance
+from benchmarks.songs import folder_page
 from meloformer import cli
+from meloformer.data.inputs import find_files
 from meloformer.errors import MidiError, UserError
-from meloformer.inputs import find_files
-from meloformer.midi_reader import read_midi
-from meloformer.tokenizer import HIDTokenizer
+from meloformer.midi.reader import read_midi
+from meloformer.tokens.tokenizer import HIDTokenizer
 
 
 def notes_by_key(midi: miditoolkit.MidiFile) -> dict[tuple[int, int], list[tuple[float, float]]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.machine import describe
+from benchmarks.common.machine import describe
 from meloformer import cli
-from meloformer.drawing import INK, dress, save
 from meloformer.errors import UserError
-from meloformer.run_log import LOG, read_log
+from meloformer.plots.style import INK, dress, save
+from meloformer.training.run_log import LOG, read_log
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -11,12 +11,13 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import folder_page
-from benchmarks.machine import describe, provenance
-from meloformer import cli, grammar, preprocess, vocab
+from benchmarks.common.machine import describe, provenance
+from benchmarks.songs import folder_page
+from meloformer import cli, preprocess
+from meloformer.data.inputs import find_files
+from meloformer.data.workers import Failure, Result
 from meloformer.errors import UserError
-from meloformer.inputs import find_files
-from meloformer.workers import Failure, Result
+from meloformer.tokens import grammar, vocab
 
 # The larger one lies just beyond a doubling of the set of digests: memory per file is at its worst there.
 FEW, MANY = 10_000, 315_000

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import figures, measure, songs
-from benchmarks.compare import compare
-from benchmarks.failures import check_gpu, free_memory, one_line
-from benchmarks.machine import describe
-from benchmarks.page import page, update_readme
-from benchmarks.results_file import FORMAT, load, merge, save, write
-from benchmarks.timing import Timer
+from benchmarks.attention import figures, measure
+from benchmarks.attention.page import page, update_readme
+from benchmarks.common.compare import compare
+from benchmarks.common.failures import check_gpu, free_memory, one_line
+from benchmarks.common.machine import describe
+from benchmarks.common.results_file import FORMAT, load, merge, save, write
+from benchmarks.common.timing import Timer
+from benchmarks.songs import rows as songs
 from meloformer import cli
 from meloformer.errors import UserError
 
@@ -113,7 +114,7 @@ def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Pat
     result = merge(results, [str(source) for source in sources])
     drawn = []
     if find_spec("matplotlib"):
-        from benchmarks.pictures import draw
+        from benchmarks.attention.pictures import draw
 
         drawn = draw(result, target)
     else:

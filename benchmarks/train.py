@@ -14,21 +14,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import readme
-from benchmarks.failures import check_gpu
-from benchmarks.machine import describe
-from benchmarks.results_file import load, save, write
-from benchmarks.train_page import joined, measured_rows, page, readme_body
-from benchmarks.train_picture import draw
-from benchmarks.train_run import attempt
+from benchmarks.common import readme
+from benchmarks.common.failures import check_gpu
+from benchmarks.common.machine import describe
+from benchmarks.common.results_file import load, save, write
+from benchmarks.training.measure import attempt
+from benchmarks.training.page import joined, measured_rows, page, readme_body
+from benchmarks.training.picture import draw
 from meloformer import cli
+from meloformer.data.shards import MANIFEST, ShardSet
 from meloformer.errors import UserError
-from meloformer.job import Job, start_job
 from meloformer.kernels import BACKENDS
 from meloformer.kernels.structure import KIND_RULE, KIND_RULES
-from meloformer.model import DENSE, RECOMPUTE, SIZES
-from meloformer.shards import MANIFEST, ShardSet
-from meloformer.train_config import PRECISIONS, TrainConfig
+from meloformer.model.transformer import DENSE, RECOMPUTE, SIZES
+from meloformer.training.config import PRECISIONS, TrainConfig
+from meloformer.training.job import Job, start_job
 
 FORMAT = "meloformer training 3"
 COMPOSED_BARS = range(40, 201)  # songs differ in length, as those of a collection do

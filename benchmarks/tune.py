@@ -3,7 +3,7 @@
 Tries rows x columns x warps x stages for every kernel and pass, on the songs given, and takes what is
 fastest over all of them. Compiles in several processes first, then times one by one. With --write, what
 was found replaces the entry of this GPU, head_dim and size of dtype in kernels/tuned.py; --json keeps
-all times. Every entry is a correctness case of tests/test_triton.py.
+all times. Every entry is a correctness case of tests/kernels/test_triton.py.
 """
 
 import json
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.machine import describe
-from benchmarks.songs import pack, read_songs
-from benchmarks.timing import FLUSH_BYTES
+from benchmarks.common.machine import describe
+from benchmarks.common.timing import FLUSH_BYTES
+from benchmarks.songs.rows import pack, read_songs
 from meloformer import cli
 from meloformer.errors import UserError
 from meloformer.kernels import Structure, ops

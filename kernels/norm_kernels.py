@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launcher import Launcher
+from .launch_cache import Launcher
 
 _TILE = 2048  # elements that a program holds at a time, or one row
 _PROGRAMS = 528  # at most, of the backward: each has a sum of the gain's gradient to write

@@ -12,13 +12,13 @@ from math import log2
 import torch
 from torch import Tensor
 
-from .backward import key_gradient_kernel, query_gradient_kernel
-from .forward import forward_kernel
 from .launch import Launch
-from .launcher import Launcher
+from .launch_cache import Launcher
 from .plan import LINE
 from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
 from .tuning import launches_for
+from .update_backward import key_gradient_kernel, query_gradient_kernel
+from .update_forward import forward_kernel
 
 _LOG2_E = log2(2.718281828459045)
 _SUMMARIES = 16  # that a program of the summarize phase takes

@@ -12,7 +12,7 @@ No kernel writes beyond what is allocated. `needs` says afterwards what would ha
 import triton
 import triton.language as tl
 
-from .forward import ITEMS, LINE
+from .update_forward import ITEMS, LINE
 from .visibility import (
     _NO_INSTRUMENT,
     _NO_ONSET,

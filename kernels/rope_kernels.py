@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launcher import Launcher
+from .launch_cache import Launcher
 
 _PAIRS, _WARPS = 32, 4  # of a token and a head
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launcher import Launcher
+from .launch_cache import Launcher
 
 _BLOCK, _WARPS = 4096, 8
 

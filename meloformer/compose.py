@@ -11,7 +11,7 @@ from pathlib import Path
 from miditoolkit import Instrument, Marker, MidiFile, Note, TempoChange, TimeSignature
 
 from . import cli
-from .arrangement import (
+from .composer.arrangement import (
     COMMON_SIGNATURES,
     CRASH,
     KICK,
@@ -31,7 +31,7 @@ from .arrangement import (
     voiced_pitch,
 )
 from .errors import UserError
-from .vocab import QUALITIES, STEPS_PER_QUARTER
+from .tokens.vocab import QUALITIES, STEPS_PER_QUARTER
 
 TICKS_PER_STEP = 20
 MAX_BARS = 400

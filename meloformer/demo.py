@@ -16,7 +16,7 @@ from tqdm import trange
 from . import cli, generate, preprocess, train
 from .compose import compose
 from .errors import UserError
-from .loss_plot import loss_curve
+from .plots.loss_curve import loss_curve
 
 SONGS = 36
 STEPS = 60

@@ -17,7 +17,7 @@ class MidiError(UserError):
     """A MIDI file that cannot become a song.
 
     Attributes:
-        reason: a short code from `meloformer.midi_reader.REASONS`, for tables and `failed.tsv`.
+        reason: a short code from `meloformer.midi.reader.REASONS`, for tables and `failed.tsv`.
         detail: what was found, for a person.
     """
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from . import cli
-from .checkpoint import best_checkpoint, export_model, find_checkpoint
+from .checkpoint.store import best_checkpoint, export_model, find_checkpoint
 from .errors import UserError
 
 

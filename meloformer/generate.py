@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import cli, facts, vocab
-from .checkpoint import find_checkpoint, load_checkpoint
-from .device import pick_attention, pick_device
+from . import cli
+from .checkpoint.store import find_checkpoint, load_checkpoint
 from .errors import UserError
-from .general_midi import PROGRAM_NAMES
-from .grammar import Grammar, check
 from .kernels import BACKENDS, Structure
-from .midi_writer import write_midi
-from .model import DENSE, MeloFormer, ModelConfig
-from .tokenizer import HIDTokenizer
+from .midi.general_midi import PROGRAM_NAMES
+from .midi.writer import write_midi
+from .model.device import pick_attention, pick_device
+from .model.transformer import DENSE, MeloFormer, ModelConfig
+from .tokens import attributes, vocab
+from .tokens.grammar import Grammar, check
+from .tokens.tokenizer import HIDTokenizer
 
 DEFAULT_MAX_TOKENS = 4096
 
@@ -99,9 +100,9 @@ def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
     """
     if len(ids) <= limit:
         return ids
-    points = facts.cut_points(ids)
+    points = attributes.cut_points(ids)
     for point in points[np.searchsorted(points, len(ids) - limit) :]:
-        header, skip = facts.restated(ids, int(point))
+        header, skip = attributes.restated(ids, int(point))
         kept = np.concatenate((header, ids[point + skip :]))
         if len(kept) <= limit:
             return kept
@@ -112,7 +113,7 @@ def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
 def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Tensor:
     """Logits [VOCAB_SIZE] (float32 on CPU) of the token after `ids` [n]."""
     device = model.device
-    scanned = facts.scan(ids)
+    scanned = attributes.scan(ids)
     length, bars = len(ids), int(scanned.bar[-1]) + 1
     if device.type == "cuda":  # every new shape would compile anew there, so let there be few
         length, bars = (max(256, 1 << (n - 1).bit_length()) for n in (length, bars))
@@ -242,7 +243,7 @@ def parse_signature(text: str) -> int:
 def read_prompt(path: str, bars: int | None) -> np.ndarray:
     """Token ids of a MIDI file, or of its first bars, without EOS."""
     ids = HIDTokenizer().encode(path)[:-1]
-    lines = facts.cut_points(ids)
+    lines = attributes.cut_points(ids)
     if bars is not None and bars < len(lines):
         ids = ids[: lines[bars]]
     return ids
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         write_midi(midi, args.output)
     except OSError as error:
         raise UserError(f"cannot write {args.output}: {error.strerror}") from None
-    new_bars = len(facts.cut_points(ids)) - (0 if prompt is None else len(facts.cut_points(prompt)))
+    new_bars = len(attributes.cut_points(ids)) - (0 if prompt is None else len(attributes.cut_points(prompt)))
     print(f"{args.output}: {new_bars} new bars, {int(vocab.P.mask(new).sum())} new notes")
     if args.bars and new_bars < args.bars:
         print(
@@ -339,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
             f"bar grew beyond the {max_context} tokens that the model was trained to see"
         )
     if args.picture:
-        from .plot import piano_roll  # matplotlib is slow to import, and only needed here
+        from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here
 
         piano_roll(midi, args.picture)
 

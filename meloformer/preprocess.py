@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import cli, shards, vocab, workers
+from . import cli
+from .data import shards, workers
+from .data.inputs import find_files, hash_of_names, in_order
+from .data.workers import Failure, Result, run_tasks
 from .errors import MidiError, UserError
-from .inputs import find_files, hash_of_names, in_order
-from .midi_reader import MENDS, REASONS
-from .tokenizer import HIDTokenizer
-from .workers import Failure, Result, run_tasks
+from .midi.reader import MENDS, REASONS
+from .tokens import vocab
+from .tokens.tokenizer import HIDTokenizer
 
 RUN = "run.json"
 FAILED = "failed.tsv"

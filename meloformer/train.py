@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from . import cli
-from .dry_run import dry_run
 from .errors import UserError
-from .estimate import is_out_of_memory, out_of_memory
-from .job import Job, start_job
-from .model import SIZES, ModelConfig
-from .stop import STOPPED, StopRequest
-from .train_config import TrainConfig, chosen_model, parse_args
-from .trainer import Trainer
+from .model.transformer import SIZES, ModelConfig
+from .training.config import TrainConfig, chosen_model, parse_args
+from .training.dry_run import dry_run
+from .training.estimate import is_out_of_memory, out_of_memory
+from .training.job import Job, start_job
+from .training.stop import STOPPED, StopRequest
+from .training.trainer import Trainer
 
 _LOCK = ".lock"
 

@@ -38,7 +38,7 @@ def songs():
     import numpy as np
 
     from meloformer.compose import compose
-    from meloformer.tokenizer import HIDTokenizer
+    from meloformer.tokens.tokenizer import HIDTokenizer
 
     generator, tokenizer = np.random.default_rng(0), HIDTokenizer()
     return [tokenizer.encode(compose(seed, bars=int(generator.integers(2, 41)))) for seed in range(24)]
@@ -47,8 +47,8 @@ def songs():
 @pytest.fixture(scope="session")
 def shards(songs, tmp_path_factory):
     """A ShardSet of them, of which one shard is empty."""
-    from folders import write_folder
+    from meloformer.data.shards import ShardSet
 
-    from meloformer.shards import ShardSet
+    from helpers.folders import write_folder
 
     return ShardSet(write_folder(tmp_path_factory.mktemp("data") / "shards", songs, (10, 0, 14)))

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from meloformer import generate, midi_reader, preprocess, train, workers
+from meloformer import generate, preprocess, train
+from meloformer.data import workers
+from meloformer.midi import reader as midi_reader
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

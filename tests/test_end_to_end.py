@@ -7,11 +7,11 @@ from pathlib import Path
 import mido
 import pytest
 
-from meloformer.checkpoint import find_checkpoint, load_checkpoint
-from meloformer.grammar import check
-from meloformer.tokenizer import HIDTokenizer
+from meloformer.checkpoint.store import find_checkpoint, load_checkpoint
+from meloformer.tokens.grammar import check
+from meloformer.tokens.tokenizer import HIDTokenizer
 
-from songs import EXAMPLE
+from helpers.songs import EXAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
 

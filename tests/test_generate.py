@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from benchmarks.fidelity import notes_by_key
-from meloformer import facts, grammar, vocab
 from meloformer import generate as module
-from meloformer.checkpoint import save_checkpoint
+from meloformer.checkpoint.store import save_checkpoint
 from meloformer.compose import compose
 from meloformer.errors import UserError
 from meloformer.generate import Sampling, Wishes, context, generate
-from meloformer.model import MeloFormer, ModelConfig
-from meloformer.tokenizer import HIDTokenizer
+from meloformer.model.transformer import MeloFormer, ModelConfig
+from meloformer.tokens import attributes, grammar, vocab
+from meloformer.tokens.tokenizer import HIDTokenizer
 
 TOKENIZER = HIDTokenizer()
 CONFIG = ModelConfig(layers=1, dim=32, heads=2, ffn=32)
@@ -45,7 +45,7 @@ def test_as_many_bars_as_asked_for(model):
     sampling = Sampling(temperature=3.0)  # an untrained model must be shaken to end its bars
     for bars in (1, 2, 5):
         ids = generate(model, bars=bars, max_tokens=5000, sampling=sampling)
-        assert len(facts.cut_points(ids)) == bars
+        assert len(attributes.cut_points(ids)) == bars
 
 
 def test_the_last_token_allowed_ends_the_song_at_a_complete_note(model):
@@ -81,7 +81,7 @@ def test_bars_in_parts_are_counted_whole_and_not_broken_by_a_wish(model):
     wishes = Wishes(signature=vocab.SIGNATURE_INDEX[20, 4])
     ids = generate(model, bars=2, max_tokens=5000, wishes=wishes, sampling=Sampling(temperature=3.0))
     assert vocab.TS.mask(ids).sum() == 1
-    assert bars_of(ids) == 2 * 3 and len(facts.cut_points(ids)) == 2
+    assert bars_of(ids) == 2 * 3 and len(attributes.cut_points(ids)) == 2
 
 
 def test_greedy_takes_the_likeliest_token():
@@ -118,7 +118,7 @@ def test_draws_follow_the_probabilities():
 def test_a_long_past_is_left_out_at_a_bar_line():
     ids = TOKENIZER.encode(compose(2, bars=60))[:-1]
     kept = context(ids, 600)
-    longest_bar = np.diff(facts.cut_points(ids)).max()
+    longest_bar = np.diff(attributes.cut_points(ids)).max()
     assert 600 - longest_bar - 4 <= len(kept) <= 600
     grammar.check(kept)
     assert kept[0] in vocab.CHORD and kept[1] in vocab.TS

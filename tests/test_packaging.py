@@ -74,7 +74,7 @@ def test_wheel_holds_meloformer_and_nothing_else(wheel):
     assert (tops - {"meloformer"}).pop().endswith(".dist-info")
     kernels = {name for name in names if name.startswith("meloformer/kernels/")}
     assert kernels == {f"meloformer/kernels/{name}" for name in ["__init__.py", *OURS]}
-    modules = {f"meloformer/{path.name}" for path in (CHECKOUT / "meloformer").glob("*.py")}
+    modules = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "meloformer").rglob("*.py")}
     assert modules <= set(names)
 
 

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 from miditoolkit.midi.utils import example_midi_file
 
-from meloformer import cli, preprocess, shards, vocab
+from meloformer import cli, preprocess
 from meloformer.compose import compose
+from meloformer.data import shards
+from meloformer.data.inputs import find_files, in_order
+from meloformer.data.shards import ShardSet
+from meloformer.data.workers import Result
 from meloformer.errors import UserError
-from meloformer.inputs import find_files, in_order
-from meloformer.shards import ShardSet
-from meloformer.tokenizer import HIDTokenizer
-from meloformer.workers import Result
+from meloformer.tokens import vocab
+from meloformer.tokens.tokenizer import HIDTokenizer
 
 COMPOSED = 18
 ODD_NAME = "tab\there, line\nthere, caf\udce9.mid"  # its last letter is not UTF-8 on disk

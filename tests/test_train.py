@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from meloformer import cli, export, preprocess, train, trainer, vocab
-from meloformer.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
-from meloformer.data import PackedSongs
+from meloformer import cli, export, preprocess, train
+from meloformer.checkpoint.store import best_checkpoint, latest_checkpoint, load_checkpoint
+from meloformer.data.batches import PackedSongs
+from meloformer.data.shards import ShardSet
 from meloformer.errors import DivergedError, UserError
 from meloformer.generate import Sampling, generate, load_model, read_prompt
 from meloformer.generate import main as generate_command
-from meloformer.job import start_job
-from meloformer.metrics import Meter
-from meloformer.model import ModelConfig
-from meloformer.optim import learning_rate
-from meloformer.shards import ShardSet
-from meloformer.train_config import TrainConfig, parse_args
+from meloformer.model.transformer import ModelConfig
+from meloformer.tokens import vocab
+from meloformer.training import trainer
+from meloformer.training.config import TrainConfig, parse_args
+from meloformer.training.job import start_job
+from meloformer.training.metrics import Meter
+from meloformer.training.optim import learning_rate
 
-from songs import EXAMPLE
-from tiny_train import TINY
-from training import arguments, config, losses, records, run, tiny, torchrun
+from helpers.songs import EXAMPLE
+from helpers.tiny_train import TINY
+from helpers.training import arguments, config, losses, records, run, tiny, torchrun
 
 
 def test_the_schedule_warms_up_then_falls_to_a_tenth():

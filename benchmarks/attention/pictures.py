@@ -1,0 +1,176 @@
+"""The pictures of the report: PNG files, drawn from results alone, without a display."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.attention import figures
+from meloformer.errors import UserError
+from meloformer.plots.style import DPI, GREY, INK, dress, save
+
+# Okabe and Ito's colours, told apart by the colour-blind; markers tell the lines apart without any.
+_STYLES = {
+    "triton": ("#0072B2", "o"),
+    "dense_cudnn": ("#E69F00", "s"),
+    "dense_flash": ("#56B4E9", "D"),
+    "flex_sorted": ("#009E73", "v"),
+    "flex": ("#CC79A7", "^"),
+    "flex_fp32": ("#D55E00", "P"),
+    "reference": ("#999999", "x"),
+}
+BAR_HEIGHT = 0.16  # inches
+_MOST_ROWS = 16
+
+
+def draw(result: dict, page: Path) -> list[str]:
+    """Draws what the rows allow beside a page; returns the file names."""
+    drawn = []
+    rows = [row for row in result["rows"] if _totals(row)]
+    songs = [row for row in rows if not row["packed"]] or rows
+    packed = sorted((row for row in rows if row["packed"]), key=lambda row: row["tokens"])
+    if songs:
+        drawn.append(_save(by_row(songs[:_MOST_ROWS], _subtitle(result)), page, "rows"))
+    if len(packed) > 1:
+        drawn.append(_save(by_length(packed, _subtitle(result)), page, "lengths"))
+    return drawn
+
+
+def _totals(row: dict) -> dict[str, float]:
+    """Milliseconds of forward and backward of each measured column, in the order of the legend."""
+    found = {column: figures.total_ms(row, column) for column in _STYLES}
+    return {column: ms for column, ms in found.items() if ms is not None}
+
+
+def _subtitle(result: dict) -> str:
+    settings = result["settings"]
+    return (
+        f"{result['machines'][0]['gpu'] or 'CPU'} · one layer, {settings['heads']} heads of "
+        f"{settings['dim']}, {settings['dtype']} · forward + backward"
+    )
+
+
+def by_row(rows: list[dict], subtitle: str) -> Figure:
+    """Bars by row on a logarithmic scale, and a tick where the limit is."""
+    columns = [column for column in _STYLES if any(column in _totals(row) for row in rows)]
+    group = (len(columns) + 1.2) * BAR_HEIGHT
+    height = 1.75 + group * len(rows)
+    figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.2, 0.6 / height, 0.74, group * len(rows) / height))
+    axes.set_xscale("log")
+    for number, row in enumerate(rows):
+        totals = _totals(row)
+        places = {column: place for place, column in enumerate(columns) if column in totals}
+        bars(
+            axes,
+            [number * group + (place + 1.1) * BAR_HEIGHT for place in places.values()],
+            [totals[column] for column in places],
+            [_STYLES[column][0] for column in places],
+            [figures.milliseconds(totals[column]) for column in places],
+        )
+        limit = figures.limit_ms(row)
+        if limit is not None:
+            low, high = (
+                number * group + 0.5 * BAR_HEIGHT,
+                number * group + (len(columns) + 0.7) * BAR_HEIGHT,
+            )
+            axes.vlines(limit, low, high, color=INK, linewidth=1.2, linestyle="--", zorder=3)
+    smallest = min(min([*_totals(row).values(), figures.limit_ms(row) or 1e9]) for row in rows)
+    largest = max(max(_totals(row).values()) for row in rows)
+    axes.set_xlim(smallest / 2, largest * 1.6)
+    axes.set_ylim(group * len(rows), 0)
+    names = [f"{_short(row['name'])}\n{row['tokens']:,} tokens" for row in rows]
+    axes.set_yticks([(i + 0.5) * group for i in range(len(rows))], names)
+    _dress(axes, x="milliseconds")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", labelcolor=INK)
+    head(figure, "Attention by song: time of one layer", subtitle)
+    handles = [(figures.LABELS[c], {"color": _STYLES[c][0], "linewidth": 6}) for c in columns]
+    legend(figure, [*handles, ("limit", {"color": INK, "linewidth": 1.2, "linestyle": "--"})])
+    return figure
+
+
+def bars(axes: Axes, at: list[float], values: list[float], colours: list[str], texts: list[str]) -> None:
+    """Horizontal bars with what they say behind them."""
+    axes.barh(at, values, 0.86 * BAR_HEIGHT, color=colours, zorder=2)
+    for y, value, text in zip(at, values, texts):
+        axes.annotate(
+            text, (value, y), (3, 0), textcoords="offset points", va="center_baseline", size=7, color=INK
+        )
+
+
+def by_length(rows: list[dict], subtitle: str) -> Figure:
+    """Time against length, both logarithmic, with the limit."""
+    height = 5.6
+    figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.09, 0.1, 0.86, 0.68))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    handles = []
+    for column, (colour, marker) in _STYLES.items():
+        points = [(row["tokens"], ms) for row in rows if (ms := _totals(row).get(column)) is not None]
+        if points:
+            style = {"color": colour, "marker": marker, "linewidth": 1.8, "markersize": 5.5}
+            axes.plot(*zip(*points), **style, markeredgecolor=GREY, markeredgewidth=0.5, zorder=3)
+            handles.append((figures.LABELS[column], style))
+    limits = [(row["tokens"], ms) for row in rows if (ms := figures.limit_ms(row)) is not None]
+    if limits:
+        style = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
+        axes.plot(*zip(*limits), **style, zorder=2)
+        handles.append(("limit", style))
+    lengths = [row["tokens"] for row in rows]
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _dress(axes, x="tokens", y="milliseconds")
+    head(figure, "Attention by length of row: time of one layer", subtitle)
+    legend(figure, handles)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
+
+
+def _dress(axes: Axes, x: str, y: str | None = None) -> None:
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    (axes.yaxis if y else axes.xaxis).set_major_formatter(plain)
+    axes.set_xlabel(x, color=GREY, fontsize=9)
+    if y:
+        axes.set_ylabel(y, color=GREY, fontsize=9)
+    dress(axes)
+
+
+def head(figure: Figure, title: str, subtitle: str) -> None:
+    """The two lines above a picture."""
+    height = figure.get_figheight()
+    figure.text(0.03, 1 - 0.15 / height, title, color=INK, size=13, weight="bold", va="top")
+    figure.text(0.03, 1 - 0.42 / height, subtitle, color=GREY, size=9, va="top")
+
+
+def legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
+    """Below the head: (label, style of its line) each."""
+    figure.legend(
+        handles=[Line2D([], [], label=label, **style) for label, style in handles],
+        loc="upper left",
+        bbox_to_anchor=(0.03, 1 - 0.6 / figure.get_figheight()),
+        ncols=4,
+        fontsize=8.5,
+        labelcolor=INK,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.6,
+        columnspacing=1.6,
+    )
+
+
+def _save(figure: Figure, page: Path, what: str) -> str:
+    path = page.with_name(f"{page.stem}_{what}.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
+    save(figure, path)
+    return path.name

@@ -1,0 +1,98 @@
+"""`python -m benchmarks.learning RUN RUN ...`: which attention learns better, by tokens and by time.
+
+Reads the folders of finished training runs that differ in attention, kind rule and seed alone, and writes
+their validation losses to a JSON file, a picture and a page; `--from` makes page and picture of such a file
+again. See docs/benchmarks.md.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+from benchmarks.common.attention_name import attention_name
+from benchmarks.common.machine import describe
+from benchmarks.common.results_file import load, save, write
+from benchmarks.learning.page import page
+from benchmarks.learning.picture import draw
+from benchmarks.learning.run_folder import read_run
+from meloformer import cli
+from meloformer.errors import UserError
+
+FORMAT = "meloformer learning 1"
+
+
+def gather(folders: list[Path]) -> dict:
+    """The runs in these folders as one result.
+
+    Raises:
+        UserError: a run is not through, or they do not compare: they may differ in attention, kind rule and
+            seed alone.
+    """
+    runs = [read_run(folder) for folder in folders]
+    first, *others = runs
+    for run in others:
+        for name, mine, its in _differences(first, run):
+            raise UserError(
+                f"{run['name']} and {first['name']} do not compare: they differ in {name} "
+                f"({its!r} and {mine!r})"
+            )
+    for one, other in combinations(runs, 2):
+        if one["seed"] != other["seed"]:
+            continue
+        names = f"{one['name']} and {other['name']}"
+        if attention_name(one) == attention_name(other):
+            raise UserError(f"{names} are both {attention_name(one)} of seed {one['seed']}: give one of them")
+        if any(one["validation"][key] != other["validation"][key] for key in ("step", "tokens")):
+            raise UserError(f"{names} have the same seed, but were not validated after equal tokens")
+    if len({*map(attention_name, runs)}) < 2:
+        raise UserError(f"all runs are {attention_name(first)}: there is nothing to compare")
+    return {
+        "format": FORMAT,
+        "machine": describe(),
+        "settings": first["settings"],
+        "origin": first["origin"],
+        "runs": [{k: v for k, v in run.items() if k not in ("settings", "origin")} for run in runs],
+    }
+
+
+def _differences(one: dict, other: dict) -> Iterator[tuple[str, object, object]]:
+    for part in ("origin", "settings"):
+        for name in sorted(one[part].keys() | other[part].keys()):
+            mine, its = one[part].get(name), other[part].get(name)
+            if mine != its:
+                yield name, mine, its
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(prog="python -m benchmarks.learning", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/learning.md"),
+        metavar="PAGE.md",
+        help="the page; picture and JSON file go beside it",
+    )
+    parser.add_argument(
+        "--from", type=Path, dest="source", metavar="JSON", help="make page and picture of this alone"
+    )
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".md":
+        raise UserError(f"--output {args.output}: must end in .md")
+    if (args.source is None) == (not args.runs):
+        raise UserError("give folders of runs, or --from with a file of figures")
+    source = args.source or args.output.with_suffix(".json")
+    if args.source:
+        result = load(source, FORMAT, "benchmarks.learning")
+    else:
+        result = gather(args.runs)
+        save(result, source)
+    picture = args.output.with_suffix(".png")
+    text = page(result, picture.name, source.name)
+    write(args.output, text)
+    draw(result, picture)
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)

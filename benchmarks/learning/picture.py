@@ -1,0 +1,58 @@
+"""Validation loss of several runs by tokens and by time, in one PNG file."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.attention.pictures import head, legend
+from benchmarks.common.attention_name import attention_name, colours
+from meloformer.plots.style import DPI, GREY, dress, save
+
+_DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))  # tell lines apart without colours
+
+
+def draw(result: dict, path: Path) -> None:
+    """Raises UserError if the file cannot be written."""
+    runs = result["runs"]
+    longest = max(run["validation"]["seconds"][-1] for run in runs)
+    seconds, unit = (60, "minutes") if longest > 300 else (1, "seconds")
+    figure = Figure(figsize=(10.0, 4.9), dpi=DPI, facecolor="white")
+    by_tokens, by_time = figure.subplots(
+        1,
+        2,
+        sharey=True,
+        gridspec_kw={"left": 0.065, "right": 0.985, "bottom": 0.11, "top": 0.8, "wspace": 0.06},
+    )
+    _panel(by_tokens, runs, "tokens", 1e6, "million tokens seen")
+    _panel(by_time, runs, "seconds", seconds, f"{unit} of training, slow steps apart")
+    by_tokens.set_ylabel("validation loss, nats per token", color=GREY, fontsize=9)
+    origin, settings = result["origin"], result["settings"]
+    subtitle = (
+        f"{settings['model_size']} model · {origin['data']['training']['songs']:,} songs · "
+        f"{origin['precision']} on {origin['device']} · a line per seed, a dot at its lowest point"
+    )
+    head(figure, "Validation loss by tokens and by time", subtitle)
+    legend(figure, [(name, {"color": c, "linestyle": d}) for name, (c, d) in _styles(runs).items()])
+    save(figure, path)
+
+
+def _styles(runs: list[dict]) -> dict[str, tuple]:
+    of = colours(dict.fromkeys(map(attention_name, runs)))
+    return {name: (colour, dashes) for (name, colour), dashes in zip(of.items(), _DASHES)}
+
+
+def _panel(axes: Axes, runs: list[dict], axis: str, unit: float, label: str) -> None:
+    styles = _styles(runs)
+    for run in runs:
+        colour, dashes = styles[attention_name(run)]
+        x = [value / unit for value in run["validation"][axis]]
+        y = run["validation"]["val_loss"]
+        axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.1)
+        best = y.index(min(y))
+        axes.plot(x[best], y[best], color=colour, marker="o", markersize=5)
+    axes.set_xlabel(label, color=GREY, fontsize=9)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.set_xlim(left=0)
+    dress(axes)

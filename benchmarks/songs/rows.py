@@ -1,0 +1,164 @@
+"""The songs that attention is measured on, and the rows of tokens made of them."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from meloformer.data.inputs import find_files
+from meloformer.errors import MidiError, UserError
+from meloformer.kernels import Structure
+from meloformer.kernels.structure import KIND_RULE, NEAR_BARS, Facts, Kind, regular_sees, summary_room
+from meloformer.tokens import attributes
+
+COMPOSED = 8
+COMPOSED_BARS = 150
+_PAIRS_AT_ONCE = 2**25
+_KIND_CLASS = {Kind.STRUCTURAL: 0, Kind.T: 1, Kind.P: 1, Kind.L: 2, Kind.V: 3}
+
+
+def read_songs(sources: list[str]) -> dict[str, np.ndarray]:
+    """Token ids by name: of MIDI files, of .npy files of token ids, of folders; composed ones for none.
+
+    Files of a folder that are no songs are named on stderr and left out.
+
+    Raises:
+        UserError: a source is not there, a file is no song, or nothing is left.
+    """
+    if not sources:
+        return compose_songs(COMPOSED, COMPOSED_BARS)
+    songs: dict[str, np.ndarray] = {}
+    for source in map(Path, sources):
+        if not source.is_dir():
+            try:
+                songs[_free(source.stem, songs)] = _read(source)
+            except MidiError as error:
+                raise UserError(f"{source}: {error}") from None
+            continue
+        token_files = sorted(source.rglob("*.npy"))
+        for file in token_files or map(Path, find_files(str(source))):
+            try:
+                songs[_free(file.stem, songs)] = _read(file)
+            except MidiError as error:
+                print(f"left out: {file.name}: {error}", file=sys.stderr)
+    if not songs:
+        raise UserError(f"{', '.join(sources)}: no file could be read")
+    return songs
+
+
+def compose_songs(count: int, bars: int) -> dict[str, np.ndarray]:
+    """Token ids of composed songs, by name."""
+    from meloformer.compose import compose
+    from meloformer.tokens.tokenizer import HIDTokenizer  # needs miditoolkit, files of token ids do not
+
+    return {f"composed {seed}": HIDTokenizer().encode(compose(seed, bars=bars)) for seed in range(count)}
+
+
+def _free(name: str, taken: dict) -> str:
+    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+def _read(file: Path) -> np.ndarray:
+    if file.suffix != ".npy":
+        from meloformer.tokens.tokenizer import HIDTokenizer
+
+        return HIDTokenizer().encode(file)
+    try:
+        ids = np.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        raise UserError(f"{file}: holds {ids.dtype} {list(ids.shape)}, not token ids [n]")
+    return ids
+
+
+def pack(songs: list[np.ndarray], length: int | None = None, rows: int = 1) -> Structure:
+    """Rows of these songs back to back, on CPU: [rows, length], the first song of each row another.
+
+    Songs are repeated as often as it takes, and the last is cut. `length` None: all songs once.
+    """
+    length = length or sum(map(len, songs))
+    packed = [_row(songs[i % len(songs) :] + songs[: i % len(songs)], length) for i in range(rows)]
+    return _build(Facts(*(torch.stack(fact) for fact in zip(*packed))))
+
+
+def _row(songs: list[np.ndarray], length: int) -> Facts:
+    """The facts of one row, int64 [length] each; positions are not filled in."""
+    songs = songs * -(-length // sum(map(len, songs)))
+    lengths = np.array([len(song) for song in songs])
+    scanned = attributes.scan(np.concatenate(songs), starts=np.cumsum(lengths) - lengths)
+    doc = np.repeat(np.arange(len(songs)), lengths)
+    columns = (doc, scanned.bar, scanned.inst, scanned.kind, scanned.onset, doc)
+    return Facts(*(torch.from_numpy(column[:length].astype(np.int64)) for column in columns))
+
+
+def _build(tokens: Facts, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = KIND_RULE) -> Structure:
+    """A structure with room for its bars in few sizes, as in training."""
+    bars = 1
+    for doc, bar in zip(tokens.doc, tokens.bar):
+        bars = max(bars, len(torch.unique(torch.stack([doc, bar])[:, doc >= 0], dim=1)[0]))
+    return Structure.build(
+        *tokens[:5], num_summaries=summary_room(bars), near_bars=near_bars, kind_rule=kind_rule
+    )
+
+
+def cut(structure: Structure, length: int) -> Structure:
+    """The first `length` tokens of every row."""
+    return _build(structure.tokens.at(slice(None), slice(length)), structure.near_bars, structure.kind_rule)
+
+
+def padded(structure: Structure, multiple: int) -> Structure:
+    """The same rows with padding up to a multiple of that many tokens."""
+    missing = -structure.doc.shape[1] % multiple
+    doc, *rest = (pad(fact, (0, missing), value=-1) for fact in structure.tokens[:5])
+    room = structure.summary_doc.shape[1]
+    return Structure.build(
+        doc, *rest, num_summaries=room, near_bars=structure.near_bars, kind_rule=structure.kind_rule
+    )
+
+
+def instrument_order(structure: Structure) -> Tensor:
+    """Token indices [B, N] sorted by document, instrument, kind class and position; padding last.
+
+    Kind classes: structural, T and P, L, V. Global tokens are by themselves: they have no instrument.
+    """
+    tokens = structure.tokens
+    classes = torch.tensor([_KIND_CLASS[kind] for kind in sorted(Kind)], device=structure.device)
+    kind_class = classes[tokens.kind.long()]
+    documents = torch.where(tokens.doc >= 0, tokens.doc, 2**31 - 1).long()
+    order = tokens.position.long().argsort(dim=1, stable=True)
+    for fact in (kind_class, tokens.inst, documents):
+        order = order.gather(1, fact.gather(1, order).argsort(dim=1, stable=True))
+    return order
+
+
+def reordered(structure: Structure, order: Tensor) -> Structure:
+    """The same rows with their tokens in another order.
+
+    Unlike what `Structure.build` makes, documents and bars need not ascend: only for backends that
+    go by the facts alone, as `reference` and `flex` do.
+    """
+    moved = Facts(*(fact.gather(1, order) for fact in structure.tokens))
+    return replace(structure, **moved._asdict())
+
+
+def visible_pairs(structure: Structure) -> int:
+    """Pairs (query, key) of the update phase that are visible, over all rows."""
+    tokens, keys = structure.tokens, structure.keys.at(slice(None), None)
+    rows, length = structure.doc.shape
+    chunk = max(1, _PAIRS_AT_ONCE // (rows * keys.doc.shape[2]))
+    total = torch.zeros((), dtype=torch.int64, device=structure.device)
+    for start in range(0, length, chunk):
+        queries = tokens.at(slice(None), slice(start, start + chunk), None)
+        total += regular_sees(queries, keys, structure.near_bars, structure.kind_rule).sum()
+    return int(total)
+
+
+def causal_pairs(structure: Structure) -> int:
+    """Pairs that dense causal attention computes over the same rows."""
+    rows, length = structure.doc.shape
+    return rows * length * (length + 1) // 2

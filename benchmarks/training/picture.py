@@ -1,0 +1,63 @@
+"""Tokens per second of training by size, length and GPUs as a picture, from results alone."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.attention.pictures import BAR_HEIGHT, bars, head, legend
+from benchmarks.common.attention_name import colours
+from meloformer.plots.style import DPI, GREY, dress, save
+
+
+def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
+    """Writes it beside a page; returns its name. Rows that compute something again are left out.
+
+    Args:
+        rows: as `train_page.measured_rows` returns them.
+        gpu: what they were measured on.
+    """
+    groups: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["checkpoint_activations"] == "none":
+            group = groups.setdefault((row["size"], row["tokens_per_row"], row["gpus"]), {})
+            group[row["attention"]] = max(row["tokens_per_s"], group.get(row["attention"], 0.0))
+    if not groups:
+        return None
+    path = page.with_name(f"{page.stem}_speed.png")
+    save(_figure(groups, gpu), path)
+    return path.name
+
+
+def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
+    found = {name for group in groups.values() for name in group}
+    colour = colours(sorted(found, key=lambda name: (name.startswith("dense"), name)))  # dense comes last
+    heights = [(len(group) + 1.2) * BAR_HEIGHT for group in groups.values()]
+    height = 1.75 + sum(heights)
+    figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.2, 0.6 / height, 0.72, sum(heights) / height))
+    top, ticks = 0.0, []
+    for group, room in zip(groups.values(), heights):
+        present = [name for name in colour if name in group]
+        bars(
+            axes,
+            [top + (place + 1.1) * BAR_HEIGHT for place in range(len(present))],
+            [group[name] for name in present],
+            [colour[name] for name in present],
+            [f"{group[name]:,.0f}" for name in present],
+        )
+        ticks.append(top + room / 2)
+        top += room
+    axes.set_xlim(0, 1.15 * max(value for group in groups.values() for value in group.values()))
+    axes.set_ylim(top, 0)
+    axes.set_yticks(ticks, [_label(*key) for key in groups])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("tokens per second", color=GREY, fontsize=9)
+    dress(axes)
+    axes.grid(axis="y", visible=False)
+    head(figure, "Training: tokens per second", f"{gpu} · whole steps, padding not counted")
+    legend(figure, [(name, {"color": of, "linewidth": 6}) for name, of in colour.items()])
+    return figure
+
+
+def _label(size: str, tokens: int, gpus: int) -> str:
+    return f"{size}{f', {gpus} GPUs' if gpus > 1 else ''}\n{tokens:,} tokens per row"

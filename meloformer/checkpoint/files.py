@@ -1,0 +1,146 @@
+"""The files of a checkpoint folder: written and sealed one by one, verified before any of it is used."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UserError
+
+FORMAT = "meloformer-checkpoint"
+VERSION = 1
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+CONFIG, TOKENIZER, TRAINER, MANIFEST = "config.json", "tokenizer.json", "trainer.json", "manifest.json"
+_REQUIRED = (MODEL, CONFIG, TOKENIZER, TRAINER)
+
+
+def seal(path: Path) -> dict:
+    """Force a written file to the disk; its entry in the manifest."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory with one another, as the file format asks."""
+    stored, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return stored
+
+
+def to_json(value: object) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def damaged(file: Path, what: str) -> UserError:
+    return UserError(f"{file} is damaged: {what}; use another checkpoint of the run, or copy this one again")
+
+
+def one_line(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest, with every field of the type it should have."""
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}: there is no such folder")
+    file = path / MANIFEST
+    if not file.is_file():
+        raise UserError(f"{path} is not a whole checkpoint: it has no {MANIFEST}")
+    manifest = _read_json(file)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{file} is not the manifest of a MeloFormer checkpoint")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{file} has version {manifest.get('version')!r}; this MeloFormer reads version {VERSION}"
+        )
+    files = manifest.get("files")
+    sound = (
+        type(manifest.get("step")) is int
+        and isinstance(files, dict)
+        and set(_REQUIRED) <= set(files) <= {*_REQUIRED, OPTIMIZER}
+        and all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
+        and type(manifest.get("val_loss")) in (float, type(None))
+    )
+    if not sound:
+        raise damaged(file, "its list of files is not one that MeloFormer writes")
+    return manifest
+
+
+def check_size(file: Path, manifest: dict) -> None:
+    if not file.is_file():
+        raise damaged(file, "it is missing")
+    size, expected = file.stat().st_size, manifest["files"][file.name]["bytes"]
+    if size != expected:
+        raise damaged(file, f"it has {size} bytes instead of {expected}")
+
+
+def _check_content(file: Path, manifest: dict) -> None:
+    check_size(file, manifest)
+    try:
+        digest = _sha256(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}") from None
+    if digest != manifest["files"][file.name]["sha256"]:
+        raise damaged(file, f"its SHA-256 is not the one in {MANIFEST}")
+
+
+def verify(path: Path) -> dict:
+    """Read every byte of a checkpoint; its manifest.
+
+    Raises:
+        UserError: it is not whole, or a file is not the one that was written.
+    """
+    manifest = read_manifest(path)
+    for name in manifest["files"]:  # sizes first: they are quick to compare
+        check_size(path / name, manifest)
+    for name in manifest["files"]:
+        _check_content(path / name, manifest)
+    return manifest
+
+
+def load_json(file: Path, manifest: dict) -> dict:
+    _check_content(file, manifest)
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}") from None
+    except (ValueError, RecursionError):
+        raise damaged(file, "it is not JSON") from None
+    if not isinstance(value, dict):
+        raise damaged(file, "it does not hold a JSON object")
+    return value
+
+
+def load_tensors(
+    file: Path, manifest: dict, device: str | torch.device
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the text metadata of a safetensors file."""
+    _check_content(file, manifest)
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        return load_file(file, str(device)), metadata
+    except (OSError, SafetensorError) as error:
+        raise damaged(file, one_line(error)) from None

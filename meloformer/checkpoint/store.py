@@ -1,0 +1,379 @@
+"""Weights, configuration and optimizer state on disk: safetensors and JSON, never a pickle.
+
+A checkpoint is a folder `step-00001234` that appears under its name only when it is whole:
+
+    model.safetensors       the weights
+    optimizer.safetensors   the optimizer's tensors and, in its header, its other settings (may be absent)
+    config.json             the model configuration
+    tokenizer.json          the vocabulary the weights were trained on
+    trainer.json            step, epoch, seed, ...: what a resumed run needs
+    manifest.json           size and SHA-256 of all of these
+
+A file is verified against the manifest before any of it is used.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data.shards import sync_folder
+from ..errors import UserError
+from ..tokens import vocab
+from .files import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    TOKENIZER,
+    TRAINER,
+    VERSION,
+    check_size,
+    damaged,
+    load_json,
+    load_tensors,
+    one_line,
+    read_manifest,
+    seal,
+    storable,
+    to_json,
+    verify,
+)
+from .optimizer import fits, flatten, share_out, unflatten
+
+_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+_REPLACED = ".replaced"  # a whole checkpoint while another of its step takes its place
+_TEMPORARY = ".incomplete-"
+_SPARE_BYTES = 16 << 20  # what the text files, the log and the file system take beside the tensors
+# How an optimizer computes is a matter of the machine it runs on, not of the run it continues.
+_MACHINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        path: its folder.
+        step: the optimizer step after which it was saved.
+        weights: the model's state dict, on the device asked for.
+        config: the model configuration.
+        tokenizer_json: what `vocab.to_json()` gave when it was saved, and gives now.
+        trainer: the state of the training run.
+    """
+
+    path: Path
+    step: int
+    weights: dict[str, Tensor]
+    config: dict
+    tokenizer_json: dict
+    trainer: dict
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that the model saw at once in training.
+
+        Raises:
+            UserError: the checkpoint does not tell.
+        """
+        try:
+            return int(self.trainer["identity"]["max_seq_len"])
+        except (KeyError, TypeError, ValueError):
+            raise damaged(self.path / TRAINER, "it lacks max_seq_len") from None
+
+
+def save_checkpoint(
+    root: str | os.PathLike,
+    step: int,
+    *,
+    model_state: dict[str, Tensor],
+    config: dict,
+    tokenizer_json: dict,
+    optimizer_state: dict | None,
+    trainer: dict,
+    keep_last: int,
+    val_loss: float | None = None,
+) -> Path:
+    """Write `root/step-<step>`, whole or not at all, then delete the oldest beyond `keep_last`.
+
+    The checkpoint of the lowest validation loss stays besides. A process that is killed at any moment
+    leaves the earlier checkpoints as they were, and so does a full disk. One process may save into a
+    root at a time: what an interrupted save left there is removed.
+
+    Args:
+        root: folder of the checkpoints of one run; made if missing.
+        step: optimizer steps so far; an existing checkpoint of this step is replaced. Checkpoints of
+            later steps were passed over as damaged by the run that saves now: they go.
+        model_state: `model.state_dict()`. A tensor listed under several names is stored under each.
+        config: JSON values.
+        tokenizer_json: `vocab.to_json()`.
+        optimizer_state: `optimizer.state_dict()`, or None for a checkpoint that only generates.
+        trainer: JSON values.
+        keep_last: how many checkpoints stay, at least 1.
+        val_loss: validation loss of these weights, if it is known.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        UserError: the disk is full, or `root` cannot be written.
+        ValueError: `keep_last` or `step` is out of range.
+        TypeError: `config`, `trainer` or an optimizer setting is not a JSON value.
+    """
+    if keep_last < 1 or step < 0:
+        raise ValueError(f"keep_last must be at least 1 and step at least 0, not {keep_last} and {step}")
+    root = Path(root)
+    documents = {CONFIG: config, TOKENIZER: tokenizer_json, TRAINER: {**trainer, "step": step}}
+    texts = {name: to_json(value) for name, value in documents.items()}
+    tensors = {MODEL: (storable(model_state), None)}
+    if optimizer_state is not None:
+        tensors[OPTIMIZER] = flatten(optimizer_state)
+    target = root / f"step-{step:08d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for path in root.glob(f"{_TEMPORARY}*"):
+            _delete(path)
+        for path in root.glob(f"step-*{_REPLACED}"):  # an earlier save was killed between its two renames
+            if not (own := path.with_name(path.name.removesuffix(_REPLACED))).exists():
+                path.rename(own)
+        _write_folder(target, step, val_loss, texts, tensors)
+        _remove_old(root, target, keep_last)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save a checkpoint in {root}: {one_line(error)}") from error
+    return target
+
+
+def export_model(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Copy what generating needs of the checkpoint `path` into a new `folder`: all but the training state.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, `folder` exists, or it cannot be written.
+    """
+    checkpoint, folder = load_checkpoint(path), Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another name")
+    trainer = {"step": checkpoint.step, "identity": {"max_seq_len": checkpoint.max_seq_len}}
+    documents = {CONFIG: checkpoint.config, TOKENIZER: checkpoint.tokenizer_json, TRAINER: trainer}
+    texts = {name: to_json(value) for name, value in documents.items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _write_folder(folder, checkpoint.step, None, texts, {MODEL: (checkpoint.weights, None)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {one_line(error)}") from error
+
+
+def _write_folder(
+    target: Path,
+    step: int,
+    val_loss: float | None,
+    texts: dict[str, bytes],
+    tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]],
+) -> None:
+    """Make `target` from files of text and of tensors (with their metadata), whole or not at all."""
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    needed = sum(tensor.nbytes for values, _ in tensors.values() for tensor in values.values())
+    free = shutil.disk_usage(target.parent).free
+    if needed + _SPARE_BYTES > free:
+        raise OSError(
+            f"it needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB of disk, and {free / 1e9:.2f} are free"
+        )
+    try:
+        temporary.mkdir()
+        for name, text in texts.items():
+            (temporary / name).write_bytes(text)
+        for name, (values, metadata) in tensors.items():
+            save_file(values, temporary / name, metadata)
+        files = {path.name: seal(path) for path in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "val_loss": val_loss, "files": files}
+        (temporary / MANIFEST).write_bytes(to_json(manifest))
+        seal(temporary / MANIFEST)
+        sync_folder(temporary)
+        if target.exists():
+            _step_aside(target)
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except (OSError, SafetensorError):
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        raise
+
+
+def _step_aside(target: Path) -> None:
+    """Clear the name `target`, with a whole checkpoint of its step left if there is one."""
+    replaced = target.with_name(target.name + _REPLACED)
+    if replaced.exists():  # an earlier save was killed before it had removed this one
+        if not _is_whole(target):
+            _remove(target)
+            return
+        _remove(replaced)
+    target.rename(replaced)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except UserError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{_TEMPORARY}{path.name}.removed")  # a folder under its own name is always whole
+    path.rename(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():  # as a user may have moved a checkpoint to another disk
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint folder, all but the optimizer's state, and verify what is read.
+
+    Args:
+        path: the folder of one checkpoint (see `find_checkpoint`).
+        device: where the weights go.
+
+    Raises:
+        UserError: it is missing, incomplete, damaged, or was trained on another vocabulary.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if OPTIMIZER in manifest["files"]:  # of the two large files, the one that is not read here
+        check_size(path / OPTIMIZER, manifest)
+    config, tokenizer_json, trainer = (
+        load_json(path / name, manifest) for name in (CONFIG, TOKENIZER, TRAINER)
+    )
+    if tokenizer_json != vocab.to_json():
+        raise UserError(
+            f"{path / TOKENIZER}: this checkpoint was trained on another token vocabulary;"
+            " use the version of MeloFormer that wrote it"
+        )
+    weights, _ = load_tensors(path / MODEL, manifest, device)
+    return Checkpoint(path, manifest["step"], weights, config, tokenizer_json, trainer)
+
+
+def restore_optimizer(
+    path: str | os.PathLike,
+    optimizer: torch.optim.Optimizer,
+    share: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor,
+) -> None:
+    """Give `optimizer` the state it had when the checkpoint was saved.
+
+    Its parameters must be those of the run that saved it, in the same order and groups. Whether it
+    runs fused, foreach or capturable stays as it is. `share` gives, of a whole tensor and its
+    parameter, what this process holds of the tensor.
+
+    Raises:
+        UserError: the checkpoint has no optimizer state, is damaged, or is of other parameters.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if OPTIMIZER not in manifest["files"]:
+        raise UserError(f"{path} holds no optimizer state, so training cannot resume from it")
+    state = unflatten(path / OPTIMIZER, *load_tensors(path / OPTIMIZER, manifest, "cpu"))
+    if not fits(state, optimizer):
+        raise UserError(
+            f"{path / OPTIMIZER} is the optimizer state of another model; resume with the same model options"
+        )
+    for saved, present in zip(state["param_groups"], optimizer.param_groups):
+        saved.update({name: present[name] for name in _MACHINE_OPTIONS if name in present})
+    optimizer.load_state_dict(share_out(state, optimizer, share))
+
+
+def has_checkpoints(root: str | os.PathLike) -> bool:
+    """Whether `root` holds any checkpoint, whole or damaged."""
+    return bool(_by_step(Path(root)))
+
+
+def latest_checkpoint(root: str | os.PathLike) -> Path | None:
+    """The checkpoint of the highest step in `root` of which every file has its SHA-256.
+
+    None if there is no checkpoint at all. Those that are damaged are passed over, each in one line on
+    stderr that names it and the fault.
+
+    Raises:
+        UserError: there are checkpoints, but not one is whole.
+    """
+    problems = []
+    for path in reversed(_by_step(Path(root))):
+        try:
+            verify(path)
+            break
+        except UserError as error:
+            problems.append(error)
+    else:
+        if problems:
+            raise UserError(f"no whole checkpoint in {root}: {problems[0]}")
+        return None
+    for problem in problems:
+        print(f"passing over a checkpoint: {problem}", file=sys.stderr)
+    return path
+
+
+def best_checkpoint(root: str | os.PathLike) -> Path | None:
+    """The checkpoint of the lowest validation loss in `root`, the later of equal ones.
+
+    None if no checkpoint has a validation loss.
+    """
+    best = None
+    for path in _by_step(Path(root)):
+        loss = _val_loss(path)
+        if loss is not None and not path.name.endswith(_REPLACED) and (best is None or loss <= best[0]):
+            best = loss, path
+    return best and best[1]
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint that `path` means: itself, the latest in it, or the latest in its `checkpoints`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}: there is no such folder")
+    if (path / MANIFEST).exists() or _NAME.fullmatch(path.name):
+        return path
+    found = latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"no whole checkpoint in {path}: give a step-... folder or the folder that holds them"
+        )
+    return found
+
+
+def _val_loss(path: Path) -> float | None:
+    try:
+        return read_manifest(path)["val_loss"]
+    except (UserError, KeyError):
+        return None
+
+
+def _by_step(root: Path) -> list[Path]:
+    """The checkpoint folders in `root`, whole or not, oldest first."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for *_, path in sorted(found)]
+
+
+def _remove_old(root: Path, newest: Path, keep_last: int) -> None:
+    found = [path for path in _by_step(root) if not path.name.endswith(_REPLACED)]
+    kept = {*found[: found.index(newest) + 1][-keep_last:], best_checkpoint(root)}
+    for path in _by_step(root):
+        if path not in kept:
+            _remove(path)

@@ -1,0 +1,283 @@
+"""Shards -> packed batches, in an order that depends on the seed and the epoch alone.
+
+A row holds whole samples back to back (see `packing.py`), as documents that attention never crosses.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels.structure import KIND_RULE, NEAR_BARS, Structure, summary_room
+from ..tokens import attributes, vocab
+from .packing import find_samples, rows_of_epoch
+from .pairs import Counts, count_documents
+from .shards import ShardSet
+
+IGNORED = -100  # the target of a token that predicts nothing; cross_entropy's ignore_index
+
+_Item = TypeVar("_Item")
+
+
+class State(NamedTuple):
+    """Where training stands: rows `index` and after of `epoch` are still to come.
+
+    It counts rows of the whole job, so it holds for any number of processes.
+    """
+
+    epoch: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows for one step of one process, all N = max_seq_len tokens wide.
+
+    ids: [B, N] int64; PAD after the last document.
+    targets: [B, N] int64, the next token of the same document; -100 where there is none.
+    structure: of [B, N] tokens and [B, M] summaries; M is one of few numbers, see `summary_room`.
+    num_targets: targets that are not -100.
+    counts: tokens that are no padding, and pairs of them, over all rows.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    structure: Structure
+    num_targets: int
+    counts: Counts
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.counts.tokens
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """This batch on another device."""
+        return replace(
+            self,
+            ids=self.ids.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            structure=self.structure.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """This batch in page-locked memory, from which a GPU copies without the host."""
+        facts = {name: x.pin_memory() for name, x in vars(self.structure).items() if isinstance(x, Tensor)}
+        structure = replace(self.structure, **facts)
+        return replace(
+            self, ids=self.ids.pin_memory(), targets=self.targets.pin_memory(), structure=structure
+        )
+
+
+class PackedSongs:
+    """The rows of one split, epoch by epoch.
+
+    Args:
+        shards: where the tokens are.
+        split: "train" or "val".
+        max_seq_len: tokens per row, N; longer songs are cut at bar lines.
+        max_bars: songs with more bars are skipped; a row holds no more than that in all.
+        max_samples: use only that many samples, drawn by `seed`.
+        seed: of the order, not negative. The rows of an epoch follow from (seed, epoch) and the
+            arguments above.
+        near_bars, kind_rule: handed on to `Structure`.
+        one_room: give all batches of an epoch room for the summaries of its fullest row, for an attention
+            that compiles anew for every other number.
+
+    Attributes:
+        samples: the `Samples` found; it tells what was skipped.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str,
+        *,
+        max_seq_len: int,
+        max_bars: int,
+        max_samples: int | None = None,
+        seed: int = 0,
+        near_bars: tuple[int, ...] = NEAR_BARS,
+        kind_rule: str = KIND_RULE,
+        one_room: bool = False,
+    ):
+        self.shards, self.split = shards, split
+        self.max_seq_len, self.max_bars, self.seed = max_seq_len, max_bars, seed
+        self.near_bars, self.kind_rule, self.one_room = near_bars, kind_rule, one_room
+        self.samples = find_samples(
+            shards,
+            shards.split(split),
+            max_seq_len=max_seq_len,
+            max_bars=max_bars,
+            max_samples=max_samples,
+            seed=seed,
+        )
+        # Of the epoch last asked for; one value, since the loader's thread asks too.
+        self._epoch: tuple[int, list[np.ndarray], int] = (-1, [], 0)
+        # Of each sample its `Counts`, 0 until it is first read: no pair reaches beyond a document.
+        self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
+
+    def rows(self, epoch: int) -> list[np.ndarray]:
+        """The rows of an epoch, see `packing.rows_of_epoch`."""
+        return self._of(epoch)[1]
+
+    def _of(self, epoch: int) -> tuple[int, list[np.ndarray], int]:
+        """An epoch, its rows, and the most bars that a row has."""
+        found = self._epoch
+        if found[0] != epoch:
+            rows = rows_of_epoch(self.samples, [self.seed, epoch], self.max_seq_len, self.max_bars)
+            most_bars = max((int(self.samples.bars[numbers].sum()) for numbers in rows), default=0)
+            found = self._epoch = (epoch, rows, most_bars)
+        return found
+
+    def rows_per_epoch(self, epoch: int) -> int:
+        return len(self.rows(epoch))
+
+    def batch(self, epoch: int, rows: Iterable[int]) -> Batch:
+        """The given rows of an epoch; a number past the last row stands for a row of padding."""
+        rows = list(rows)
+        _, of_epoch, most_of_epoch = self._of(epoch)
+        shape = (len(rows), self.max_seq_len)
+        ids = np.full(shape, vocab.PAD, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
+        doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
+        most_bars = num_targets = 0
+        counts = np.zeros(self._counts.shape[1], np.int64)
+        for b, number in enumerate(rows):
+            if number >= len(of_epoch):
+                continue
+            numbers = of_epoch[number]
+            documents = [self.samples.read(self.shards, int(sample)) for sample in numbers]
+            lengths = np.array([len(document) for document in documents])
+            row, n = np.concatenate(documents), int(lengths.sum())
+            ends = np.cumsum(lengths)
+            scanned = attributes.scan(row, starts=ends - lengths)
+            ids[b, :n] = row
+            targets[b, : n - 1] = row[1:]
+            targets[b, ends - 1] = IGNORED
+            doc[b, :n] = np.repeat(np.arange(len(documents)), lengths)
+            bar[b, :n], inst[b, :n] = scanned.bar, scanned.inst
+            kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset
+            most_bars = max(most_bars, int(self.samples.bars[numbers].sum()))
+            num_targets += n - len(documents)
+            if not self._counts[numbers].any(axis=1).all():
+                each = vars(scanned).values()
+                self._counts[numbers] = count_documents(ends - lengths, *each, self.near_bars, self.kind_rule)
+            counts += self._counts[numbers].sum(0)
+        if self.one_room:
+            most_bars = most_of_epoch
+        structure = Structure.build(
+            *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
+            num_summaries=summary_room(most_bars),
+            near_bars=self.near_bars,
+            kind_rule=self.kind_rule,
+        )
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(targets),
+            structure,
+            num_targets,
+            Counts(*counts.tolist()),
+        )
+
+    def dealt(self, epoch: int, group: list[int], world: int) -> list[list[int]]:
+        """Which rows of an epoch each of `world` processes takes of a group, the same number each.
+
+        Processes wait for each other in every step. What rows differ in is attention, roughly the sum of
+        squares of what stands in them: they are dealt from the dearest to the cheapest, back and forth.
+        """
+        if world == 1:
+            return [group]
+        of_epoch = self.rows(epoch)
+        cost = [
+            float((self.samples.length[of_epoch[row]] ** 2).sum()) if row < len(of_epoch) else 0.0
+            for row in group
+        ]
+        dearest_first = np.array(group)[np.argsort(-np.array(cost), kind="stable")]
+        rounds = dearest_first.reshape(-1, world)
+        rounds[1::2] = rounds[1::2, ::-1].copy()
+        return rounds.T.tolist()
+
+    def require_samples(self) -> None:
+        """Raises UserError if there is not a single sample."""
+        if not len(self.samples):
+            raise UserError(
+                f"{self.shards.folder}: the {self.split} split has no song for max_bars={self.max_bars} "
+                f"and max_seq_len={self.max_seq_len} ({self.samples.skipped_songs} songs and "
+                f"{self.samples.skipped_bars} bars were too long)"
+            )
+
+    def batches(
+        self,
+        state: State,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        stop_epoch: int | None = None,
+    ) -> Iterator[tuple[Batch, State]]:
+        """Batches of process `rank` of `world`, from `state` on, each with the state after it.
+
+        Every step takes the next `world * batch_size` rows of the epoch, each process `batch_size` of
+        them, dealt so that all have about as much to do; in the last step of an epoch the missing rows
+        are padding. Ends before `stop_epoch`, or never if that is None.
+
+        Raises:
+            UserError: there is not a single sample.
+        """
+        self.require_samples()
+        epoch, index = state
+        while stop_epoch is None or epoch < stop_epoch:
+            rows = self.rows_per_epoch(epoch)
+            if index < rows:
+                group = list(range(index, index + world * batch_size))
+                batch = self.batch(epoch, self.dealt(epoch, group, world)[rank])
+                index = min(index + world * batch_size, rows)
+                yield batch, State(epoch, index) if index < rows else State(epoch + 1, 0)
+            if index >= rows:
+                epoch, index = epoch + 1, 0
+
+
+def prefetch(items: Iterable[_Item], depth: int = 2) -> Iterator[_Item]:
+    """The same items, made up to `depth` ahead by a thread; its exceptions are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+    end = object()
+
+    def put(entry) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()

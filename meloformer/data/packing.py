@@ -1,0 +1,171 @@
+"""Songs -> samples -> rows: which tokens stand together in a row of an epoch.
+
+A sample is a song, or a run of whole bars of a song that is too long for one row. A row holds whole
+samples back to back.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..tokens import attributes, vocab
+from .shards import ShardSet
+
+PACKING = 2  # what rows an epoch has: to be raised when that changes, so that no run goes on with others
+_BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
+_MAX_HEADER = 4  # CHORD, TS, CUT, BPM
+_OPEN_ROWS = 256
+_WINDOW = 512  # samples that are packed longest first: rows that they open can stay open until they are full
+_LENGTHS = 64  # classes of length that this tells apart: inside of one the order stays random
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where each sample lies; arrays of S entries.
+
+    song: int64, number in the ShardSet. start, stop: int64, its tokens there.
+    header: uint16 [S, 4], what stands before them (CHORD, TS, [CUT], BPM restated), then PAD.
+    length: int64, tokens with the header. bars: int64.
+    skipped_songs: songs left out for having more than `max_bars` bars.
+    skipped_bars: bars left out for being longer than a row.
+    """
+
+    song: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    header: np.ndarray
+    length: np.ndarray
+    bars: np.ndarray
+    skipped_songs: int
+    skipped_bars: int
+
+    def __len__(self) -> int:
+        return len(self.song)
+
+    def read(self, shards: ShardSet, sample: int) -> np.ndarray:
+        """Token ids of a sample, uint16 [length]."""
+        header = self.header[sample]
+        body = shards[int(self.song[sample])][self.start[sample] : self.stop[sample]]
+        return np.concatenate((header[header != vocab.PAD], body))
+
+
+class _Piece(NamedTuple):
+    start: int
+    stop: int
+    header: np.ndarray
+    bars: int
+
+
+def _cut(ids: np.ndarray, max_tokens: int) -> tuple[list[_Piece], int]:
+    """Runs of whole bars of at most `max_tokens` tokens each, as long as can be, from first to last.
+
+    Returns the pieces and the number of bars (bar line to bar line) that are longer than that.
+    """
+    lines = attributes.cut_points(ids)
+    bounds = np.concatenate(([0], lines[1:], [len(ids)]))  # BOS goes with the first bar, EOS the last
+    chords = np.concatenate(([0], np.cumsum(vocab.CHORD.mask(ids))))
+    pieces, skipped, first = [], 0, 0
+    while first < len(lines):
+        header, skip = attributes.restated(ids, bounds[first]) if first else (np.empty(0, np.uint16), 0)
+        start = int(bounds[first]) + skip
+        last = int(np.searchsorted(bounds, start + max_tokens - len(header), side="right")) - 1
+        if last <= first:
+            skipped += 1
+            first += 1
+            continue
+        stop = int(bounds[last])
+        pieces.append(_Piece(start, stop, header, int(chords[stop] - chords[bounds[first]])))
+        first = last
+    return pieces, skipped
+
+
+def find_samples(
+    shards: ShardSet,
+    songs: np.ndarray,
+    *,
+    max_seq_len: int,
+    max_bars: int,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Samples:
+    """The samples of `songs` (int64 numbers in `shards`), in their order.
+
+    With `max_samples`, that many of them, drawn by `seed`.
+    """
+    fitting = songs[shards.bars[songs] <= max_bars]
+    whole = shards.lengths[fitting] <= max_seq_len
+    pieces, skipped_bars = [], 0
+    for song in fitting[~whole].tolist():
+        of_song, skipped = _cut(shards[song], max_seq_len)
+        pieces += [(song, piece) for piece in of_song]
+        skipped_bars += skipped
+
+    header = np.full((len(pieces), _MAX_HEADER), vocab.PAD, np.uint16)
+    for row, (_, piece) in zip(header, pieces):
+        row[: len(piece.header)] = piece.header
+
+    def join(of_whole_songs: np.ndarray, of_pieces: list) -> np.ndarray:
+        return np.concatenate((of_whole_songs, np.array(of_pieces, np.int64)))
+
+    fitting = fitting[whole]
+    zeros = np.zeros(len(fitting), np.int64)
+    song = join(fitting, [song for song, _ in pieces])
+    start = join(zeros, [piece.start for _, piece in pieces])
+    stop = join(shards.lengths[fitting], [piece.stop for _, piece in pieces])
+    bars = join(shards.bars[fitting], [piece.bars for _, piece in pieces])
+    header = np.concatenate((np.full((len(fitting), _MAX_HEADER), vocab.PAD, np.uint16), header))
+
+    kept = np.lexsort((start, song))
+    if max_samples is not None:
+        drawn = np.random.Generator(_BIT_GENERATOR(seed)).permutation(len(kept))[:max_samples]
+        kept = kept[np.sort(drawn)]
+    length = stop - start + np.count_nonzero(header != vocab.PAD, axis=1)
+    return Samples(
+        *(column[kept] for column in (song, start, stop, header, length, bars)),
+        skipped_songs=len(songs) - int(np.count_nonzero(shards.bars[songs] <= max_bars)),
+        skipped_bars=skipped_bars,
+    )
+
+
+def pack(lengths: np.ndarray, bars: np.ndarray, max_tokens: int, max_bars: int) -> np.ndarray:
+    """The row of each sample (int64 [S]), rows counted from 0: best fit, in the order given.
+
+    Each row holds at most `max_tokens` tokens and `max_bars` bars. A sample goes to the fullest of the
+    256 open rows that still takes it, else to a new row, for which the fullest one is closed; so the
+    time is linear in the number of samples. No sample may exceed either limit by itself.
+    """
+    tokens_left = np.zeros(_OPEN_ROWS, np.int64)
+    bars_left = np.zeros(_OPEN_ROWS, np.int64)
+    row = np.zeros(_OPEN_ROWS, np.int64)
+    out = np.empty(len(lengths), np.int64)
+    rows = 0
+    for sample, (length, sample_bars) in enumerate(zip(lengths.tolist(), bars.tolist())):
+        fits = (tokens_left >= length) & (bars_left >= sample_bars)
+        slot = np.where(fits, tokens_left, max_tokens + 1).argmin()
+        if not fits[slot]:
+            slot = tokens_left.argmin()
+            tokens_left[slot], bars_left[slot], row[slot] = max_tokens, max_bars, rows
+            rows += 1
+        tokens_left[slot] -= length
+        bars_left[slot] -= sample_bars
+        out[sample] = row[slot]
+    return out
+
+
+def rows_of_epoch(samples: Samples, seed: list[int], max_tokens: int, max_bars: int) -> list[np.ndarray]:
+    """The rows of an epoch: each the numbers of its samples (int64), in the order they stand.
+
+    Rows come in random order. What shares a row is random too, but for what fills rows: samples are
+    drawn at random, and of each `_WINDOW` of them the longer ones are packed before the shorter.
+    """
+    generator = np.random.Generator(_BIT_GENERATOR(seed))
+    order = generator.permutation(len(samples))
+    rank = -(samples.length[order] * _LENGTHS // max_tokens)
+    order = order[np.lexsort((rank, np.arange(len(order)) // _WINDOW))]  # stable
+    row = pack(samples.length[order], samples.bars[order], max_tokens, max_bars)
+    if not len(row):
+        return []
+    ends = np.cumsum(np.bincount(row))[:-1]
+    rows = np.split(order[np.argsort(row, kind="stable")], ends)
+    return [rows[i] for i in generator.permutation(len(rows))]

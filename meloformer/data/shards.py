@@ -1,0 +1,388 @@
+"""Tokens on disk: shards of songs, read by memory mapping, written so that a crash leaves no half file.
+
+The format, byte by byte, is in docs/data.md. Nothing here is ever unpickled.
+"""
+
+import bisect
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import UserError
+from ..tokens import grammar, vocab
+
+MAGIC = b"MELOSHRD"
+VERSION = 1
+TOKEN_DTYPE = np.dtype("<u2")
+DIGEST_BYTES = 16
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+TEMPORARY = ".tmp"
+
+_HEADER = struct.Struct("<8sII32sQQ")  # magic, version, bytes per token, fingerprint, songs, tokens
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+def content_digest(ids: np.ndarray) -> bytes:
+    """16 bytes that stand for the content of a song (ids uint16 [n]): equal songs, equal digests."""
+    return hashlib.blake2b(_token_bytes(ids), digest_size=DIGEST_BYTES).digest()
+
+
+def in_validation(digests: np.ndarray, val_split: float) -> np.ndarray:
+    """Which songs (digests uint8 [n, 16]) belong to the validation set (bool [n]).
+
+    Depends on each song's content alone, so that no other song, order or shard can move it.
+    """
+    number = np.ascontiguousarray(digests[:, :8]).view("<u8")[:, 0]
+    return number < np.uint64(int(val_split * 2.0**64))
+
+
+def _token_bytes(ids: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(ids, dtype=TOKEN_DTYPE)).cast("B")
+
+
+# --- files that are whole or absent ---------------------------------------------------------------
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` so far survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> dict:
+    """Write `data` so that `path` holds all of it or is untouched; returns its manifest entry."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_json(path: Path, value: dict) -> dict:
+    """`write_atomic` of canonical JSON: equal values give equal bytes."""
+    return write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError if there is none."""
+    try:
+        with _open(path) as file:
+            value = json.load(file)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is not JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: does not hold a JSON object")
+    return value
+
+
+def field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
+    """The entry `key` of a record read from `source`; UserError if there is none of that type."""
+    value = record.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{source}: the entry '{key}' is missing or of the wrong type")
+    return value
+
+
+def _listed_file(source: Path, record: dict, key: str) -> Path:
+    """The file that entry `key` of a manifest names: a regular file of its own folder, of that size."""
+    entry = field(source, record, key, dict)
+    name = field(source, entry, "name", str)
+    if not _PLAIN_NAME.fullmatch(name):
+        raise UserError(f"{source}: refuses the file name {name!r}: not a plain name")
+    path = source.parent / name
+    if not path.is_file():
+        raise UserError(f"{path}: is missing, though {source.name} lists it")
+    if path.resolve().parent != source.parent.resolve():
+        raise UserError(f"{path}: leads outside its folder")
+    size, listed = path.stat().st_size, field(source, entry, "bytes", int)
+    if size != listed:
+        raise UserError(f"{path}: has {size} bytes where {source.name} lists {listed}")
+    return path
+
+
+def file_entry(path: Path) -> dict:
+    """What a manifest says of a file: name, bytes, SHA-256 (64 hex digits)."""
+    digest, size = hashlib.sha256(), 0
+    with _open(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def intact_file(source: Path, record: dict, key: str) -> Path:
+    """The file that entry `key` of a record read from `source` names; UserError unless it is as listed."""
+    path = _listed_file(source, record, key)
+    if file_entry(path) != record[key]:
+        raise UserError(f"{path}: its SHA-256 is not the one in {source.name}: the file is damaged")
+    return path
+
+
+# --- one shard ------------------------------------------------------------------------------------
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}"
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a shard's .idx file says of its n songs."""
+
+    offsets: np.ndarray  # int64 [n + 1]: song i is tokens offsets[i] .. offsets[i + 1] - 1
+    digests: np.ndarray  # uint8 [n, 16]
+    bars: np.ndarray  # int32 [n]
+
+
+def read_index(path: Path, fingerprint: str) -> Index:
+    """Read and check an .idx file.
+
+    Raises:
+        UserError: it is damaged, of another version, or of another tokenizer than `fingerprint`.
+    """
+    with _open(path) as file:
+        data = file.read()
+    if len(data) < _HEADER.size:
+        raise UserError(f"{path}: is too short for a shard index")
+    magic, version, width, written_for, songs, tokens = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise UserError(f"{path}: is not a shard index")
+    if version != VERSION or width != TOKEN_DTYPE.itemsize:
+        raise UserError(f"{path}: has format version {version}; this program reads version {VERSION}")
+    if written_for.hex() != fingerprint:
+        raise UserError(f"{path}: was written with another tokenizer; run preprocess again")
+    if len(data) != _HEADER.size + 8 + songs * (8 + DIGEST_BYTES + 4):
+        raise UserError(f"{path}: its size does not fit its {songs} songs")
+    at = _HEADER.size
+    offsets = np.frombuffer(data, "<i8", songs + 1, at)
+    at += offsets.nbytes
+    digests = np.frombuffer(data, np.uint8, songs * DIGEST_BYTES, at).reshape(songs, DIGEST_BYTES)
+    bars = np.frombuffer(data, "<i4", songs, at + digests.nbytes)
+    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) <= 0).any():
+        raise UserError(f"{path}: its song offsets are damaged")
+    if (bars < 0).any():
+        raise UserError(f"{path}: its bar counts are damaged")
+    return Index(offsets, digests, bars)
+
+
+class ShardWriter:
+    """Writes one shard: `add` songs, then `finish`. Until then there are temporary files only.
+
+    Memory: 28 bytes per song; tokens go to the file as they come.
+    """
+
+    def __init__(self, folder: Path, number: int, fingerprint: str):
+        self._folder, self._name, self._fingerprint = Path(folder), shard_name(number), fingerprint
+        self._temporary = self._folder / f"{self._name}.bin{TEMPORARY}"
+        self._file = open(self._temporary, "wb")
+        self._hash = hashlib.sha256()
+        self._offsets, self._bars, self._digests = array("q", [0]), array("i"), bytearray()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+    def add(self, ids: np.ndarray, bars: int, digest: bytes) -> None:
+        """Append a song: ids uint16 [n], n > 0; `digest` is its `content_digest`."""
+        data = _token_bytes(ids)
+        self._file.write(data)
+        self._hash.update(data)
+        self._offsets.append(self._offsets[-1] + len(ids))
+        self._bars.append(bars)
+        self._digests += digest
+
+    def finish(self, report: dict) -> dict:
+        """Put the shard in place; `report` goes into its completion record, which is returned.
+
+        The record is written when .bin and .idx are safe on disk: a shard with a record is finished.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        path = self._folder / f"{self._name}.bin"
+        os.replace(self._temporary, path)
+        songs, tokens = len(self._bars), self._offsets[-1]
+        header = _HEADER.pack(
+            MAGIC, VERSION, TOKEN_DTYPE.itemsize, bytes.fromhex(self._fingerprint), songs, tokens
+        )
+        offsets = np.array(self._offsets, dtype="<i8").tobytes()
+        bars = np.array(self._bars, dtype="<i4").tobytes()
+        index = write_atomic(
+            self._folder / f"{self._name}.idx", header + offsets + bytes(self._digests) + bars
+        )
+        tokens_entry = {
+            "name": path.name,
+            "bytes": tokens * TOKEN_DTYPE.itemsize,
+            "sha256": self._hash.hexdigest(),
+        }
+        shard = {"bin": tokens_entry, "idx": index, "songs": songs, "tokens": tokens}
+        record = {"shard": shard, **report}
+        write_json(self._folder / f"{self._name}.json", record)
+        return record
+
+
+def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | None:
+    """The completion record of a shard, its files being there in full; None if it is not finished.
+
+    Sizes are compared, with `rehash` the content too.
+    """
+    path = Path(folder) / f"{shard_name(number)}.json"
+    if not path.exists():
+        return None
+    record = read_json(path)
+    shard = field(path, record, "shard", dict)
+    for key in ("songs", "tokens"):
+        field(path, shard, key, int)
+    for key in ("bin", "idx"):
+        (intact_file if rehash else _listed_file)(path, shard, key)
+    return record
+
+
+# --- a folder of shards ---------------------------------------------------------------------------
+
+
+class ShardSet:
+    """All songs of a preprocessed folder, by number.
+
+    `shards[i]` is a read-only uint16 [n] view into the mapped file: nothing is read before it is
+    looked at, and any song is found in O(log shards).
+
+    Attributes:
+        folder: where it was opened.
+        manifest: the manifest as read.
+        val_split: the share of songs meant for validation.
+        lengths: int64 [songs], tokens of each song.
+        bars: int32 [songs], bars (CHORD tokens) of each song.
+        digests: uint8 [songs, 16], content digests.
+
+    Raises:
+        UserError: something in the folder is missing or damaged, or belongs to another tokenizer than
+            `fingerprint` (64 hex digits; by default this program's vocabulary).
+    """
+
+    def __init__(self, folder: str | os.PathLike, fingerprint: str | None = None):
+        self.folder = Path(folder)
+        source = self.folder / MANIFEST
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is not a folder")
+        if not source.is_file():
+            raise UserError(f"{self.folder}: has no {MANIFEST}: preprocess has not finished there")
+        self.manifest = read_json(source)
+        if field(source, self.manifest, "version", int) != VERSION:
+            raise UserError(f"{source}: has another format version than {VERSION}")
+        fingerprint = vocab.fingerprint() if fingerprint is None else fingerprint
+        if field(source, self.manifest, "fingerprint", str) != fingerprint:
+            raise UserError(f"{self.folder}: was written with another tokenizer; run preprocess again")
+        val_split = field(source, self.manifest, "val_split", (int, float))
+        if not 0 <= val_split < 1:
+            raise UserError(f"{source}: val_split is not in [0, 1)")
+        self.val_split = float(val_split)
+
+        self._tokens, self._offsets, self._first = [], [], [0]
+        indexes = []
+        for shard in field(source, self.manifest, "shards", list):
+            if not isinstance(shard, dict):
+                raise UserError(f"{source}: its list of shards is damaged")
+            index_path = _listed_file(source, shard, "idx")
+            index = read_index(index_path, fingerprint)
+            path = _listed_file(source, shard, "bin")
+            tokens = _map(path)
+            if len(tokens) != index.offsets[-1]:
+                raise UserError(f"{path}: does not belong to {index_path.name}: other number of tokens")
+            if (len(index.bars), len(tokens)) != (shard.get("songs"), shard.get("tokens")):
+                raise UserError(f"{index_path}: holds other counts than {MANIFEST}")
+            indexes.append(index)
+            self._tokens.append(tokens)
+            self._offsets.append(index.offsets)
+            self._first.append(self._first[-1] + len(index.bars))
+        if not indexes:
+            raise UserError(f"{source}: lists no shards")
+        self.lengths = np.concatenate([np.diff(index.offsets) for index in indexes])
+        self.bars = np.concatenate([index.bars for index in indexes])
+        self.digests = np.concatenate([index.digests for index in indexes])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, song: int) -> np.ndarray:
+        if not 0 <= song < len(self):
+            raise IndexError(f"song {song} of {len(self)}")
+        shard = bisect.bisect_right(self._first, song) - 1
+        offsets, i = self._offsets[shard], song - self._first[shard]
+        return self._tokens[shard][offsets[i] : offsets[i + 1]]
+
+    def split(self, name: str) -> np.ndarray:
+        """Numbers of the songs in "train" or "val" (int64, ascending)."""
+        if name not in ("train", "val"):
+            raise ValueError(f"no split {name!r}: it is 'train' or 'val'")
+        return np.flatnonzero(in_validation(self.digests, self.val_split) == (name == "val"))
+
+
+def _map(path: Path) -> np.ndarray:
+    with _open(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:  # a shard without songs cannot be mapped
+            return np.empty(0, TOKEN_DTYPE)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), TOKEN_DTYPE)
+
+
+def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSet:
+    """Read all shards and the tokenizer: hashes, digests, bar counts, and the grammar of every song.
+
+    What else the folder of a run holds is compared by `preprocess.verify`.
+
+    Raises:
+        UserError: the first thing found wrong, with the name of its file.
+    """
+    songs = ShardSet(folder, fingerprint)
+    source = songs.folder / MANIFEST
+    intact_file(source, songs.manifest, "tokenizer")
+    for number, shard in enumerate(songs.manifest["shards"]):
+        path = intact_file(source, shard, "bin")
+        index_path = intact_file(source, shard, "idx")
+        record = read_record(songs.folder, number)
+        if record is None or record["shard"] != shard:
+            raise UserError(f"{songs.folder / shard_name(number)}.json: does not agree with {MANIFEST}")
+        for song in range(songs._first[number], songs._first[number + 1]):
+            problem = _song_problem(songs[song], songs.digests[song], songs.bars[song])
+            if problem:
+                i = song - songs._first[number]
+                raise UserError(f"{path}: song {i} {problem} ({index_path.name})")
+    return songs
+
+
+def _song_problem(ids: np.ndarray, digest: np.ndarray, bars: int) -> str | None:
+    try:
+        grammar.check(ids)
+    except ValueError as error:
+        return f"is no song: {error}"
+    if ids[0] != vocab.BOS or ids[-1] != vocab.EOS:
+        return "does not run from BOS to EOS"
+    if np.count_nonzero(vocab.CHORD.mask(ids)) != bars:
+        return "has another number of bars than its index says"
+    if content_digest(ids) != digest.tobytes():
+        return "has another digest than its index says"
+    return None

@@ -1,0 +1,291 @@
+"""Standard MIDI Files as bytes: a scan that survives damage, and a writer of clean files.
+
+The scan reads what stands in the file and repairs its syntax only; what the events mean together (which
+note ends where, which program sounds) is for `meloformer.midi.reader`. Both run in time and memory linear in
+the size of the file, whatever its bytes.
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import MidiError
+
+# A player expects the header first. Old Macintosh and archive tools put up to 512 bytes before it; a header
+# further in is more likely a part of something that is not a song.
+MAX_PREFIX_BYTES = 1024
+
+NOTE_OFF, NOTE_ON, PROGRAM = 0x80, 0x90, 0xC0  # status bytes of channel 0
+END_OF_TRACK, TEMPO, TIME_SIGNATURE = 0x2F, 0x51, 0x58  # types of meta events
+
+_SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # every other system status stands alone
+_HEADER_BYTES = 14
+_READ_AHEAD = bytes(16)  # lets the scan look past the end instead of checking before every byte
+_LOW_28_BITS = (1 << 28) - 1  # the largest number a MIDI file can hold
+
+
+@dataclass
+class Track:
+    """The notes and program changes of one MTrk chunk.
+
+    Attributes:
+        events: (tick, status byte, first data byte, second data byte) in file order; note-on, note-off and
+            program change only; data bytes are 0..127, and the second is 0 for a program change.
+        end: tick at which the track ends.
+    """
+
+    events: list[tuple[int, int, int, int]] = field(default_factory=list)
+    end: int = 0
+
+
+@dataclass
+class Scan:
+    """What a file says, in file order, with its syntax repaired.
+
+    Attributes:
+        format: 0, 1 or 2; other values in the file become 1.
+        division: the 16 bits of the header: ticks per quarter, or SMPTE if the highest bit is set.
+        tracks: every MTrk chunk that holds a note or a program change.
+        metas: (tick, type, payload) of tempi and time signatures of all tracks; payloads are cut to 8 bytes.
+        mends: how often each repair was made, by the codes of `meloformer.midi.reader.MENDS`.
+    """
+
+    format: int
+    division: int
+    tracks: list[Track] = field(default_factory=list)
+    metas: list[tuple[int, int, bytes]] = field(default_factory=list)
+    mends: Counter[str] = field(default_factory=Counter)
+
+
+def scan(data: bytes) -> Scan:
+    """Read a whole file.
+
+    Raises:
+        MidiError: `not_midi`, if there is no complete header.
+    """
+    start = _find_header(data)
+    size = len(data)
+    header_bytes, file_format, track_count, division = struct.unpack_from(">LHHH", data, start + 4)
+    found = Scan(file_format, division)
+    mends = found.mends
+    if start:
+        mends["wrapped"] += 1
+    if file_format > 2:
+        mends["bad_format"] += 1
+        found.format = 1
+    pos = start + 8 + header_bytes
+    if header_bytes != 6:
+        mends["bad_header_length"] += 1
+        if not _chunk_starts(data, pos, size):
+            pos = _find(data, b"MTrk", start + 8, size)
+
+    chunks = 0
+    data += _READ_AHEAD
+    while pos + 8 <= size:
+        tag = data[pos : pos + 4]
+        if tag == b"MTrk":
+            chunks += 1
+            pos = _read_chunk(data, pos, size, found)
+        elif tag == b"MThd":
+            mends["second_song"] += 1
+            break
+        elif _chunk_starts(data, pos, size):
+            mends["foreign_chunk"] += 1
+            pos = _chunk_end(data, pos)
+        else:
+            pos = _find(data, b"MTrk", pos + 1, size)
+            if pos < size:  # bytes after the last track change nothing
+                mends["junk"] += 1
+    if chunks != track_count:
+        mends["bad_track_count"] += 1
+    return found
+
+
+def _find_header(data: bytes) -> int:
+    in_riff = data[:4] == b"RIFF" and data[8:12] == b"RMID"
+    start = data.find(b"MThd", 0, len(data) if in_riff else MAX_PREFIX_BYTES)
+    if start < 0:
+        raise MidiError("not_midi", "no MThd header")
+    if start + _HEADER_BYTES > len(data):
+        raise MidiError("not_midi", "the header is cut off")
+    return start
+
+
+def _find(data: bytes, tag: bytes, start: int, stop: int) -> int:
+    """Where `tag` next stands in data[start:stop], or `stop`."""
+    pos = data.find(tag, start, stop)
+    return stop if pos < 0 else pos
+
+
+def _chunk_end(data: bytes, pos: int) -> int:
+    return pos + 8 + int.from_bytes(data[pos + 4 : pos + 8], "big")
+
+
+def _chunk_starts(data: bytes, pos: int, size: int) -> bool:
+    """Whether a whole chunk, or any MTrk, can start at `pos`."""
+    tag = data[pos : pos + 4]
+    if tag == b"MTrk":
+        return True
+    printable = len(tag) == 4 and all(0x20 <= byte < 0x7F for byte in tag)
+    return printable and pos + 8 <= size and _chunk_end(data, pos) <= size
+
+
+def _read_chunk(data: bytes, pos: int, size: int, found: Scan) -> int:
+    """Read the MTrk chunk at `pos` into `found`; return where the next chunk should start."""
+    start, stop = pos + 8, _chunk_end(data, pos)
+    limit = stop
+    believed_from = start
+    if stop != size and not _chunk_starts(data, stop, size):
+        limit = _find(data, b"MTrk", start, size)
+    elif _find(data, b"MTrk", start, stop) == stop:
+        # The length is right, so an end mark with more than padding behind it is not the end.
+        believed_from = start + len(data[start:stop].rstrip(b"\0")) + 1
+    track = Track()
+    pos, ended = _read_events(data, start, limit, believed_from, track, found)
+    if track.events:
+        found.tracks.append(track)
+    if not ended:
+        found.mends["truncated" if pos > limit or stop > size else "no_end_of_track"] += 1
+    elif pos != stop:
+        found.mends["bad_track_length"] += 1
+    if not ended:
+        return limit
+    # Where the length of the chunk is right, this is its end; where it is too long, tracks may hide in it.
+    return _find(data, b"MTrk", pos, limit) if limit == stop else pos
+
+
+def _read_events(
+    data: bytes, pos: int, limit: int, believed_from: int, track: Track, found: Scan
+) -> tuple[int, bool]:
+    """Read events from `pos` until `limit` or an end-of-track mark that ends at `believed_from` or later.
+
+    Returns the position behind the last event and whether the mark was found. The position is beyond `limit`
+    if the last event did not fit; that event is dropped.
+    """
+    add, metas, mends = track.events.append, found.metas, found.mends
+    tick = status = 0
+    ended = False
+    while pos < limit:
+        delta = data[pos]
+        pos += 1
+        if delta >= 0x80:
+            delta, pos = _read_number(data, pos - 1, mends)
+        tick += delta
+
+        byte = data[pos]
+        if byte < 0x80 and not status:
+            mends["stray_bytes"] += 1
+            while byte < 0x80 and pos < limit:
+                pos += 1
+                byte = data[pos]
+        if byte >= 0xF0:
+            # Running status lives on across meta and system events: the standard ends it there, but some
+            # files rely on it, and a data byte can mean nothing else.
+            pos, kind, payload = _read_system(data, pos, limit, mends)
+            if pos > limit:
+                break
+            if kind == END_OF_TRACK and not payload:
+                if pos >= believed_from:
+                    ended = True
+                    break
+                mends["early_end"] += 1
+            if kind == TEMPO or kind == TIME_SIGNATURE:
+                metas.append((tick, kind, payload))
+            continue
+        if byte >= 0x80:
+            status = byte
+            pos += 1
+        first = data[pos]
+        if status & 0xE0 == 0xC0:  # program change and channel pressure have one data byte
+            second = 0
+            pos += 1
+        else:
+            second = data[pos + 1]
+            pos += 2
+        if pos > limit:
+            break
+        if (first | second) & 0x80:
+            mends["clipped"] += 1
+            first, second = min(first, 127), min(second, 127)
+        if status < 0xA0 or status & 0xF0 == PROGRAM:
+            add((tick, status, first, second))
+    track.end = tick
+    return pos, ended
+
+
+def _read_system(data: bytes, pos: int, limit: int, mends: Counter) -> tuple[int, int, bytes]:
+    """Read the meta or system event whose status byte stands at `pos`.
+
+    Returns the position behind it (beyond `limit` if it does not fit), the type of a meta event or -1, and
+    the first 8 bytes of a meta event.
+    """
+    status = data[pos]
+    if status == 0xFF:
+        kind = data[pos + 1]
+        length, pos = _read_number(data, pos + 2, mends)
+        return pos + length, kind, data[pos : pos + min(length, 8)]
+    if status in (0xF0, 0xF7):
+        length, start = _read_number(data, pos + 1, mends)
+        if start + length > limit:
+            # Some writers leave the length out, as on the wire: then the message ends at its F7 byte.
+            end = data.find(0xF7, pos + 1, limit)
+            if end >= 0:
+                mends["bad_sysex"] += 1
+                return end + 1, -1, b""
+        return start + length, -1, b""
+    mends["system_status"] += 1
+    return pos + 1 + _SYSTEM_DATA_BYTES.get(status, 0), -1, b""
+
+
+def _read_number(data: bytes, pos: int, mends: Counter) -> tuple[int, int]:
+    """Read the variable-length number at `pos`; return it and the position behind it."""
+    value, start = 0, pos
+    while True:
+        byte = data[pos]
+        pos += 1
+        value = (value << 7 | byte & 0x7F) & _LOW_28_BITS
+        if byte < 0x80:
+            break
+    if pos - start > 4:
+        mends["long_number"] += 1
+    return value, pos
+
+
+def write(ticks_per_quarter: int, tracks: Iterable[Iterable[tuple[int, bytes]]]) -> bytes:
+    """A clean format 1 file.
+
+    Args:
+        ticks_per_quarter: 1..32767.
+        tracks: for each track, its (tick, bytes of the event) in time order, without the end-of-track mark.
+    """
+    chunks = [_write_track(track) for track in tracks]
+    return b"".join([struct.pack(">4sLHHH", b"MThd", 6, 1, len(chunks), ticks_per_quarter), *chunks])
+
+
+def meta(kind: int, payload: bytes) -> bytes:
+    """A meta event of at most 127 bytes."""
+    return bytes((0xFF, kind, len(payload))) + payload
+
+
+def _write_track(events: Iterable[tuple[int, bytes]]) -> bytes:
+    body = bytearray()
+    now = 0
+    for tick, event in events:
+        delta = tick - now
+        now = tick
+        if delta < 0x80:
+            body.append(delta)
+        else:
+            body += _number(delta)
+        body += event
+    body += b"\0\xff\x2f\0"
+    return struct.pack(">4sL", b"MTrk", len(body)) + body
+
+
+def _number(value: int) -> bytes:
+    """`value` as a variable-length number."""
+    digits = [value & 0x7F]
+    while value := value >> 7:
+        digits.append(value & 0x7F | 0x80)
+    return bytes(reversed(digits))

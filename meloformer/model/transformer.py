@@ -1,0 +1,218 @@
+"""The MeloFormer Transformer: regular tokens and one summary token per bar, in two streams.
+
+Shape suffixes: B rows, N regular tokens, M summary tokens, H heads, D = E / H channels of a head,
+E model width, V padded vocabulary. `s_` and `r_` are the summary and the regular stream.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import Structure, make_attention
+from ..kernels.attention import Attention
+from ..kernels.dense import CausalAttention
+from ..kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
+from ..tokens import vocab
+from .layers import DenseLayer, Embedding, Layer, RMSNorm, Rotary, recomputed
+
+INIT_STD = 0.02
+DENSE = "dense"  # names the attention of a model without summaries, as backends name those with them
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. `ffn` is the inner width of SwiGLU; `near_bars`, `kind_rule`: see `Structure`.
+
+    A `dense` model has no summaries: it attends to all earlier tokens of the document, of whatever kind.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    ffn: int
+    vocab_size: int = vocab.VOCAB_SIZE
+    near_bars: tuple[int, ...] = NEAR_BARS
+    rope_theta: float = 10000.0
+    size: str = "custom"  # the name of a preset
+    dense: bool = False
+    kind_rule: str = KIND_RULE
+
+    def __post_init__(self):
+        object.__setattr__(self, "near_bars", tuple(self.near_bars))  # a list when read from JSON
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} is not a multiple of 2 x heads ({self.heads})")
+        check_kind_rule(self.kind_rule)
+        if self.dense and self.kind_rule != KIND_RULE:
+            raise ValueError(f"a dense model has no kind_rule, got '{self.kind_rule}'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V: the vocabulary rounded up to a multiple of 64, which matrix products like."""
+        return -(-self.vocab_size // 64) * 64
+
+    def as_dense(self) -> "ModelConfig":
+        """A dense model of as many parameters: what a layer saves on summaries, 6 dim^2, widens its FFN."""
+        return self if self.dense else replace(self, dense=True, ffn=self.ffn + 2 * self.dim)
+
+
+SIZES: dict[str, ModelConfig] = {
+    "small": ModelConfig(size="small", layers=6, dim=256, heads=4, ffn=2752),  # 17M parameters
+    "base": ModelConfig(size="base", layers=12, dim=512, heads=8, ffn=2880),  # 85M
+    "large": ModelConfig(size="large", layers=16, dim=768, heads=12, ffn=2816),  # 200M
+    "xlarge": ModelConfig(size="xlarge", layers=24, dim=1024, heads=16, ffn=2688),  # 450M
+}
+
+
+# Two kinds of layers times the numbers of summaries that rows have (`summary_room`): more than PyTorch's 8.
+RECOMPILE_LIMIT = 256
+RECOMPUTE = ("none", "ffn", "layer")  # what a backward may compute again, to save memory
+
+
+class MeloFormer(nn.Module):
+    """Predicts the next token of packed songs from tokens, instruments and summaries of past bars.
+
+    Initialised as GPT-2 is: normal with deviation 0.02, and for the projections that end in a
+    residual stream 0.02 / sqrt(2 x layers).
+
+    Args:
+        config: its shape.
+        recompute: one of `RECOMPUTE`; what does not change the results, but time and memory.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: str = "none"):
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.token_embedding = Embedding(config.padded_vocab_size, config.dim)
+        self.instrument_embedding = Embedding(NO_INSTRUMENT + 1, config.dim)
+        shape = config.dim, config.heads, config.ffn
+        if config.dense:
+            self.layers = nn.ModuleList(DenseLayer(*shape) for _ in range(config.layers))
+        else:
+            self.summary_embedding = nn.Parameter(torch.empty(config.dim))
+            last = config.layers - 1
+            self.layers = nn.ModuleList(Layer(*shape, last=i == last) for i in range(config.layers))
+        for layer in self.layers:
+            layer.recompute_ffn = recompute == "ffn"
+        self.norm_out = RMSNorm(config.dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 or name == "summary_embedding":
+                nn.init.normal_(parameter, std=INIT_STD)
+        residual_std = INIT_STD / (2 * self.config.layers) ** 0.5
+        for layer in self.layers:
+            for projection in layer.residual_projections:
+                nn.init.normal_(projection.weight, std=residual_std)
+
+    def compile_layers(self, **options) -> None:
+        """Compile each layer, for training mode alone; other modes have other shapes and less to do.
+
+        Layers of one kind share their code. Shapes are static, a new one compiles anew; but for the number of
+        summaries, if the attention allows. Hooks of a layer, as sharding has them, run outside of what is
+        compiled.
+
+        Args:
+            options: for `torch.compile`.
+        """
+        config = torch._dynamo.config
+        config.optimize_ddp = False  # it would cut layers up; gradients travel between layers anyway
+        config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+        compiled = torch.compile(_forward, fullgraph=True, dynamic=False, **options)
+        for layer in self.layers:
+            layer.forward = partial(_compiled_forward, compiled, layer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
+
+    def attention_for(self, structure: Structure, name: str = "auto") -> Attention | CausalAttention:
+        """The attention of a batch, by the name of a backend; that of a dense model is "dense".
+
+        Raises:
+            ValueError, RuntimeError: the name is unknown, or none for this model or this device.
+        """
+        if not self.config.dense:
+            return make_attention(structure, name)
+        if name not in ("auto", DENSE):
+            raise ValueError(f"a dense model has no attention '{name}'")
+        return CausalAttention(structure, self.device)
+
+    def forward(
+        self, ids_BN: Tensor, structure: Structure, attention: Attention | CausalAttention | str = "auto"
+    ) -> Tensor:
+        """Logits of the next token, [B, N, V].
+
+        Args:
+            ids_BN: token ids, int64 [B, N].
+            structure: of the same tokens, with near_bars and kind_rule of the configuration.
+            attention: a name, or what `attention_for(structure)` returned (make it once per batch if
+                the model runs more than once on it, or is compiled).
+
+        Rows and documents do not influence each other, nor does padding; its own logits mean nothing.
+        """
+        if ids_BN.shape != structure.doc.shape:
+            raise ValueError(f"ids {list(ids_BN.shape)} do not fit structure {list(structure.doc.shape)}")
+        for name in ("near_bars", "kind_rule"):
+            its, mine = getattr(structure, name), getattr(self.config, name)
+            if its != mine:
+                raise ValueError(f"structure has {name} {its}, not {mine}")
+        if isinstance(attention, str):
+            attention = self.attention_for(structure, attention)
+
+        # Streams are in the dtype that products are computed in: between layers nothing is done but to add
+        # and to norm, both bound by memory.
+        dtype = self._compute_dtype()
+        r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(structure.inst, dtype)
+        recomputes = self.recompute == "layer" and torch.is_grad_enabled()
+        run = recomputed if recomputes else _run
+        rotary_r = self._rotary(structure.position)
+        if self.config.dense:
+            for layer in self.layers:
+                r_BNE = run(layer, r_BNE, attention, rotary_r)
+        else:
+            s_BME = self.summary_embedding.to(r_BNE.dtype)
+            s_BME = s_BME.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
+            rotary_s = self._rotary(structure.summary_position)
+            for layer in self.layers:
+                s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
+        return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
+
+    def _rotary(self, position_BN: Tensor) -> Rotary:
+        return Rotary(position_BN, self.config.head_dim, self.config.rope_theta, self._compute_dtype())
+
+    def _compute_dtype(self) -> torch.dtype:
+        device = self.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.token_embedding.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied embedding counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _run(layer: nn.Module, *args):
+    return layer(*args)
+
+
+def _forward(layer: nn.Module, *args):
+    return type(layer).forward(layer, *args)
+
+
+def _compiled_forward(compiled: Callable, layer: nn.Module, *args):
+    if not layer.training:
+        return _forward(layer, *args)
+    if isinstance(layer, Layer) and args[2].any_summaries:
+        s_BME, _, _, rotary_s, _ = args
+        for x in (s_BME, rotary_s.cos_BND, rotary_s.sin_BND):  # by now: hooks of the layer may copy them
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+    return compiled(layer, *args)

@@ -1,0 +1,188 @@
+"""HIDTokenizer: MIDI files to token ids and back.
+
+Encoding and decoding work on whole arrays. For every `ids = encode(song)` the decoded song encodes
+to the same ids.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import miditoolkit
+import numpy as np
+
+from ..errors import UserError
+from ..midi.reader import read_midi_with_mends
+from . import attributes, grammar, score, vocab
+from .chords import label_bars
+from .score import Score
+
+
+class HIDTokenizer:
+    """The HID token language (see docs/tokens.md). It has no settings and no state."""
+
+    vocab_size = vocab.VOCAB_SIZE
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary, 64 hex digits; shards and checkpoints carry it."""
+        return vocab.fingerprint()
+
+    def encode(self, song: str | os.PathLike | miditoolkit.MidiFile) -> np.ndarray:
+        """Token ids of a song, uint16 [n], from BOS to EOS.
+
+        Args:
+            song: the path of a MIDI file, or a parsed one (taken as it is, unmended).
+
+        Raises:
+            MidiError: the file cannot become a song; `reason` says why.
+        """
+        return self.encode_with_mends(song)[0]
+
+    def encode_with_mends(
+        self, song: str | os.PathLike | miditoolkit.MidiFile
+    ) -> tuple[np.ndarray, frozenset[str]]:
+        """As `encode`, and the codes (`midi_reader.MENDS`) of what was mended in the file."""
+        mends: frozenset[str] = frozenset()
+        if not isinstance(song, miditoolkit.MidiFile):
+            song, mends = read_midi_with_mends(song)
+        return encode_score(score.from_midi(song)), frozenset(mends)
+
+    def decode(self, ids: Iterable[int]) -> miditoolkit.MidiFile:
+        """The song that token ids spell: int [n]. A fragment that ends with a note is decoded alike.
+
+        Each program has a track of its own. From 16 melodic programs on they share channels, and
+        then only `midi_writer.write_midi` writes a file that plays right.
+
+        Raises:
+            ValueError: the ids break the grammar (the message names the first bad token), hold no
+                bar, or end inside a header or a note.
+        """
+        ids = np.asarray(ids)
+        state = grammar.check(ids)
+        if not (state.bar_complete or (len(ids) and ids[-1] == vocab.EOS)):
+            raise ValueError("the ids end where no song may end")
+        return score.to_midi(*decode_score(ids))
+
+    def token_name(self, token: int) -> str:
+        """Name of an id, e.g. 'CHORD_A:min7'; IndexError if there is none."""
+        if token < 0:
+            raise IndexError(f"no token has the id {token}")
+        return vocab.names()[token]
+
+    def token_id(self, name: str) -> int:
+        """Id of a name; KeyError if there is none."""
+        return vocab.ids_by_name()[name]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the vocabulary and its fingerprint as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    def to_json(self) -> dict:
+        """The vocabulary and its fingerprint as plain JSON values."""
+        return {**vocab.to_json(), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HIDTokenizer":
+        """Read a saved tokenizer.
+
+        Raises:
+            UserError: the file is unreadable, or holds another vocabulary than this version's.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+        return cls.from_json(data, str(path))
+
+    @classmethod
+    def from_json(cls, data: object, source: str) -> "HIDTokenizer":
+        """As `load`, from parsed JSON; `source` names it in the error."""
+        tokenizer = cls()
+        if data != tokenizer.to_json():
+            raise UserError(
+                f"{source} holds another tokenizer than this version's; make the data again with "
+                "`python -m meloformer.preprocess`, or use the version that wrote it"
+            )
+        return tokenizer
+
+
+def encode_score(song: Score) -> np.ndarray:
+    """Token ids of a quantised song, uint16 [n], from BOS to EOS."""
+    bar_of_note = np.searchsorted(song.bar_start, song.start, side="right") - 1
+    onset = song.start - song.bar_start[bar_of_note]
+    rank = vocab.INSTRUMENT_RANK[song.inst]
+    order = np.lexsort((song.pitch, onset, rank, bar_of_note))
+    bar_of_note, onset, rank = bar_of_note[order], onset[order], rank[order]
+    length = vocab.length_to_index(song.length[order])
+    velocity = song.velocity[order]
+
+    def changes(*columns: np.ndarray) -> np.ndarray:
+        """Where a row differs from the row before it; the first always does."""
+        different = np.ones(len(columns[0]), dtype=bool)
+        different[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+        return different
+
+    new_group = changes(bar_of_note, rank)
+    note_slots = [
+        (new_group, vocab.INST, rank),
+        (new_group | changes(onset), vocab.T, onset),
+        (np.ones(len(order), dtype=bool), vocab.P, song.pitch[order]),
+        (new_group | changes(length), vocab.L, length),
+        (new_group | changes(velocity), vocab.V, velocity),
+    ]
+
+    drums = song.inst == vocab.DRUMS
+    chord = label_bars(song.start[~drums], song.length[~drums], song.pitch[~drums], song.bar_start)
+    nominal = vocab.SIGNATURE_STEPS[song.signature] - song.part * vocab.MAX_BAR_STEPS
+    cut = song.bar_steps < np.minimum(nominal, vocab.MAX_BAR_STEPS)
+    # A bar line is early if the bar before it, or a part of it, did not run its full length.
+    early = np.append(False, (song.bar_steps < nominal)[:-1]) & (song.part == 0)
+    bar_slots = [
+        (np.ones(len(chord), dtype=bool), vocab.CHORD, chord),
+        (changes(song.signature) | early, vocab.TS, song.signature),
+        (cut, vocab.CUT, song.bar_steps - 1),
+        (changes(song.bpm), vocab.BPM, song.bpm - vocab.MIN_BPM),
+    ]
+
+    # Bar headers and notes interleave by bar: a header's key sorts before the notes of its bar.
+    bar_ids, bar_rows = _flatten(bar_slots)
+    note_ids, note_rows = _flatten(note_slots)
+    keys = np.concatenate((2 * bar_rows, 2 * bar_of_note[note_rows] + 1))
+    body = np.concatenate((bar_ids, note_ids))[np.argsort(keys, kind="stable")]
+    return np.concatenate(([vocab.BOS], body, [vocab.EOS])).astype(np.uint16)
+
+
+def _flatten(slots: list[tuple[np.ndarray, vocab.Family, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of the slots that are present, row by row, and the row of each."""
+    present = np.stack([slot[0] for slot in slots], axis=1)  # [rows, slots]
+    ids = np.stack([family.start + value for _, family, value in slots], axis=1)
+    return ids[present], np.nonzero(present)[0]
+
+
+def decode_score(ids: np.ndarray) -> tuple[Score, np.ndarray]:
+    """The quantised song and the chord label of each bar, from ids that follow the grammar."""
+    ids = np.asarray(ids).astype(np.int64)
+    bars = attributes.scan_bars(ids)
+    scanned = attributes.scan(ids)
+    note = np.flatnonzero(vocab.P.mask(ids))
+
+    padded = np.append(ids, [vocab.EOS, vocab.EOS])
+    is_length, is_velocity = vocab.L.mask(padded), vocab.V.mask(padded)
+    length_at = note + is_length[note + 1]  # a note's own L and V follow its P
+    velocity_at = length_at + is_velocity[length_at + 1]
+    onset = ids[attributes.last_index(vocab.T.mask(ids))[note]] - vocab.T.start
+    length = vocab.LENGTHS[ids[attributes.last_index(vocab.L.mask(ids))[length_at]] - vocab.L.start]
+    velocity = ids[attributes.last_index(vocab.V.mask(ids))[velocity_at]] - vocab.V.start
+
+    bar_start = bars.start
+    # A generated song may let a note sound into the next of its pitch; an encoded one never does.
+    notes = score.resolve_overlaps(
+        bar_start[scanned.bar[note]] + onset,
+        length,
+        ids[note] - vocab.P.start,
+        velocity,
+        scanned.inst[note].astype(np.int64),
+    )
+    return Score(*notes, bar_start, bars.steps, bars.signature, bars.part, bars.bpm), bars.chord

@@ -1,0 +1,33 @@
+"""The optimizer and its schedule."""
+
+import math
+
+import torch
+
+from ..model.transformer import MeloFormer
+from .config import TrainConfig
+
+MIN_LR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
+MAX_WARMUP_SHARE = 0.1  # a short run warms up for at most this share of its steps
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from the peak to MIN_LR_SHARE of it. `step` counts from 0."""
+    warmup = max(1, min(config.warmup_steps, int(MAX_WARMUP_SHARE * total)))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    share = MIN_LR_SHARE + (1 - MIN_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * share
+
+
+def make_optimizer(model: MeloFormer, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; only matrices decay, since decaying gains and embedding vectors of rank 1 has no sense."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True if device.type == "cuda" else None
+    )

@@ -1,0 +1,138 @@
+"""Where the records of a run go: `log.jsonl` always, TensorBoard and Weights & Biases if asked.
+
+Only the lead process has a log.
+"""
+
+import importlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from ..data.shards import write_atomic
+from ..errors import UserError
+
+LOG = "log.jsonl"
+_AXES = ("step", "epoch")
+
+
+class RunLog:
+    """Takes records; each has a `step`.
+
+    Args:
+        folder: of the run.
+        last_step: the step that the run goes on from. What an interrupted run logged of later ones is
+            forgotten: they will come again.
+        settings: of the run, for the boards.
+        tensorboard: whether to write `folder/tensorboard`.
+        wandb: project of Weights & Biases, or None.
+
+    Raises:
+        UserError: a board was asked for, and its package is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        last_step: int,
+        settings: dict,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+    ):
+        self._boards: list[tuple[Callable[[dict, int], None], Callable[[], None]]] = []
+        if tensorboard:
+            self._boards.append(_tensorboard(folder, last_step))
+        if wandb is not None:
+            self._boards.append(_wandb(folder, settings, wandb))
+        path = folder / LOG
+        write_atomic(path, _lines_until(path, last_step))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        values = {
+            name: value
+            for name, value in record.items()
+            if name not in _AXES and isinstance(value, (int, float)) and value is not None
+        }
+        for log, _ in self._boards:
+            log(values, record["step"])
+
+    def sync(self) -> None:
+        """Force the records to the disk, so that no checkpoint is ahead of the log."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        for _, close in self._boards:
+            close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSONL file. Lines that are cut are passed over.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the training log {path}: {error.strerror or error}") from None
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut by a crash in mid-write; a resumed run goes on after it
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _lines_until(path: Path, last_step: int) -> bytes:
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError):
+                break  # the line a killed process was writing
+    return "".join(line + "\n" for line in kept).encode()
+
+
+def _import(module: str, flag: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"--{flag} needs a package that is not installed: pip install {package}") from None
+
+
+def _tensorboard(folder: Path, last_step: int):
+    module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard")
+    writer = module.SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
+
+    def log(values: dict, step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def _wandb(folder: Path, settings: dict, project: str):
+    wandb = _import("wandb", "wandb", "wandb")
+    identity = folder / "wandb_id.txt"  # so that a resumed run goes on with its own curves
+    if not identity.exists():
+        write_atomic(identity, uuid.uuid4().hex.encode())
+    run = wandb.init(
+        project=project,
+        dir=str(folder),
+        id=identity.read_text(),
+        resume="allow",
+        config=settings,
+        name=folder.name,
+    )
+    return lambda values, step: run.log(values, step=step), run.finish

@@ -1,0 +1,65 @@
+"""A song by the model as it is in the middle of training, as MIDI and as a picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..generate import Sampling, generate
+from ..midi.writer import write_midi
+from ..model.transformer import MeloFormer
+from ..plots.piano_roll import piano_roll
+from ..tokens import vocab
+from ..tokens.tokenizer import HIDTokenizer
+
+BARS, MAX_TOKENS = 16, 1024
+SAMPLING = Sampling(temperature=1.0, top_p=0.95)
+SEED = 0  # the same for all samples of a run, so that they differ by what the model has learned
+
+
+class _Stopped(Exception):
+    pass
+
+
+def write_sample(
+    model: MeloFormer, folder: Path, step: int, *, max_context: int, attention: str, stops: Callable[[], bool]
+) -> bool:
+    """Write `folder/step-<step>.mid` and `.png`.
+
+    Args:
+        model: in any mode; it is in the same one afterwards.
+        max_context: tokens that the model sees at most.
+        stops: asked after each token whether to break off.
+
+    Returns:
+        False if it was broken off.
+    """
+
+    def on_token(*_) -> None:
+        if stops():
+            raise _Stopped
+
+    was_training = model.training
+    model.eval()
+    try:
+        ids = generate(
+            model,
+            bars=BARS,
+            max_tokens=MAX_TOKENS,
+            sampling=SAMPLING,
+            seed=SEED,
+            max_context=max_context,
+            attention=attention,
+            on_token=on_token,
+        )
+    except _Stopped:
+        return False
+    finally:
+        model.train(was_training)
+    if not vocab.P.mask(ids).any():
+        print(f"the sample of step {step} has no note")
+        return True
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:08d}.mid"
+    midi = HIDTokenizer().decode(ids)
+    write_midi(midi, path)
+    piano_roll(midi, path.with_suffix(".png"), f"Step {step:,}")
+    return True

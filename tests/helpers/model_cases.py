@@ -1,0 +1,37 @@
+"""Tiny models for tests, and what of their input reaches what of their output."""
+
+import torch
+
+from meloformer.model.transformer import MeloFormer, ModelConfig
+from meloformer.tokens import vocab
+
+TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=48)
+
+
+def tiny_model(config: ModelConfig = TINY, dtype=torch.float64) -> MeloFormer:
+    """A model with weights large enough for every connection to show."""
+    torch.manual_seed(0)
+    model = MeloFormer(config).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def random_ids(batch, length=None, seed=0):
+    length = max(sum(map(len, row)) for row in batch) if length is None else length
+    return torch.randint(
+        0, vocab.VOCAB_SIZE, (len(batch), length), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def influence(model, ids, structure, attention, row, token) -> torch.Tensor:
+    """Largest gradient of a random mix of the logits of one token to every embedding: [B, N]."""
+    probe = torch.zeros(
+        *ids.shape, model.config.dim, dtype=model.token_embedding.weight.dtype, device=ids.device
+    )
+    probe.requires_grad_()
+    handle = model.token_embedding.register_forward_hook(lambda module, args, output: output + probe)
+    logits = model(ids, structure, attention)[row, token]
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits @ torch.randn_like(logits), probe)
+    return gradient.abs().amax(dim=-1)

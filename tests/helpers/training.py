@@ -1,0 +1,108 @@
+"""Runs of a tiny model for tests: their settings, their logs, and commands that train."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
+from meloformer.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_TRAIN = ROOT / "tests" / "helpers" / "tiny_train.py"
+FORKED_TRAIN = ROOT / "tests" / "helpers" / "forked_train.py"
+TIMES = ("tokens_per_s", "data_wait", "mfu")  # of a record, what two equal runs do not share
+SETTINGS = {
+    "model_size": "small",
+    "max_seq_len": 512,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "epochs": 2,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+    "attention": "reference",
+}
+
+
+def config(data, output, **changes) -> TrainConfig:
+    return TrainConfig(data_dir=str(data), output_dir=str(output), **(SETTINGS | changes))
+
+
+def arguments(data, **changes) -> list[str]:
+    """The same as flags, without --output_dir."""
+    settings = {"data_dir": data, **SETTINGS, **changes}
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def records(output, key="loss") -> list[dict]:
+    """The records of a run that have `key`, without what is time."""
+    lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if key in line]
+
+
+def losses(output) -> list[float]:
+    return [record["loss"] for record in records(output)]
+
+
+def assert_same_run(one, other):
+    """Logs and final weights are equal bit by bit."""
+    assert records(one) == records(other)
+    assert records(one, "val_loss") == records(other, "val_loss")
+    first, second = (load_checkpoint(latest_checkpoint(output / "checkpoints")) for output in (one, other))
+    assert first.step == second.step
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def environment(faults=(), **more) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "FAULTS": json.dumps(list(faults))}
+    return {**os.environ, **own, **more}
+
+
+def fault(what: str, step: int, rank: int = 0, attempt: int = 0) -> dict:
+    return {"what": what, "step": step, "rank": rank, "attempt": attempt}
+
+
+def run(command: list, faults=(), timeout: int = 300, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment(faults, **more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def tiny(*args) -> list:
+    return [sys.executable, TINY_TRAIN, *args]
+
+
+def torchrun(processes: int, *args, restarts: int = 0, script: Path = TINY_TRAIN) -> list:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
+    return [*launcher, f"--nproc_per_node={processes}", script, *args]
+
+
+def spec(world: int, *args, faults=()) -> str:
+    """A run for the scenario "runs" of `forked_train`."""
+    words = [str(arg) for arg in args]
+    return json.dumps({"world": world, "args": words, "faults": list(faults)})
+
+
+def forked(scenario: str, *args, **more):
+    """What a scenario of `forked_train` tells."""
+    done = run([sys.executable, FORKED_TRAIN, scenario, *args], **more)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def read_gradients(file: Path) -> tuple[dict[str, Tensor], list[int]]:
+    """What a scenario of `forked_train` saved: gradients by name, and the buckets that were exchanged."""
+    with safe_open(file, "pt") as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}
+        return found, json.loads(opened.metadata()["exchanged"])

@@ -1,0 +1,105 @@
+import json
+import sys
+import types
+
+import pytest
+
+from meloformer.errors import UserError
+from meloformer.training.metrics import Meter, StepFigures, bar_fields
+from meloformer.training.run_log import RunLog
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
+    log = RunLog(tmp_path, 0, {})
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    RunLog(tmp_path, 3, {}).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    RunLog(tmp_path, 0, {}).close()
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("board, package", [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+def test_a_board_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch, board, package):
+    for name in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    with pytest.raises(
+        UserError, match=f"--{board} needs a package that is not installed: pip install {package}"
+    ):
+        RunLog(tmp_path, 0, {}, **{board: "project"})
+
+
+def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    log = RunLog(tmp_path, 4, {}, tensorboard=True)
+    log.write({"step": 5, "epoch": 0, "loss": None, "lr": 0.5})
+    log.close()
+    assert written == [(tmp_path / "tensorboard", 5), ("lr", 0.5, 5), "closed"]
+
+
+def test_a_resumed_run_goes_on_with_its_own_curves_on_wandb(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finish")
+    )
+    fake = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        log = RunLog(tmp_path, 0, {"seed": 3}, wandb="songs")
+        log.write({"step": 1, "epoch": 0, "loss": 2.0})
+        log.close()
+    first, second = calls[0], calls[3]
+    assert first == second
+    assert (first["project"], first["config"], first["resume"]) == ("songs", {"seed": 3}, "allow")
+    assert calls[1:3] == [({"loss": 2.0}, 1), "finish"]
+
+
+def test_what_is_done_in_a_pause_is_no_part_of_a_step(monkeypatch):
+    """But what is before and after it."""
+    clock = iter([10.0, 11.0, 18.0, 19.5, 30.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter()
+    with meter.paused():  # from 11 to 18
+        pass
+    figures = StepFigures(2.5, 0.5, 1000, 8e11, True, None)
+    assert meter.step_record(1, 0, 1e-3, figures)["tokens_per_s"] == 1000 / 2.5
+    assert meter.step_record(2, 0, 1e-3, figures)["tokens_per_s"] == 1000 / 10.5
+
+
+def test_the_record_of_a_step(monkeypatch):
+    clock = iter([10.0, 10.5, 11.0, 12.0, 20.0, 20.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter(peak=1e12)
+    assert next(meter.waiting(["batch"])) == "batch"
+    record = meter.step_record(1, 0, 1e-3, StepFigures(2.5, 0.5, 1000, 8e11, True, None))
+    assert record == {
+        "step": 1, "epoch": 0, "lr": 1e-3, "loss": 2.5, "grad_norm": 0.5, "tokens": 1000,
+        "tokens_per_s": 500.0, "data_wait": 0.25, "mfu": 0.4,
+    }  # fmt: skip
+    assert bar_fields(record) == {
+        "epoch": "1", "loss": "2.500", "lr": "1.0e-03", "tok/s": "500", "MFU": "40.0%", "wait": "25.0%",
+    }  # fmt: skip
+    meter.restart()  # what took eight seconds was not a step
+    record = meter.step_record(2, 0, 1e-3, StepFigures(float("nan"), float("inf"), 1000, 8e11, False, None))
+    assert record["tokens_per_s"] == 2000 and record["skipped"] and record["data_wait"] == 0
+    assert record["loss"] is None and record["grad_norm"] is None
+    assert bar_fields(record)["loss"] == "not finite"

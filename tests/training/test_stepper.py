@@ -1,0 +1,90 @@
+"""One optimizer step: the same whatever deals out its rows."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from meloformer.data.batches import State
+from meloformer.training.job import start_job
+from meloformer.training.stepper import Stepper
+from meloformer.training.trainer import Trainer
+
+from helpers.tiny_train import TINY
+from helpers.training import arguments, config, forked, read_gradients
+
+
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_how_rows_are_dealt_out(data, tmp_path):
+    """Rows differ in targets: a mean of means, or of processes, would be another gradient."""
+    shapes = ("1x1x4", "1x4x1", "2x2x1", "2x1x2", "4x1x1")  # processes x batches x rows
+    args = arguments(data, max_grad_norm=1e9, max_seq_len=1024)
+    forked("gradients", tmp_path, " ".join(shapes), *args)
+    found = {}
+    for shape in shapes:
+        found[shape], exchanged = read_gradients(tmp_path / f"{shape}.safetensors")
+        # Each bucket of gradients once a step, however many batches the step has.
+        assert len(exchanged) == len(set(exchanged)) and bool(exchanged) == (shape[0] != "1")
+    for name, gradient in found[shapes[0]].items():
+        for shape in shapes[1:]:
+            difference = (found[shape][name] - gradient).abs().max()
+            assert difference <= 1e-5 * gradient.abs().max(), (shape, name)
+
+
+def test_rows_differ_enough_for_the_test_above(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path, max_seq_len=1024), TINY, start_job("cpu"))
+    targets = [trainer.data.batch(0, [row]).num_targets for row in range(4)]
+    assert max(targets) > 1.05 * min(targets), targets
+
+
+def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    batch = trainer.data.batch(0, [0, 1])
+    trainer.stepper.accumulate(trainer.stepper.prepare(batch), last=True)
+    figures, flags = trainer.stepper.update(1e-3, False, True)()
+    assert flags == [False, True]
+    assert (figures.tokens, figures.taken, figures.spike) == (batch.tokens, True, None)
+    assert 6 < figures.loss < 9  # of a model that knows nothing: the logarithm of the vocabulary
+
+
+@pytest.mark.parametrize("share", [0.1, 10.0], ids=["clipped", "not clipped"])
+def test_gradients_are_means_over_targets_and_clipped_as_pytorch_does(data, tmp_path, share, monkeypatch):
+    """Adam does not see by what its gradients are scaled: those that it is given are looked at."""
+    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    batch, stepper = trainer.data.batch(0, [0, 1]), trainer.stepper
+    stepper.accumulate(stepper.prepare(batch), last=True)
+    expected = [torch.nn.Parameter(torch.zeros_like(p)) for p in stepper.model.parameters()]
+    for own, parameter in zip(expected, stepper.model.parameters()):
+        own.grad = parameter.grad / batch.num_targets
+    norm = torch.nn.utils.get_total_norm([own.grad for own in expected]).item()
+    limit = share * norm
+    torch.nn.utils.clip_grad_norm_(expected, limit)
+    monkeypatch.setattr(stepper, "_config", dataclasses.replace(stepper._config, max_grad_norm=limit))
+    seen = []
+    monkeypatch.setattr(
+        stepper.optimizer, "step", lambda: seen.extend(p.grad.clone() for p in stepper.model.parameters())
+    )
+    figures, _ = stepper.update(1e-3)()
+    assert figures.grad_norm == pytest.approx(norm, rel=1e-5)
+    for got, own in zip(seen, expected, strict=True):
+        torch.testing.assert_close(got, own.grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_random_numbers_of_a_step_follow_from_seed_and_step(data, tmp_path, step):
+    stepper = Stepper(config(data, tmp_path), TINY, start_job("cpu"))
+    stepper.seed(step)
+    first = torch.rand(3)
+    stepper.seed(step + 1)
+    assert not torch.equal(torch.rand(3), first)
+    stepper.seed(step)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_the_state_says_which_rows_come_next(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    assert trainer.epoch == 0
+    trainer.step, trainer.state = 6, State(1, 0)
+    assert trainer.epoch == 0
+    trainer.step, trainer.state = 7, State(1, 2)
+    assert trainer.epoch == 1
