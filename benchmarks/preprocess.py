@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from benchmarks.common.machine import describe, provenance
 from benchmarks.songs import folder_page
-from meloformer import cli, preprocess
+from meloformer import cli
+from meloformer.data import build
 from meloformer.data.inputs import find_files
 from meloformer.data.workers import Failure, Result
 from meloformer.errors import UserError
@@ -33,13 +34,13 @@ def _peak_mib(files: int, connection) -> None:
             ids[:2] = i % 65536, i // 65536
             yield Result(path, (ids, 1, []))
 
-    preprocess.run_tasks = run_tasks
+    build.run_tasks = run_tasks
     with tempfile.TemporaryDirectory() as folder:
         names = Path(folder) / "names.txt"
         with open(names, "w") as file:
             for i in range(files):
                 file.write(PATH.format(group=i % 256, number=i) + "\n")
-        preprocess.preprocess(str(names), f"{folder}/data", num_workers=1, shard_size=10_000)
+        build.preprocess(str(names), f"{folder}/data", num_workers=1, shard_size=10_000)
     # Not ru_maxrss: that one begins with the parent's.
     connection.send(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
 
@@ -72,7 +73,7 @@ def speed(folder: str) -> dict[str, float]:
     for path in tqdm(find_files(folder), unit="file"):
         Path(path).read_bytes()  # now neither reading comes from the disk
         started = time.process_time()
-        result = preprocess.encode_file(path)
+        result = build.encode_file(path)
         encoded = time.process_time()
         if isinstance(result, Failure):
             continue

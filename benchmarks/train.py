@@ -28,7 +28,7 @@ from meloformer.kernels import BACKENDS
 from meloformer.kernels.structure import KIND_RULE, KIND_RULES
 from meloformer.model.transformer import DENSE, RECOMPUTE, SIZES
 from meloformer.training.config import PRECISIONS, TrainConfig
-from meloformer.training.job import Job, start_job
+from meloformer.training.distributed import Job, start_job
 
 FORMAT = "meloformer training 3"
 COMPOSED_BARS = range(40, 201)  # songs differ in length, as those of a collection do
@@ -95,16 +95,14 @@ def compose_shards(count: int, folder: Path) -> Path:
         if len(shards) != count:
             raise UserError(f"{folder} has {len(shards)} composed songs: give --songs {len(shards)}")
         return folder / "shards"
-    from meloformer import preprocess
-    from meloformer.compose import compose  # needs miditoolkit, shards do not
+    from meloformer.composer.compose import compose  # needs miditoolkit, shards do not
+    from meloformer.data.build import preprocess
 
     (folder / "midi").mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         bars = COMPOSED_BARS[37 * seed % len(COMPOSED_BARS)]
         compose(seed, bars=bars).dump(folder / "midi" / f"{seed}.mid")
-    preprocess.preprocess(
-        str(folder / "midi"), str(folder / "shards"), num_workers=2, shard_size=1000, val_split=0.0
-    )
+    preprocess(str(folder / "midi"), str(folder / "shards"), num_workers=2, shard_size=1000, val_split=0.0)
     return folder / "shards"
 
 

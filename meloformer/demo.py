@@ -14,7 +14,7 @@ from miditoolkit.midi.utils import example_midi_file
 from tqdm import trange
 
 from . import cli, generate, preprocess, train
-from .compose import compose
+from .composer.compose import compose
 from .errors import UserError
 from .plots.loss_curve import loss_curve
 

@@ -12,9 +12,9 @@ from . import cli
 from .errors import UserError
 from .model.transformer import SIZES, ModelConfig
 from .training.config import TrainConfig, chosen_model, parse_args
+from .training.distributed import Job, start_job
 from .training.dry_run import dry_run
 from .training.estimate import is_out_of_memory, out_of_memory
-from .training.job import Job, start_job
 from .training.stop import STOPPED, StopRequest
 from .training.trainer import Trainer
 

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 def data(tmp_path_factory):
     """Shards of a dozen short songs, some of them for validation."""
     from meloformer import preprocess
-    from meloformer.compose import compose
+    from meloformer.composer.compose import compose
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "midi").mkdir()
@@ -37,7 +37,7 @@ def songs():
     """Tokens of 24 songs of 2 to 40 bars, some of them in changing metres."""
     import numpy as np
 
-    from meloformer.compose import compose
+    from meloformer.composer.compose import compose
     from meloformer.tokens.tokenizer import HIDTokenizer
 
     generator, tokenizer = np.random.default_rng(0), HIDTokenizer()

@@ -6,9 +6,9 @@ import torch
 from benchmarks.fidelity import notes_by_key
 from meloformer import generate as module
 from meloformer.checkpoint.store import save_checkpoint
-from meloformer.compose import compose
+from meloformer.composer.compose import compose
 from meloformer.errors import UserError
-from meloformer.generate import Sampling, Wishes, context, generate
+from meloformer.generation.sampling import Sampling, Wishes, context, generate
 from meloformer.model.transformer import MeloFormer, ModelConfig
 from meloformer.tokens import attributes, grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer

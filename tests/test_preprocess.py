@@ -19,8 +19,8 @@ import pytest
 from miditoolkit.midi.utils import example_midi_file
 
 from meloformer import cli, preprocess
-from meloformer.compose import compose
-from meloformer.data import shards
+from meloformer.composer.compose import compose
+from meloformer.data import build, shards
 from meloformer.data.inputs import find_files, in_order
 from meloformer.data.shards import ShardSet
 from meloformer.data.workers import Result
@@ -78,7 +78,7 @@ def processed(corpus, tmp_path_factory) -> Path:
 
 @cache
 def encoded(path: str):
-    return preprocess.encode_file(path)
+    return build.encode_file(path)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def in_process(monkeypatch):
         for item in items:
             yield Result(item, encoded(item))
 
-    monkeypatch.setattr(preprocess, "run_tasks", run_tasks)
+    monkeypatch.setattr(build, "run_tasks", run_tasks)
 
 
 def test_songs_are_the_tokens_of_their_files(corpus, processed):
@@ -126,7 +126,7 @@ def test_failed_tsv_has_one_line_per_file(corpus, processed):
     assert [len(row) for row in rows] == [3] * (FILES - KEPT)
     escaped = os.fsencode(str(corpus)) + b"/tab\\there, line\\nthere, caf\xe9.mid"
     assert escaped in {row[0] for row in rows}
-    assert {row[1].decode() for row in rows} <= set(preprocess.ALL_REASONS)
+    assert {row[1].decode() for row in rows} <= set(build.ALL_REASONS)
 
 
 def test_table(corpus, processed, capsys):
@@ -178,11 +178,11 @@ def encode_or_misbehave(path: str):
         time.sleep(60)
     if name == "song 02.mid":
         os._exit(9)
-    return preprocess.encode_file(path)
+    return build.encode_file(path)
 
 
 def test_a_file_that_hangs_or_kills_costs_itself(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "encode_file", encode_or_misbehave)
+    monkeypatch.setattr(build, "encode_file", encode_or_misbehave)
     preprocess.main(command(corpus, tmp_path / "data", "--timeout", "2", workers=2))
     assert len(ShardSet(tmp_path / "data")) == KEPT - 2
     rows = (tmp_path / "data" / "failed.tsv").read_text(errors="surrogateescape").splitlines()
@@ -300,7 +300,7 @@ def test_a_stale_manifest_does_not_outlive_its_shards(corpus, processed, tmp_pat
         raise Crash
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
-        patched.setattr(preprocess, "write_shards", die)
+        patched.setattr(build, "write_shards", die)
         preprocess.main(command(corpus, folder))
     with pytest.raises(UserError, match="preprocess has not finished"):
         ShardSet(folder)
@@ -369,7 +369,7 @@ def test_overwrite_killed_at_any_step(corpus, processed, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
         patched.setattr(
-            preprocess,
+            build,
             "run_tasks",
             lambda _, items, **__: (Result(item, die_at_song_01(item)) for item in items),
         )
@@ -383,18 +383,18 @@ def test_overwrite_killed_at_any_step(corpus, processed, tmp_path, monkeypatch, 
 
 def test_shards_of_unknown_origin_are_kept(corpus, processed, tmp_path, capsys):
     folder = Path(shutil.copytree(processed, tmp_path / "data"))
-    (folder / preprocess.RUN).unlink()
+    (folder / build.RUN).unlink()
     assert "unknown run" in fails(command(corpus, folder), capsys)
     assert (folder / "shard-00000.bin").exists()
 
 
 def test_one_run_at_a_time(corpus, tmp_path, capsys):
-    with preprocess._only_process(tmp_path):
+    with build._only_process(tmp_path):
         assert "another preprocess" in fails(command(corpus, tmp_path), capsys)
 
 
 def test_other_trouble_is_not_taken_for_another_run(tmp_path):
-    with pytest.raises(BlockingIOError), preprocess._only_process(tmp_path):
+    with pytest.raises(BlockingIOError), build._only_process(tmp_path):
         raise BlockingIOError
 
 
@@ -524,7 +524,7 @@ def append(name: str, text: str):
     return lambda folder: (folder / name).write_text((folder / name).read_text("latin-1") + text, "latin-1")
 
 
-MANIFEST, RUN = shards.MANIFEST, preprocess.RUN
+MANIFEST, RUN = shards.MANIFEST, build.RUN
 FALSIFIED = {
     "val_split": (falsify(MANIFEST, lambda m: m.update(val_split=0.9)), "val_split"),
     "songs": (falsify(MANIFEST, lambda m: m.update(songs=1)), "songs"),
@@ -534,8 +534,8 @@ FALSIFIED = {
     "last shard dropped": (falsify(MANIFEST, lambda m: m["shards"].pop()), "shards"),
     "run of another val_split": (falsify(RUN, lambda run: run.update(val_split=0.9)), "run.json"),
     "junk after the run": (append(RUN, " "), "run.json"),
-    "junk in the failures": (append(preprocess.FAILED, "junk"), "failed.tsv"),
-    "failures gone": (lambda folder: (folder / preprocess.FAILED).unlink(), "failed.tsv"),
+    "junk in the failures": (append(build.FAILED, "junk"), "failed.tsv"),
+    "failures gone": (lambda folder: (folder / build.FAILED).unlink(), "failed.tsv"),
     "mends": (falsify("shard-00000.json", lambda r: r["mends"].update(x=1)), "records"),
 }
 
@@ -574,7 +574,7 @@ def test_memory_per_file(tmp_path, monkeypatch, length):
             ids[:2] = i % 65536, i // 65536
             yield Result(path, (ids, 1, []))
 
-    monkeypatch.setattr(preprocess, "run_tasks", run_tasks)
+    monkeypatch.setattr(build, "run_tasks", run_tasks)
 
     def peak(count):
         names = tmp_path / f"{count}.txt"
@@ -583,7 +583,7 @@ def test_memory_per_file(tmp_path, monkeypatch, length):
                 f"/collections/a-large-one/full/{i % 256:02x}/{i:050d}.mid\n" for i in range(count)
             )
         tracemalloc.start()
-        preprocess.preprocess(str(names), str(tmp_path / str(count)), num_workers=1, shard_size=500)
+        build.preprocess(str(names), str(tmp_path / str(count)), num_workers=1, shard_size=500)
         bytes_at_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return bytes_at_peak

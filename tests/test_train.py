@@ -14,13 +14,14 @@ from meloformer.checkpoint.store import best_checkpoint, latest_checkpoint, load
 from meloformer.data.batches import PackedSongs
 from meloformer.data.shards import ShardSet
 from meloformer.errors import DivergedError, UserError
-from meloformer.generate import Sampling, generate, load_model, read_prompt
 from meloformer.generate import main as generate_command
+from meloformer.generate import read_prompt
+from meloformer.generation.sampling import Sampling, generate, load_model
 from meloformer.model.transformer import ModelConfig
 from meloformer.tokens import vocab
 from meloformer.training import trainer
 from meloformer.training.config import TrainConfig, parse_args
-from meloformer.training.job import start_job
+from meloformer.training.distributed import start_job
 from meloformer.training.metrics import Meter
 from meloformer.training.optim import learning_rate
 

@@ -52,7 +52,7 @@ def read_songs(sources: list[str]) -> dict[str, np.ndarray]:
 
 def compose_songs(count: int, bars: int) -> dict[str, np.ndarray]:
     """Token ids of composed songs, by name."""
-    from meloformer.compose import compose
+    from meloformer.composer.compose import compose
     from meloformer.tokens.tokenizer import HIDTokenizer  # needs miditoolkit, files of token ids do not
 
     return {f"composed {seed}": HIDTokenizer().encode(compose(seed, bars=bars)) for seed in range(count)}

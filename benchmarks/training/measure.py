@@ -16,9 +16,9 @@ from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
 from meloformer.model.transformer import SIZES
 from meloformer.training.config import TrainConfig, chosen_model
+from meloformer.training.distributed import Job
 from meloformer.training.estimate import is_out_of_memory, out_of_memory
 from meloformer.training.flops import peak_flops
-from meloformer.training.job import Job
 from meloformer.training.metrics import Meter, StepFigures
 from meloformer.training.prefetch import Feed
 from meloformer.training.stepper import Stepper

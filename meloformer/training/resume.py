@@ -18,7 +18,7 @@ from ..data.shards import ShardSet
 from ..errors import UserError
 from ..model.transformer import ModelConfig
 from .config import TrainConfig
-from .job import Job, restarted
+from .distributed import Job, restarted
 
 # Settings that must not change when a run is resumed, or its loss curve would be another run's.
 FIXED = (

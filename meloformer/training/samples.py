@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ..generate import Sampling, generate
+from ..generation.sampling import Sampling, generate
 from ..midi.writer import write_midi
 from ..model.transformer import MeloFormer
 from ..plots.piano_roll import piano_roll

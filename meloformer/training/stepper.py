@@ -23,12 +23,11 @@ from ..model.device import pick_attention
 from ..model.loss import next_token_loss
 from ..model.transformer import MeloFormer, ModelConfig
 from .config import TrainConfig
+from .distributed import Job, gather, local, shard, share, whole
 from .flops import training_flops
 from .guard import Guard, may_be_taken
-from .job import Job
 from .metrics import StepFigures
 from .optim import make_optimizer
-from .sharding import gather, local, shard, share, whole
 
 _ALL_MB = 1 << 20  # more than any model's gradients
 _LEAST_NORM = 1e-6  # is added to the norm before the limit is divided by it, as torch.nn.utils does

@@ -23,8 +23,8 @@ from ..errors import DivergedError
 from ..model.transformer import MeloFormer, ModelConfig
 from ..tokens import vocab
 from .config import CONFIG, TrainConfig, save_config
+from .distributed import Job
 from .flops import peak_flops
-from .job import Job
 from .metrics import Meter, StepFigures, bar_fields
 from .optim import learning_rate
 from .prefetch import Feed

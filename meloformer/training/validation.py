@@ -9,7 +9,7 @@ from torch import Tensor
 from ..data.batches import IGNORED, PackedSongs, State, prefetch
 from ..model.loss import next_token_loss
 from ..tokens import attributes
-from .job import Job
+from .distributed import Job
 from .metrics import finite
 from .stepper import Stepper
 

@@ -53,7 +53,7 @@ class TestSongs:
         assert songs.pack([one]).doc.shape == (1, len(one))
 
     def test_files(self, tmp_path, composed, capsys):
-        from meloformer.compose import compose
+        from meloformer.composer.compose import compose
 
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()

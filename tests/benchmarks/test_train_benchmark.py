@@ -14,13 +14,13 @@ from benchmarks.common.readme import marked
 from benchmarks.common.results_file import load
 from benchmarks.training import measure as train_run
 from benchmarks.training.page import page, readme_body
-from meloformer import compose
+from meloformer.composer import compose
 from meloformer.data.batches import PackedSongs
 from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
 from meloformer.model.transformer import SIZES
 from meloformer.training import stepper
-from meloformer.training.job import Job
+from meloformer.training.distributed import Job
 
 from helpers.report_cases import MACHINE
 from helpers.tiny_train import TINY

@@ -7,8 +7,8 @@ import sys
 import miditoolkit
 import pytest
 
-from meloformer.compose import MAX_BARS, compose, compose_corpus
 from meloformer.composer.arrangement import METRES, PROGRESSIONS, ROLES, Chord, Dice
+from meloformer.composer.compose import MAX_BARS, compose, compose_corpus
 
 SEEDS = range(60)
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from meloformer.compose import compose
+from meloformer.composer.compose import compose
 from meloformer.kernels import Structure
 from meloformer.kernels.structure import regular_sees, summary_sees
 from meloformer.tokens.attributes import scan

@@ -26,8 +26,7 @@ from benchmarks.training import measure as train_run
 from meloformer import cli
 from meloformer.data.batches import State
 from meloformer.training.config import parse_args
-from meloformer.training.job import start_job
-from meloformer.training.sharding import local, whole
+from meloformer.training.distributed import local, start_job, whole
 from meloformer.training.stepper import Stepper
 from meloformer.training.trainer import Trainer
 

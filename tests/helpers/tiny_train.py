@@ -16,8 +16,8 @@ import torch
 
 from meloformer import cli, train
 from meloformer.model.transformer import ModelConfig
-from meloformer.training import job, stepper, validation
-from meloformer.training.sharding import local
+from meloformer.training import distributed, stepper, validation
+from meloformer.training.distributed import local
 
 TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
 TINY_BASE = ModelConfig(layers=3, dim=128, heads=2, ffn=256)
@@ -77,7 +77,7 @@ def _meet_faults() -> None:
 def main(argv: list[str] | None = None) -> int:
     train.SIZES |= {"small": TINY, "base": TINY_BASE}
     if "TIMEOUT_S" in os.environ:
-        job.TIMEOUT = timedelta(seconds=float(os.environ["TIMEOUT_S"]))
+        distributed.TIMEOUT = timedelta(seconds=float(os.environ["TIMEOUT_S"]))
     _meet_faults()
     return train.main(argv)
 

@@ -11,7 +11,7 @@ from meloformer.errors import UserError
 from meloformer.kernels.dense import CausalAttention
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import RECOMPUTE, MeloFormer, ModelConfig
-from meloformer.training.job import Job
+from meloformer.training.distributed import Job
 from meloformer.training.stepper import Stepper
 
 from helpers.compiled_layers import LENGTH, SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step

@@ -7,7 +7,7 @@ import miditoolkit
 import pytest
 from miditoolkit import Instrument, Marker, Note, TempoChange, TimeSignature
 
-from meloformer.compose import compose
+from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.midi.general_midi import PROGRAM_NAMES
 from meloformer.plots import piano_roll as plot

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from meloformer.compose import compose
+from meloformer.composer.compose import compose
 from meloformer.tokens import vocab
 from meloformer.tokens.grammar import Grammar, check
 from meloformer.tokens.tokenizer import HIDTokenizer

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fidelity import measure
-from meloformer.compose import compose
+from meloformer.composer.compose import compose
 from meloformer.errors import MidiError, UserError
 from meloformer.tokens import grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer

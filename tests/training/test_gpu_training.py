@@ -15,7 +15,7 @@ from meloformer.data.batches import Batch
 from meloformer.kernels import plan
 from meloformer.model.loss import IGNORE
 from meloformer.model.transformer import SIZES
-from meloformer.training.job import Job
+from meloformer.training.distributed import Job
 from meloformer.training.stepper import Stepper
 from meloformer.training.stop import STOPPED
 

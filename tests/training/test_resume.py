@@ -13,7 +13,7 @@ from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
 from meloformer.model.transformer import MeloFormer
 from meloformer.training import resume, trainer
-from meloformer.training.job import start_job
+from meloformer.training.distributed import start_job
 from meloformer.training.stepper import Stepper
 from meloformer.training.stop import STOPPED
 from meloformer.training.trainer import Trainer

@@ -15,8 +15,7 @@ from meloformer import export, train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.generate import main as generate_command
 from meloformer.model.transformer import RECOMPUTE, MeloFormer
-from meloformer.training.job import Job
-from meloformer.training.sharding import shard, whole
+from meloformer.training.distributed import Job, shard, whole
 from meloformer.training.stop import STOPPED
 
 from helpers.compiled_layers import SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step

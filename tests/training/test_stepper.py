@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meloformer.data.batches import State
-from meloformer.training.job import start_job
+from meloformer.training.distributed import start_job
 from meloformer.training.stepper import Stepper
 from meloformer.training.trainer import Trainer
 

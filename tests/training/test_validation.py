@@ -5,7 +5,7 @@ import torch
 
 from meloformer.tokens import attributes
 from meloformer.training import validation
-from meloformer.training.job import start_job
+from meloformer.training.distributed import start_job
 from meloformer.training.trainer import Trainer
 from meloformer.training.validation import KINDS, validate
 
