@@ -9,6 +9,7 @@ import os
 from . import cli
 from .data.build import preprocess, verify
 from .errors import UserError
+from .files import require_locks
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
+    require_locks()
     try:
         if args.verify:
             songs = verify(args.verify)

@@ -1,7 +1,6 @@
 """`python -m meloformer.train`: packed songs -> a trained model, on one process or many."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from . import cli
 from .errors import UserError
+from .files import exclusive_lock, require_locks
 from .model.transformer import SIZES, ModelConfig
 from .training.config import TrainConfig, chosen_model, parse_args
 from .training.distributed import Job, start_job
@@ -55,7 +55,9 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or STOPPED."""
-    return 0 if train(parse_args(argv)) is None else STOPPED
+    config = parse_args(argv)
+    require_locks()
+    return 0 if train(config) is None else STOPPED
 
 
 def _be_deterministic() -> None:
@@ -66,24 +68,16 @@ def _be_deterministic() -> None:
 
 @contextlib.contextmanager
 def _only_run(folder: Path, job: Job) -> Iterator[None]:
-    """Holds off other runs in the same folder; the system lifts the lock when this process dies."""
-    handle = None
+    """Holds off other runs in the same folder, on behalf of all processes of this one."""
+    with contextlib.ExitStack() as held:
 
-    def lock() -> None:
-        nonlocal handle
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another training run is writing there") from None
+        def lock() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = f"{folder}: another training run is writing there"
+            held.enter_context(exclusive_lock(folder / _LOCK, taken))
 
-    try:
         job.lead_does(lock)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 @contextlib.contextmanager

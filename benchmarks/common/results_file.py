@@ -1,21 +1,19 @@
 """The JSON files that benchmarks write, and how several of `benchmarks.report` become one."""
 
 import json
-import os
 from pathlib import Path
 
 from meloformer.errors import UserError
+from meloformer.files import write_atomic
 
 FORMAT = 1
 
 
 def save(result: dict, path: Path) -> None:
     """Writes it whole or not at all, so that an interrupted run leaves the rows before."""
-    beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import damaged, storable, to_json
+from ..files import to_json
+from .files import damaged, storable
 
 
 def flatten(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:

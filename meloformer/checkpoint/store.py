@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.shards import sync_folder
 from ..errors import UserError
+from ..files import sync_folder, to_json
 from ..tokens import vocab
 from .files import (
     CONFIG,
@@ -45,7 +45,6 @@ from .files import (
     read_manifest,
     seal,
     storable,
-    to_json,
     verify,
 )
 from .optimizer import fits, flatten, share_out, unflatten

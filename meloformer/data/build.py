@@ -4,7 +4,6 @@ Worker processes import this module, so it must stay free of torch.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import MidiError, UserError
+from ..files import TEMPORARY, atomic_writer, exclusive_lock, read_json, sync_folder, write_json
 from ..midi.reader import MENDS, REASONS
 from ..tokens import vocab
 from ..tokens.tokenizer import HIDTokenizer
@@ -31,7 +31,7 @@ ALL_REASONS = {**REASONS, **workers.REASONS, "duplicate": "same tokens as an ear
 
 _OURS = re.compile(
     rf"(shard-\d{{5,}}\.(bin|idx|json)|{shards.MANIFEST}|{shards.TOKENIZER}|{RUN}|{FAILED})"
-    rf"({re.escape(shards.TEMPORARY)})?"
+    rf"({re.escape(TEMPORARY)})?"
 )
 
 
@@ -122,20 +122,6 @@ def _check_report(source: Path, record: dict) -> None:
         raise UserError(f"{source}: its counts are damaged")
 
 
-@contextlib.contextmanager
-def _only_process(folder: Path):
-    """Holds off other runs on the same folder; the system lifts the lock if this process dies."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another preprocess is running there") from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def _claim(folder: Path, run: dict, overwrite: bool) -> None:
     """Make `folder` belong to this run, or to the same one that was broken off."""
     ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
@@ -144,12 +130,12 @@ def _claim(folder: Path, run: dict, overwrite: bool) -> None:
         # These two first: without them, nobody takes what is left for a finished folder, or resumes it.
         for path in sorted(ours, key=lambda path: path.name not in (shards.MANIFEST, RUN)):
             path.unlink()
-        shards.sync_folder(folder)
+        sync_folder(folder)
     else:
         for path in ours:
-            if path.name.endswith(shards.TEMPORARY):
+            if path.name.endswith(TEMPORARY):
                 path.unlink()
-        there = shards.read_json(marker) if marker.exists() else None
+        there = read_json(marker) if marker.exists() else None
         if there is None and any(path.exists() for path in ours):
             raise UserError(f"{folder}: holds shards of an unknown run; {ELSEWHERE}")
         if there is not None and there != run:
@@ -157,7 +143,7 @@ def _claim(folder: Path, run: dict, overwrite: bool) -> None:
             raise UserError(f"{folder}: belongs to another run ({keys} differ); {ELSEWHERE}")
         if there is not None:
             return
-    shards.write_json(marker, run)
+    write_json(marker, run)
 
 
 def preprocess(
@@ -194,7 +180,7 @@ def preprocess(
     }
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_process(folder):
+    with exclusive_lock(folder, f"{folder}: another preprocess is running there"):
         _claim(folder, run, overwrite)
         count = -(-len(files) // shard_size)
         _run(folder, run, files, count, num_workers)
@@ -243,26 +229,21 @@ def _with_progress(results: Iterator[Result], total: int, counts: Counter) -> It
 def _finish(folder: Path, run: dict, count: int) -> None:
     """Write `failed.tsv`, the tokenizer and, last, the manifest."""
     songs, reasons = 0, Counter()
-    temporary = folder / (FAILED + shards.TEMPORARY)
-    with open(temporary, "wb") as table:
+    with atomic_writer(folder / FAILED) as table:
         table.write(b"path\treason\tdetail\n")
         for record in _records(folder, count):
             songs += record["kept"]
             reasons.update(record["dropped"])
             for failure in record["failures"]:
                 table.write(b"\t".join(os.fsencode(_escape(cell)) for cell in failure) + b"\n")
-        table.flush()
-        os.fsync(table.fileno())
-    os.replace(temporary, folder / FAILED)
-    shards.sync_folder(folder)
     if not songs:
         reason, times = reasons.most_common(1)[0]
         raise UserError(
             f"none of {run['files']} files became a song ({times} times {reason}: "
             f"{ALL_REASONS.get(reason, reason)}); see {folder / FAILED}"
         )
-    shards.write_json(folder / shards.TOKENIZER, _tokenizer().to_json())
-    shards.write_json(folder / shards.MANIFEST, _manifest(folder, run))
+    write_json(folder / shards.TOKENIZER, _tokenizer().to_json())
+    write_json(folder / shards.MANIFEST, _manifest(folder, run))
 
 
 def _manifest(folder: Path, run: dict) -> dict:
@@ -294,7 +275,7 @@ def verify(folder: str | os.PathLike) -> shards.ShardSet:
     source, marker = songs.folder / shards.MANIFEST, songs.folder / RUN
     shards.intact_file(source, songs.manifest, "failed")
     shards.intact_file(source, songs.manifest, "run")
-    run = shards.read_json(marker)
+    run = read_json(marker)
     if min(shards.field(marker, run, key, int) for key in ("files", "shard_size")) < 1:
         raise UserError(f"{marker}: is damaged")
     shards.field(marker, run, "val_split", (int, float))

@@ -5,7 +5,6 @@ The format, byte by byte, is in docs/data.md. Nothing here is ever unpickled.
 
 import bisect
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -13,11 +12,19 @@ import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import UserError
+from ..files import (
+    open_to_read,
+    put_in_place,
+    read_json,
+    sha256_of_file,
+    temporary_of,
+    write_atomic,
+    write_json,
+)
 from ..tokens import grammar, vocab
 
 MAGIC = b"MELOSHRD"
@@ -26,7 +33,6 @@ TOKEN_DTYPE = np.dtype("<u2")
 DIGEST_BYTES = 16
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-TEMPORARY = ".tmp"
 
 _HEADER = struct.Struct("<8sII32sQQ")  # magic, version, bytes per token, fingerprint, songs, tokens
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -48,54 +54,6 @@ def in_validation(digests: np.ndarray, val_split: float) -> np.ndarray:
 
 def _token_bytes(ids: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(ids, dtype=TOKEN_DTYPE)).cast("B")
-
-
-# --- files that are whole or absent ---------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` so far survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> dict:
-    """Write `data` so that `path` holds all of it or is untouched; returns its manifest entry."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-    return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_json(path: Path, value: dict) -> dict:
-    """`write_atomic` of canonical JSON: equal values give equal bytes."""
-    return write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError if there is none."""
-    try:
-        with _open(path) as file:
-            value = json.load(file)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: is not JSON") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: does not hold a JSON object")
-    return value
 
 
 def field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
@@ -125,12 +83,8 @@ def _listed_file(source: Path, record: dict, key: str) -> Path:
 
 def file_entry(path: Path) -> dict:
     """What a manifest says of a file: name, bytes, SHA-256 (64 hex digits)."""
-    digest, size = hashlib.sha256(), 0
-    with _open(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    digest, size = sha256_of_file(path)
+    return {"name": path.name, "bytes": size, "sha256": digest}
 
 
 def intact_file(source: Path, record: dict, key: str) -> Path:
@@ -163,7 +117,7 @@ def read_index(path: Path, fingerprint: str) -> Index:
     Raises:
         UserError: it is damaged, of another version, or of another tokenizer than `fingerprint`.
     """
-    with _open(path) as file:
+    with open_to_read(path) as file:
         data = file.read()
     if len(data) < _HEADER.size:
         raise UserError(f"{path}: is too short for a shard index")
@@ -196,8 +150,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, number: int, fingerprint: str):
         self._folder, self._name, self._fingerprint = Path(folder), shard_name(number), fingerprint
-        self._temporary = self._folder / f"{self._name}.bin{TEMPORARY}"
-        self._file = open(self._temporary, "wb")
+        self._path = self._folder / f"{self._name}.bin"
+        self._file = open(temporary_of(self._path), "wb")
         self._hash = hashlib.sha256()
         self._offsets, self._bars, self._digests = array("q", [0]), array("i"), bytearray()
 
@@ -221,25 +175,21 @@ class ShardWriter:
 
         The record is written when .bin and .idx are safe on disk: a shard with a record is finished.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        path = self._folder / f"{self._name}.bin"
-        os.replace(self._temporary, path)
+        put_in_place(self._file, self._path)
         songs, tokens = len(self._bars), self._offsets[-1]
         header = _HEADER.pack(
             MAGIC, VERSION, TOKEN_DTYPE.itemsize, bytes.fromhex(self._fingerprint), songs, tokens
         )
         offsets = np.array(self._offsets, dtype="<i8").tobytes()
         bars = np.array(self._bars, dtype="<i4").tobytes()
-        index = write_atomic(
-            self._folder / f"{self._name}.idx", header + offsets + bytes(self._digests) + bars
-        )
+        index_path = self._folder / f"{self._name}.idx"
+        write_atomic(index_path, header + offsets + bytes(self._digests) + bars)
         tokens_entry = {
-            "name": path.name,
+            "name": self._path.name,
             "bytes": tokens * TOKEN_DTYPE.itemsize,
             "sha256": self._hash.hexdigest(),
         }
-        shard = {"bin": tokens_entry, "idx": index, "songs": songs, "tokens": tokens}
+        shard = {"bin": tokens_entry, "idx": file_entry(index_path), "songs": songs, "tokens": tokens}
         record = {"shard": shard, **report}
         write_json(self._folder / f"{self._name}.json", record)
         return record
@@ -343,7 +293,7 @@ class ShardSet:
 
 
 def _map(path: Path) -> np.ndarray:
-    with _open(path) as file:
+    with open_to_read(path) as file:
         if os.fstat(file.fileno()).st_size == 0:  # a shard without songs cannot be mapped
             return np.empty(0, TOKEN_DTYPE)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), TOKEN_DTYPE)

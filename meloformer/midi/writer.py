@@ -2,10 +2,11 @@
 
 import io
 import os
-from pathlib import Path
 
 import miditoolkit
 import mido
+
+from ..files import write_atomic
 
 MELODIC_CHANNELS = 15  # 16 less the drum channel
 
@@ -21,13 +22,7 @@ def write_midi(midi: miditoolkit.MidiFile, path: str | os.PathLike) -> None:
     midi.dump(file=buffer)
     if sum(not track.is_drum for track in midi.instruments) > MELODIC_CHANNELS:
         buffer = _with_program_changes(buffer.getvalue())
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, buffer.getvalue())
 
 
 def _with_program_changes(data: bytes) -> io.BytesIO:

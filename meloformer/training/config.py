@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from .. import cli
-from ..data.shards import write_atomic
 from ..errors import UserError
+from ..files import write_atomic
 from ..kernels import BACKENDS
 from ..kernels.structure import KIND_RULE, KIND_RULES
 from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig

@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from ..data.shards import write_atomic
 from ..errors import UserError
+from ..files import write_atomic
 
 LOG = "log.jsonl"
 _AXES = ("step", "epoch")

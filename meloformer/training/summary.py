@@ -11,7 +11,7 @@ import torch
 from .. import __version__
 from ..checkpoint.store import best_checkpoint
 from ..data.batches import PackedSongs
-from ..data.shards import write_json
+from ..files import write_json
 from ..plots.loss_curve import loss_curve
 from .flops import peak_flops
 from .run_log import LOG, read_log

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from ..checkpoint.store import save_checkpoint
 from ..data.batches import PackedSongs, State
-from ..data.shards import ShardSet, write_json
+from ..data.shards import ShardSet
 from ..errors import DivergedError
+from ..files import write_json
 from ..model.transformer import MeloFormer, ModelConfig
 from ..tokens import vocab
 from .config import CONFIG, TrainConfig, save_config

@@ -14,6 +14,7 @@ import pytest
 from meloformer.data import shards
 from meloformer.data.shards import ShardSet, ShardWriter, content_digest, verify
 from meloformer.errors import UserError
+from meloformer.files import TEMPORARY
 from meloformer.tokens import vocab
 
 from helpers.folders import write_folder
@@ -111,7 +112,7 @@ def test_verify_accepts_what_was_written(pristine):
 
 
 def test_no_temporary_file_is_left(pristine):
-    assert not list(pristine.glob("*" + shards.TEMPORARY))
+    assert not list(pristine.glob("*" + TEMPORARY))
 
 
 def test_reading_needs_neither_pickle_nor_torch():

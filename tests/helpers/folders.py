@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from meloformer.data import shards
-from meloformer.data.shards import ShardWriter, content_digest, write_json
+from meloformer.data.shards import ShardWriter, content_digest
+from meloformer.files import write_json
 from meloformer.tokens import vocab
 
 
@@ -26,11 +27,12 @@ def write_folder(
                 writer.add(ids, bars, content_digest(ids))
             entries.append(writer.finish({"files": count})["shard"])
         at += count
+    write_json(folder / shards.TOKENIZER, {"a": 1})
     manifest = {
         "version": shards.VERSION,
         "fingerprint": fingerprint,
         "val_split": val_split,
-        "tokenizer": write_json(folder / shards.TOKENIZER, {"a": 1}),
+        "tokenizer": shards.file_entry(folder / shards.TOKENIZER),
         "shards": entries,
     }
     write_json(folder / shards.MANIFEST, manifest)

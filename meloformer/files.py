@@ -1,0 +1,144 @@
+"""Files that are whole or absent, their digests, JSON objects and locks: once for the whole project.
+
+Free of torch, since worker processes import it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UserError
+
+TEMPORARY = ".tmp"  # ends the names of files that are being written
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` so far survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where the content of `path` is written before it takes that name."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def put_in_place(file: BinaryIO, path: Path) -> None:
+    """Force a file open at `temporary_of(path)` to the disk, and give it its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(temporary_of(path), path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write to. `path` holds all of it in the end, or is untouched if anything fails.
+
+    Raises:
+        OSError: the disk is full, there is no permission, and the like.
+    """
+    path = Path(path)
+    try:
+        with open(temporary_of(path), "wb") as file:
+            yield file
+            put_in_place(file, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary_of(path).unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Write `data` so that `path` holds all of it or is untouched."""
+    with atomic_writer(path) as file:
+        file.write(data)
+
+
+def to_json(value: object) -> bytes:
+    """Canonical JSON: equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """`write_atomic` of canonical JSON."""
+    write_atomic(path, to_json(value))
+
+
+def parse_json_object(data: bytes) -> dict:
+    """The object that JSON text spells; ValueError, with what is wrong, if it spells none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("does not hold a JSON object")
+    return value
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """The file, open; UserError if it cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError if there is none."""
+    try:
+        with open_to_read(path) as file:
+            return parse_json_object(file.read())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def sha256_of_file(path: Path) -> tuple[str, int]:
+    """SHA-256 (64 hex digits) and size in bytes of a file; UserError if it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    with open_to_read(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return digest.hexdigest(), size
+
+
+def require_locks() -> None:
+    """UserError on platforms whose files cannot be locked as `exclusive_lock` does (Windows)."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "this command needs the file locks of Linux and macOS: this platform is not supported "
+            "(on Windows, use WSL)"
+        ) from None
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, taken: str) -> Iterator[None]:
+    """Hold a lock on a folder, or on a file that is made if missing.
+
+    The system lifts it if this process dies.
+
+    Raises:
+        UserError: another process holds it (`taken` says what that means), or the platform has no locks.
+    """
+    require_locks()
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(taken) from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,78 @@
+"""Files that are whole or absent, and locks."""
+
+import sys
+
+import pytest
+
+from meloformer import cli, preprocess, train
+from meloformer.errors import UserError
+from meloformer.files import (
+    atomic_writer,
+    exclusive_lock,
+    read_json,
+    sha256_of_file,
+    temporary_of,
+    write_atomic,
+    write_json,
+)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with pytest.raises(RuntimeError), atomic_writer(path) as file:
+        file.write(b"half of the new")
+        assert path.read_bytes() == b"old" and temporary_of(path).exists()
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with atomic_writer(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_equal_values_are_equal_bytes(tmp_path):
+    write_json(tmp_path / "a", {"x": 1, "y": [2]})
+    write_json(tmp_path / "b", {"y": [2], "x": 1})
+    assert sha256_of_file(tmp_path / "a") == sha256_of_file(tmp_path / "b")
+    assert read_json(tmp_path / "a") == {"x": 1, "y": [2]}
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"{", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"[1]", "does not hold a JSON object")],
+    ids=["cut", "deep", "list"],
+)
+def test_what_is_no_json_object_is_named(tmp_path, content, said):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"file.json: {said}"):
+        read_json(tmp_path / "file.json")
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("name", ["", "file"], ids=["a folder", "a file"])
+def test_a_lock_is_held_by_one(tmp_path, name):
+    path = tmp_path / name
+    with exclusive_lock(path, "taken"):
+        with pytest.raises(UserError, match="taken"), exclusive_lock(path, "taken"):
+            pass
+    with pytest.raises(BlockingIOError), exclusive_lock(path, "taken"):
+        raise BlockingIOError  # trouble of the holder's own is not taken for another holder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda folder: preprocess.main(["--input", str(folder), "--output", str(folder / "out")]),
+        lambda folder: train.main(["--data_dir", str(folder)]),
+    ],
+    ids=["preprocess", "train"],
+)
+def test_a_platform_without_locks_is_refused_in_one_line(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows: importing it fails
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: command(tmp_path))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this platform is not supported" in line
+    assert not list(tmp_path.iterdir())
