@@ -4,8 +4,15 @@ Another distribution owns the import name `kernels`, so ours must never land in 
 under it: see `meloformer/kernels/__init__.py` for how a plain checkout finds the same files.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', Path("meloformer/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)[1]
 
 
 class BuildWithKernels(build_py):
@@ -20,7 +27,7 @@ class BuildWithKernels(build_py):
 
 setup(
     name="meloformer",
-    version="0.1.0",
+    version=VERSION,
     description="Long-song symbolic music generation with structured sparse attention",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",

@@ -77,7 +77,7 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
         }
         row |= attempt(config, shards, job, args.warmup, args.steps)
         result["rows"].append(row)
-        if job.leads:
+        if job.is_rank0:
             print(json.dumps(row), flush=True)
             save(result, path)
         check_gpu(path)
@@ -198,9 +198,9 @@ def _measure_and_publish(args: argparse.Namespace, job: Job) -> None:
         folder = args.data_dir
         if folder is None:  # process 0 makes them for all, who are on the same machine
             kept = args.keep_songs or Path(scratch)
-            folder = Path(job.lead_does(lambda: str(compose_shards(args.songs, kept))))
+            folder = Path(job.run_on_rank0(lambda: str(compose_shards(args.songs, kept))))
         result = measure_all(args, folder, job, path)
-        job.lead_does(lambda: _publish([result], [path], args.output, args.readme))
+        job.run_on_rank0(lambda: _publish([result], [path], args.output, args.readme))
 
 
 def _publish(results: list[dict], sources: list[Path], target: Path, readme_path: Path | None) -> None:

@@ -17,6 +17,7 @@ from . import cli, generate, preprocess, train
 from .composer.compose import compose
 from .errors import UserError
 from .plots.loss_curve import loss_curve
+from .training.run_log import LOG, read_log
 
 SONGS = 36
 STEPS = 60
@@ -92,7 +93,7 @@ def demo(folder: Path, steps: int, overwrite: bool) -> None:
             "max_steps": steps,
         },
     )
-    loss_curve(run / "log.jsonl", folder / "loss.png")
+    loss_curve(read_log(run / LOG), folder / "loss.png")
     step(
         "3. Generate",
         generate.main,

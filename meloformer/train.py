@@ -35,16 +35,16 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
     model_config = chosen_model(config, model_config or SIZES[config.model_size])
     with StopRequest() as stop:
         if config.deterministic:
-            _be_deterministic()
+            _make_deterministic()
         job = start_job(config.device)
         try:
-            with _errors_in_words(config, job):
+            with _user_errors(config, job):
                 trainer = Trainer(config, model_config, job, lambda: stop.reason)
                 if config.dry_run:
                     dry_run(trainer)
                     reason = None
                 else:
-                    with _only_run(trainer.output, job):
+                    with _lock_output(trainer.output, job):
                         reason = trainer.run()
         except BaseException as error:
             job.fail(error)
@@ -60,14 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if train(config) is None else STOPPED
 
 
-def _be_deterministic() -> None:
+def _make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 @contextlib.contextmanager
-def _only_run(folder: Path, job: Job) -> Iterator[None]:
+def _lock_output(folder: Path, job: Job) -> Iterator[None]:
     """Holds off other runs in the same folder, on behalf of all processes of this one."""
     with contextlib.ExitStack() as held:
 
@@ -76,12 +76,12 @@ def _only_run(folder: Path, job: Job) -> Iterator[None]:
             taken = f"{folder}: another training run is writing there"
             held.enter_context(exclusive_lock(folder / _LOCK, taken))
 
-        job.lead_does(lock)
+        job.run_on_rank0(lock)
         yield
 
 
 @contextlib.contextmanager
-def _errors_in_words(config: TrainConfig, job: Job) -> Iterator[None]:
+def _user_errors(config: TrainConfig, job: Job) -> Iterator[None]:
     """Turns a lack of memory and errors of the file system into UserErrors."""
     try:
         yield

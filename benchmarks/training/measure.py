@@ -20,7 +20,7 @@ from meloformer.training.distributed import Job
 from meloformer.training.estimate import is_out_of_memory, out_of_memory
 from meloformer.training.flops import peak_flops
 from meloformer.training.metrics import Meter, StepFigures
-from meloformer.training.prefetch import Feed
+from meloformer.training.prefetch import Prefetcher
 from meloformer.training.stepper import Stepper
 
 PARTS = ("data", "prepare", "forward", "backward", "optimizer")
@@ -36,14 +36,14 @@ class Run:
         self.config, self.job = config, job
         model = chosen_model(config, SIZES[config.model_size])
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars}
-        limits |= {"kind_rule": model.kind_rule, "one_room": config.one_room}
+        limits |= {"kind_rule": model.kind_rule, "fixed_num_summaries": config.fixed_num_summaries}
         self.data = PackedSongs(shards, "train", **limits)
         self.data.require_samples()
         self.stepper = Stepper(config, model, job)
         peak = peak_flops(job.device)
         self.meter = Meter(peak and job.world * peak)
         batches = full_batches(self.data, config.batch_size, job)
-        self.fed = Feed(batches, self.stepper.prepare, job.device, self.meter)
+        self.fed = Prefetcher(batches, self.stepper.prepare, job.device, self.meter)
 
     def _taken(self, number: int) -> Iterator[StepFigures]:
         """The figures of so many steps, each when the next one has begun: as in training."""
@@ -112,7 +112,7 @@ def full_batches(data: PackedSongs, rows: int, job: Job) -> Iterator[tuple[Batch
     of_epoch = data.rows_per_epoch(0)
     for first in itertools.count(0, job.world * rows):
         group = [row % of_epoch for row in range(first, first + job.world * rows)]
-        yield data.batch(0, data.dealt(0, group, job.world)[job.rank]), State()
+        yield data.batch(0, data.rows_by_rank(0, group, job.world)[job.rank]), State()
 
 
 def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int) -> dict:

@@ -26,7 +26,7 @@ _Item = TypeVar("_Item")
 
 
 class State(NamedTuple):
-    """Where training stands: rows `index` and after of `epoch` are still to come.
+    """The data position: rows `index` and after of `epoch` are still to come.
 
     It counts rows of the whole job, so it holds for any number of processes.
     """
@@ -86,9 +86,9 @@ class PackedSongs:
         max_samples: use only that many samples, drawn by `seed`.
         seed: of the order, not negative. The rows of an epoch follow from (seed, epoch) and the
             arguments above.
-        near_bars, kind_rule: handed on to `Structure`.
-        one_room: give all batches of an epoch room for the summaries of its fullest row, for an attention
-            that compiles anew for every other number.
+        near_bars, kind_rule: of `Structure`.
+        fixed_num_summaries: give all batches of an epoch as many summary slots as its fullest row needs, for
+            an attention that compiles anew for each number.
 
     Attributes:
         samples: the `Samples` found; it tells what was skipped.
@@ -105,11 +105,11 @@ class PackedSongs:
         seed: int = 0,
         near_bars: tuple[int, ...] = NEAR_BARS,
         kind_rule: str = KIND_RULE,
-        one_room: bool = False,
+        fixed_num_summaries: bool = False,
     ):
         self.shards, self.split = shards, split
         self.max_seq_len, self.max_bars, self.seed = max_seq_len, max_bars, seed
-        self.near_bars, self.kind_rule, self.one_room = near_bars, kind_rule, one_room
+        self.near_bars, self.kind_rule, self.fixed_num_summaries = near_bars, kind_rule, fixed_num_summaries
         self.samples = find_samples(
             shards,
             shards.split(split),
@@ -170,7 +170,7 @@ class PackedSongs:
                 each = vars(scanned).values()
                 self._counts[numbers] = count_documents(ends - lengths, *each, self.near_bars, self.kind_rule)
             counts += self._counts[numbers].sum(0)
-        if self.one_room:
+        if self.fixed_num_summaries:
             most_bars = most_of_epoch
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
@@ -186,11 +186,12 @@ class PackedSongs:
             Counts(*counts.tolist()),
         )
 
-    def dealt(self, epoch: int, group: list[int], world: int) -> list[list[int]]:
-        """Which rows of an epoch each of `world` processes takes of a group, the same number each.
+    def rows_by_rank(self, epoch: int, group: list[int], world: int) -> list[list[int]]:
+        """Distribute a group of rows of an epoch over `world` processes, the same number to each.
 
-        Processes wait for each other in every step. What rows differ in is attention, roughly the sum of
-        squares of what stands in them: they are dealt from the dearest to the cheapest, back and forth.
+        Processes wait for each other in every step, and rows differ in the cost of attention, roughly the sum
+        of their documents' squared lengths: they are assigned from the most to the least expensive, back and
+        forth.
         """
         if world == 1:
             return [group]
@@ -225,7 +226,7 @@ class PackedSongs:
         """Batches of process `rank` of `world`, from `state` on, each with the state after it.
 
         Every step takes the next `world * batch_size` rows of the epoch, each process `batch_size` of
-        them, dealt so that all have about as much to do; in the last step of an epoch the missing rows
+        them, so that all have about as much to do; in the last step of an epoch the missing rows
         are padding. Ends before `stop_epoch`, or never if that is None.
 
         Raises:
@@ -237,7 +238,7 @@ class PackedSongs:
             rows = self.rows_per_epoch(epoch)
             if index < rows:
                 group = list(range(index, index + world * batch_size))
-                batch = self.batch(epoch, self.dealt(epoch, group, world)[rank])
+                batch = self.batch(epoch, self.rows_by_rank(epoch, group, world)[rank])
                 index = min(index + world * batch_size, rows)
                 yield batch, State(epoch, index) if index < rows else State(epoch + 1, 0)
             if index >= rows:

@@ -3,31 +3,28 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import UserError
-from ..training.run_log import read_log
 from .style import COLOURS, DPI, GREY, INK, dress, save
 
 
-def loss_curve(log: str | os.PathLike | Iterable[dict], path: str | os.PathLike) -> None:
+def loss_curve(records: Iterable[dict], path: str | os.PathLike) -> None:
     """Draw the course of a training run as a PNG file.
 
     Args:
-        log: records, or the path of a JSONL file of them. Training records have `step` and `loss`
-            (nats per token) and may have `lr`, `tokens` (of the step) and `tokens_per_s`; validation
-            records have `step` and `val_loss`. Of several records of one step and kind, as a resumed
-            run may write them, the last counts. Lines of the file that are cut are passed over.
+        records: of a run's log. Training records have `step` and `loss` (nats per token) and may have `lr`,
+            `tokens` (of the step) and `tokens_per_s`; validation records have `step` and `val_loss`. Of
+            several records of one step and kind, as a resumed run may write them, the last counts.
         path: the file to write.
 
     Raises:
-        UserError: the log cannot be read or has no losses, or the picture cannot be written.
+        UserError: there is no loss among them, or the picture cannot be written.
     """
-    records = read_log(Path(log)) if isinstance(log, (str, os.PathLike)) else list(log)
+    records = list(records)
     steps, losses = _series(records, "loss")
     val_steps, val_losses = _series(records, "val_loss")
     lr_steps, rates = _series(records, "lr")

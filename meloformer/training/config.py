@@ -61,7 +61,7 @@ class TrainConfig:
     dry_run: bool = False
 
     @property
-    def one_room(self) -> bool:
+    def fixed_num_summaries(self) -> bool:
         """Whether batches should all have room for as many summaries: FlexAttention compiles for each number,
         which takes longest of all."""
         return self.attention == "flex"

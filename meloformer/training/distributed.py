@@ -1,22 +1,14 @@
-"""The processes of a training job: this one's place among them, what they agree on, how they fail.
+"""The processes of a training job: what they agree on, how they fail, and how they split the state.
 
-Gradients and sums travel by NCCL or gloo with a short patience; what one process does for all, as
-saving or sampling, is waited for by a gloo group of its own with a long one.
+Gradients and sums travel by NCCL or gloo with a short timeout. What rank 0 does for all, such as saving or
+sampling, is waited for in a gloo group of its own with a long one.
 
-State sharding (FSDP2, ZeRO-3): each process holds a share of weights, gradients and optimizer state.
-A share is a `DTensor`, split along the first dimension. A layer's weights are whole while it computes, and
-are gathered anew for its backward. They are gathered in float32, and autocast casts them as it does without
-sharding: so a run computes the same with and without, and may be resumed either way. Gathering in bfloat16
-would send half the bytes, but would round the gains of the norms; and the next layer's weights travel while
-one computes, which on rows of thousands of tokens is long.
-
-State sharding (FSDP2, ZeRO-3): each process holds a share of weights, gradients and optimizer state.
-
-A share is a `DTensor`, split along the first dimension. A layer's weights are whole while it computes, and
-are gathered anew for its backward. They are gathered in float32, and autocast casts them as it does without
-sharding: so a run computes the same with and without, and may be resumed either way. Gathering in bfloat16
-would send half the bytes, but would round the gains of the norms; and the next layer's weights travel while
-one computes, which on rows of thousands of tokens is long.
+State sharding is FSDP2 (ZeRO-3): each process holds a shard of weights, gradients and optimizer state, as
+`DTensor`s split along the first dimension. A layer's weights are gathered while it computes, and again for
+its backward. They are gathered in float32 and cast by autocast, as without sharding, so that a run computes
+the same either way and may be resumed either way. Gathering in bfloat16 would send half the bytes, but round
+the gains of the norms; and the next layer's weights travel while one layer computes, which takes long on long
+rows.
 """
 
 import json
@@ -39,72 +31,79 @@ from ..errors import UserError
 from ..model.device import pick_device
 
 TIMEOUT = timedelta(minutes=10)  # for a step of another process, the first one compiles
-LEAD_TIMEOUT = timedelta(hours=2)  # for what the lead process does alone
+RANK0_TIMEOUT = timedelta(hours=2)  # for what rank 0 does alone
 
 
 @dataclass(frozen=True)
 class Job:
     """This process among those of the job.
 
-    rank: 0 .. world - 1. world: number of processes. device: where this one computes.
-    lead_group: what the others wait for the lead with; None if there are no others.
-    one_machine: whether all are on this one.
+    Attributes:
+        rank: 0 .. world - 1.
+        world: number of processes.
+        device: where this process computes.
+        rank0_group: the group in which the others wait for rank 0; None if there are no others.
+        one_machine: whether all processes run on one machine.
     """
 
     rank: int
     world: int
     device: torch.device
-    lead_group: dist.ProcessGroup | None = None
+    rank0_group: dist.ProcessGroup | None = None
     one_machine: bool = True
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums over all processes, in place; `values` is on `device`."""
+        """All-reduce: `values`, on `device`, become their sums over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process: the same answer in all."""
+        """Collective: whether the flag is set in any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
-    def lead_does(self, work: Callable[[], object]) -> object:
-        """Do `work` in the lead process; all get its value (JSON), or the UserError it raised."""
+    def run_on_rank0(self, work: Callable[[], object]) -> object:
+        """Collective: run `work` on rank 0 and return its result (a JSON value) on every rank.
+
+        Raises:
+            UserError: on every rank, if `work` raised one.
+        """
         if self.world == 1:
             return work()
         error = None
         text = b""
-        if self.leads:
+        if self.is_rank0:
             try:
                 text = json.dumps({"value": work()}).encode()
             except UserError as caught:
                 error = caught
                 text = json.dumps({"error": str(caught)}).encode()
         length = torch.tensor(len(text))
-        dist.broadcast(length, 0, group=self.lead_group)
+        dist.broadcast(length, 0, group=self.rank0_group)
         # Not broadcast_object_list, which would unpickle what it gets.
         content = torch.frombuffer(bytearray(text.ljust(int(length))), dtype=torch.uint8)
-        dist.broadcast(content, 0, group=self.lead_group)
+        dist.broadcast(content, 0, group=self.rank0_group)
         if error is not None:
             raise error
-        told = json.loads(content.numpy().tobytes())
-        if "error" in told:
-            raise UserError(told["error"])
-        return told["value"]
+        result = json.loads(content.numpy().tobytes())
+        if "error" in result:
+            raise UserError(result["error"])
+        return result["value"]
 
     def leave(self) -> None:
-        """The end of a job that went well; every process must come here."""
+        """Collective: end a job that succeeded."""
         if self.world > 1:
             dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> None:
-        """Tell of an error; with other processes, end this one at once.
+        """Report an error; if there are other processes, end this one at once.
 
-        An orderly exit would wait for work on the device that waits for the others, who wait for this
-        process: the launcher would never see that it failed.
+        An orderly exit would wait for device work that waits for the other processes, which wait for this
+        one: the launcher would never see that it failed.
         """
         if self.world == 1:
             return
@@ -142,16 +141,16 @@ def start_job(device: str) -> Job:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world
-    return Job(rank, world, chosen, dist.new_group(backend="gloo", timeout=LEAD_TIMEOUT), one_machine)
+    return Job(rank, world, chosen, dist.new_group(backend="gloo", timeout=RANK0_TIMEOUT), one_machine)
 
 
-def shard(model: nn.Module, job: Job) -> None:
-    """Leave this process its share of `model`, on its device; layer by layer, then what is in no layer.
+def shard_model(model: nn.Module, job: Job) -> None:
+    """Keep only this process's shard of `model`, on its device: layer by layer, then what is in no layer.
 
     Args:
-        model: with `layers`; equal in all processes, and on the CPU, so that no device holds all of it.
+        model: has `layers`; equal in all processes, and on the CPU, so that no device holds all of it.
     """
-    # The last layer hands its summaries on untouched; nobody reads them, let alone writes to them.
+    # The last layer returns its summaries unchanged, a view; nothing reads or writes them afterwards.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(job.device.type, (job.world,))
     for layer in model.layers:
@@ -159,35 +158,35 @@ def shard(model: nn.Module, job: Job) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this is a share; all processes must ask. Any other tensor is whole already."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Collective: the full tensor of a shard; any other tensor is full already."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(state: dict, job: Job) -> dict:
-    """A state dict, dicts in it included, whole on the CPU of the lead; all processes must ask.
+def gather_state(state: dict, job: Job) -> dict:
+    """Collective: a state dict, nested dicts included, with full tensors on the CPU of rank 0.
 
-    One tensor after the other, so that no device holds more than one whole. In the other processes the
-    values mean nothing.
+    One tensor at a time, so that no device holds more than one full tensor. On other ranks the values are
+    meaningless.
     """
     gathered = {}
     for name, value in state.items():
         if isinstance(value, dict):
-            value = gather(value, job)
+            value = gather_state(value, job)
         elif isinstance(value, DTensor):
-            value = whole(value)
-            value = value.cpu() if job.leads else None
+            value = full_tensor(value)
+            value = value.cpu() if job.is_rank0 else None
         gathered[name] = value
     return gathered
 
 
-def share(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor that all have read alike, if `like` is a share."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a full tensor that all processes have read, if `like` is a shard."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

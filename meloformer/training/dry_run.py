@@ -19,12 +19,12 @@ CHECKPOINT_BYTES = 12  # per parameter: the weight and two moments
 def dry_run(trainer: Trainer) -> None:
     """Print parameters, memory by formula, steps, and the time of an epoch if a step can be measured.
 
-    All processes must call it; the lead prints. The trainer is of no use afterwards.
+    Collective; rank 0 prints. The trainer cannot be used afterwards.
     """
     config, job, stepper = trainer.config, trainer.job, trainer.stepper
 
     def say(label: str, text: str) -> None:
-        if job.leads:
+        if job.is_rank0:
             print(f"{label:<12}{text}", flush=True)
 
     parameters = stepper.model.num_parameters()

@@ -9,7 +9,7 @@ WINDOW = 128
 MIN_WINDOW = 16  # fewer norms tell nothing
 
 
-def may_be_taken(loss: float, norm: float) -> bool:
+def is_finite_step(loss: float, norm: float) -> bool:
     """Whether a step with this loss and gradient norm changes the weights."""
     return math.isfinite(loss) and math.isfinite(norm)
 
@@ -28,7 +28,7 @@ class Guard:
 
     def admits(self, loss: float, norm: float) -> bool:
         """Whether the step may be taken; counts it if not."""
-        if may_be_taken(loss, norm):
+        if is_finite_step(loss, norm):
             self.in_a_row = 0
             return True
         self.skipped += 1

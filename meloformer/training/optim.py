@@ -7,22 +7,22 @@ import torch
 from ..model.transformer import MeloFormer
 from .config import TrainConfig
 
-MIN_LR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
-MAX_WARMUP_SHARE = 0.1  # a short run warms up for at most this share of its steps
+MIN_LR_RATIO = 0.1  # the cosine ends at this fraction of the peak learning rate
+MAX_WARMUP_FRACTION = 0.1  # a short run warms up for at most this fraction of its steps
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to MIN_LR_SHARE of it. `step` counts from 0."""
-    warmup = max(1, min(config.warmup_steps, int(MAX_WARMUP_SHARE * total)))
+    """Linear warm-up, then a cosine from the peak to MIN_LR_RATIO of it. `step` counts from 0."""
+    warmup = max(1, min(config.warmup_steps, int(MAX_WARMUP_FRACTION * total)))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
-    share = MIN_LR_SHARE + (1 - MIN_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * share
+    factor = MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * factor
 
 
 def make_optimizer(model: MeloFormer, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; only matrices decay, since decaying gains and embedding vectors of rank 1 has no sense."""
+    """AdamW with weight decay on matrices only: the gains of norms and the summary embedding do not."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -1,8 +1,7 @@
 """Batches on their way to the device, ahead of time, so that it never waits for one.
 
-The loader's thread puts a batch into memory that a GPU copies from by itself. While the GPU computes on a
-batch, it copies the next one and plans its attention, so that nobody has to wait for what the plan turned out
-to need.
+A loader thread builds batches in pinned memory. While the GPU computes on a batch, the next one is copied and
+its attention planned, so that reading the size of the plan back does not stall the step.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,37 +12,40 @@ import torch
 from ..data.batches import Batch, State, prefetch
 from .metrics import Meter
 
-_Ready = TypeVar("_Ready")
+_Prepared = TypeVar("_Prepared")
 
 
-class Feed(Generic[_Ready]):
-    """An iterator over what `prepare` makes of each batch, and the state after it.
+class Prefetcher(Generic[_Prepared]):
+    """An iterator over (prepared batch, data position after it).
 
-    Call `look_ahead` when the device has got its work on a batch, before the host waits for that: then the
-    next batch is prepared meanwhile. Without it a batch is prepared when it is asked for.
+    Call `look_ahead` when the work on a batch is queued on the device and before the host waits for it: the
+    next batch is then prepared meanwhile. Otherwise a batch is prepared when it is asked for.
 
-    Close it in the end, which ends the loader's thread.
+    Close it when done, which ends the loader thread.
 
     Args:
-        meter: which counts the time in which the loader is waited for.
+        batches: of the loader, each with the data position after it.
+        prepare: moves a batch to the device.
+        device: where batches go; for CUDA they are pinned.
+        meter: measures the time spent waiting for the loader.
     """
 
     def __init__(
         self,
         batches: Iterable[tuple[Batch, State]],
-        prepare: Callable[[Batch], _Ready],
+        prepare: Callable[[Batch], _Prepared],
         device: torch.device,
         meter: Meter,
     ):
         self._prepare = prepare
         self._loaded = prefetch(_staged(batches, device))
-        self._waited_for = meter.waiting(self._loaded)
-        self._ahead: tuple[_Ready, State] | None = None
+        self._timed = meter.waiting(self._loaded)
+        self._ahead: tuple[_Prepared, State] | None = None
 
-    def __iter__(self) -> "Feed[_Ready]":
+    def __iter__(self) -> "Prefetcher[_Prepared]":
         return self
 
-    def __next__(self) -> tuple[_Ready, State]:
+    def __next__(self) -> tuple[_Prepared, State]:
         self.look_ahead()
         if self._ahead is None:
             raise StopIteration
@@ -53,7 +55,7 @@ class Feed(Generic[_Ready]):
     def look_ahead(self) -> None:
         """Prepare the batch that comes next, if there is one and it is not prepared yet."""
         if self._ahead is None:
-            for batch, after in self._waited_for:
+            for batch, after in self._timed:
                 self._ahead = self._prepare(batch), after
                 return
 

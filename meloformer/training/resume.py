@@ -55,7 +55,7 @@ def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -
     Raises:
         UserError: there is a run and no --resume, or it is another run, or none of it is whole.
     """
-    path = job.lead_does(lambda: _choose(config, root))
+    path = job.run_on_rank0(lambda: _choose(config, root))
     if path is None:
         return None
     checkpoint = load_checkpoint(path)

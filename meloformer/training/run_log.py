@@ -1,6 +1,6 @@
 """Where the records of a run go: `log.jsonl` always, TensorBoard and Weights & Biases if asked.
 
-Only the lead process has a log.
+Only rank 0 has a log.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Model, optimizer and one optimizer step, on this process among others.
 
 Losses and gradients are sums over targets, divided once by the number of targets of all processes and
-batches, so that the same rows give the same step however they are dealt out.
+batches, so that the same rows give the same step however they are distributed.
 """
 
 import hashlib
@@ -23,37 +23,37 @@ from ..model.device import pick_attention
 from ..model.loss import next_token_loss
 from ..model.transformer import MeloFormer, ModelConfig
 from .config import TrainConfig
-from .distributed import Job, gather, local, shard, share, whole
+from .distributed import Job, full_tensor, gather_state, local_tensor, shard_like, shard_model
 from .flops import training_flops
-from .guard import Guard, may_be_taken
+from .guard import Guard, is_finite_step
 from .metrics import StepFigures
 from .optim import make_optimizer
 
-_ALL_MB = 1 << 20  # more than any model's gradients
-_LEAST_NORM = 1e-6  # is added to the norm before the limit is divided by it, as torch.nn.utils does
+_ONE_BUCKET_MB = 1 << 20  # more than any model's gradients
+_NORM_EPSILON = 1e-6  # is added to the norm before the limit is divided by it, as torch.nn.utils does
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Ready(NamedTuple):
-    """A batch on the device, its attention, and what a stream waits for before it uses them."""
+class PreparedBatch(NamedTuple):
+    """A batch on the device, its attention, and the event a stream waits for before it uses them."""
 
     batch: Batch
     attention: Attention | CausalAttention
-    made: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None = None
 
 
 class Stepper:
     """Takes optimizer steps: `accumulate` what `prepare` made of the batches of a step, then `update`.
 
     Attributes:
-        model: with its weights by the seed; of a sharded one, this process's share.
+        model: initialised by the seed; if sharded, this process's shard.
         optimizer: over its parameters.
-        sharded: whether each process holds a share of the state only.
-        guard: which judges every step.
+        sharded: whether each process holds only a shard of the state.
+        guard: decides whether a step is taken or skipped.
         precision: "fp32" or "bf16".
         attention: name of the backend.
-        compiled: whether layers and loss are.
-        runs_ahead: whether `update` leaves work to the device while the host goes on.
+        compiled: whether layers and loss are compiled.
+        runs_ahead: whether `update` returns before the device has finished the step.
     """
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, job: Job):
@@ -69,7 +69,7 @@ class Stepper:
             self.model.compile_layers()
         self.sharded = config.shard_state and job.world > 1
         if self.sharded:
-            shard(self.model, job)
+            shard_model(self.model, job)
         else:
             self.model.to(job.device)
         self.runs_ahead = job.device.type == "cuda" and not self.sharded
@@ -82,13 +82,13 @@ class Stepper:
                 device_ids=[job.device.index] if job.device.type == "cuda" else None,
                 # On one machine gradients travel in milliseconds: at once, when all are there. Exchanges
                 # beside the backward wait for the other GPUs with kernels that take its multiprocessors.
-                bucket_cap_mb=_ALL_MB if job.one_machine else None,
+                bucket_cap_mb=_ONE_BUCKET_MB if job.one_machine else None,
                 gradient_as_bucket_view=True,
             )
-        self._sums = self._no_sums()
-        self._aside = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
-        self._current: Ready | None = None
-        self._begun: torch.cuda.Event | None = None
+        self._sums = self._zero_sums()
+        self._side_stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self._in_use: PreparedBatch | None = None
+        self._forward_started: torch.cuda.Event | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -101,57 +101,63 @@ class Stepper:
             raise UserError("--compile: needs a GPU, and another attention than reference")
         return can if self._config.compile is None else self._config.compile
 
-    def prepare(self, batch: Batch) -> Ready:
-        """A batch for `accumulate`. Waits for the device only if the batch is there already.
+    def prepare(self, batch: Batch) -> PreparedBatch:
+        """Move a batch to the device and plan its attention, for `accumulate`.
 
-        A GPU does this beside its work on the batch before.
+        On a GPU this runs on a stream of its own, beside the work on the batch before. It synchronizes only
+        if the batch is on the device already.
         """
-        if self._aside is None:
+        if self._side_stream is None:
             return self._prepare(batch)
-        if self._begun is not None:  # memory that was freed since is then in use no more
-            self._aside.wait_event(self._begun)
-        with torch.cuda.stream(self._aside):
-            return self._prepare(batch)._replace(made=self._aside.record_event())
+        if self._forward_started is not None:  # memory freed since then is no longer in use
+            self._side_stream.wait_event(self._forward_started)
+        with torch.cuda.stream(self._side_stream):
+            return self._prepare(batch)._replace(ready=self._side_stream.record_event())
 
-    def _prepare(self, batch: Batch) -> Ready:
+    def _prepare(self, batch: Batch) -> PreparedBatch:
         moved = batch.to(self._job.device, non_blocking=True)
-        # A dense model asks where documents end: of the batch on the host, since the device would stall.
+        # A dense model needs the document boundaries on the host: reading them from the device would stall
+        # it.
         structure = batch.structure if self.model.config.dense else moved.structure
-        return Ready(moved, self.model.attention_for(structure, self.attention))
+        return PreparedBatch(moved, self.model.attention_for(structure, self.attention))
 
     def logits(self, batch: Batch) -> Tensor:
-        """[B, N, V]. If the state is sharded, all processes must ask at once; else there is no exchange."""
+        """Logits [B, N, V] of a batch. Collective if the state is sharded."""
         return self._forward(self.model, self._prepare(batch))
 
-    def _forward(self, model: torch.nn.Module, ready: Ready) -> Tensor:
-        batch, attention, made = ready
-        if made is not None:
-            torch.cuda.current_stream(self._job.device).wait_event(made)
-        attention.settle()  # here, for in a compiled model it could not wait
+    def _forward(self, model: torch.nn.Module, prepared: PreparedBatch) -> Tensor:
+        batch, attention, ready = prepared
+        if ready is not None:
+            torch.cuda.current_stream(self._job.device).wait_event(ready)
+        attention.settle()  # may synchronize, which compiled code cannot
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
             return model(batch.ids, batch.structure, attention)
 
     def seed(self, step: int) -> None:
-        """Make all that draws random numbers in step `step` draw by the seed, the step and the rank.
+        """Seed every random generator by the run's seed, the step and the rank.
 
-        So nothing of them needs to be saved, and another number of processes can go on.
+        So no generator state needs to be saved, and another number of processes can resume.
         """
         text = f"{self._config.seed} {step} {self._job.rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
 
-    def accumulate(self, ready: Ready, last: bool, done: Callable[[str], None] = lambda part: None) -> None:
-        """Add the gradients of a batch, and its nats, targets and tokens, to those of the step.
+    def accumulate(
+        self, prepared: PreparedBatch, last: bool, done: Callable[[str], None] = lambda part: None
+    ) -> None:
+        """One accumulation step: add a batch's gradients, nats, targets and tokens to those of the step.
 
-        Gradients are exchanged between processes with the `last` batch of the step alone. `done` is
-        called after each part: "forward", "backward".
+        Args:
+            last: whether it is the last batch of the step; gradients are exchanged between processes then
+                only.
+            done: called with "forward" and "backward" after each.
         """
-        batch = ready.batch
-        if self._aside is not None:
-            self._begun = torch.cuda.current_stream(self._job.device).record_event()
-            self._current = ready  # held until there is an event behind all work on it
+        batch = prepared.batch
+        if self._side_stream is not None:
+            self._forward_started = torch.cuda.current_stream(self._job.device).record_event()
+            self._in_use = prepared  # keeps its memory until an event follows all work on it
         with self._exchange(last):
-            logits = self._forward(self.parallel, ready)
+            logits = self._forward(self.parallel, prepared)
             nats, targets = next_token_loss(logits, batch.targets, self.compiled)
             done("forward")
             nats.backward()
@@ -162,7 +168,7 @@ class Stepper:
         self._sums[3] += training_flops(self.model.config, batch.counts)
 
     def _exchange(self, now: bool) -> AbstractContextManager:
-        """A context for forward and backward, which exchanges gradients only if they are due `now`."""
+        """A context for forward and backward in which gradients are exchanged only if `now`."""
         if self.sharded:
             self.model.set_requires_gradient_sync(now)
         elif self._job.world > 1 and not now:
@@ -170,40 +176,43 @@ class Stepper:
         return nullcontext()
 
     def update(self, lr: float, *flags: bool) -> Callable[[], tuple[StepFigures, list[bool]]]:
-        """The optimizer step over what was accumulated.
+        """Collective: the optimizer step over the accumulated gradients, skipped on all ranks if the loss or
+        the gradient norm is not finite.
 
-        It is skipped, on all processes alike, if the loss or the gradient is not finite.
+        Args:
+            lr: learning rate.
+            flags: of this process; combined over all processes.
 
         Returns:
-            A function, to be called once: it waits for the step's figures, and for whether any process has
-            set each flag. A GPU may be given more to do before.
+            A function, to be called once: it waits for the device and returns the step's figures and, for
+            each flag, whether any process has set it. More work may be given to the device before.
         """
         own = self._sums.new_zeros(len(flags))
         for flag, place in zip(flags, own):
             if flag:
-                place.fill_(1)  # to copy from the host would wait for the device
+                place.fill_(1)  # a copy from the host would synchronize
         sums = self._job.sum(torch.cat([self._sums, own]))
-        # The exchange has averaged sums over processes: at once make that the mean over targets and clip it.
+        # The exchange averaged over processes: scale to the mean over targets and clip in one pass.
         gradients = [parameter.grad for parameter in self.model.parameters()]
-        share = self._job.world / sums[1]
-        norm = whole(torch.nn.utils.get_total_norm(gradients)) * share
-        clip = (self._config.max_grad_norm / (norm + _LEAST_NORM)).clamp(max=1)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], (share * clip).float())
-        told = _told(torch.cat([sums, norm[None]]))
+        scale = self._job.world / sums[1]
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) * scale
+        clip = (self._config.max_grad_norm / (norm + _NORM_EPSILON)).clamp(max=1)
+        torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], (scale * clip).float())
+        read_numbers = _read_later(torch.cat([sums, norm[None]]))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.runs_ahead:
-            # The device judges for itself, by the rule of the guard, before the host is told.
+            # The device applies the guard's rule itself, before the host knows the numbers.
             self.optimizer.found_inf = (~(sums[0] + norm).isfinite()).float()
             self.optimizer.step()
         else:
-            numbers = told()
-            told = partial(list, numbers)
-            if may_be_taken(numbers[0], numbers[-1]):
+            numbers = read_numbers()
+            read_numbers = partial(list, numbers)
+            if is_finite_step(numbers[0], numbers[-1]):
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._sums = self._no_sums()
-        return lambda: self._figures(*told())
+        self._sums = self._zero_sums()
+        return lambda: self._figures(*read_numbers())
 
     def _figures(
         self, nats: float, targets: float, tokens: float, flops: float, *others: float
@@ -215,13 +224,15 @@ class Stepper:
         return StepFigures(loss, norm, int(tokens), flops, taken, spike), [flag > 0 for flag in any_flags]
 
     def wait(self) -> None:
-        """Until the device has done all it was given."""
+        """Wait until the device has finished all its work."""
         if self._job.device.type == "cuda":
             torch.cuda.synchronize(self._job.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """The state dicts of model and optimizer, whole, for the lead alone; all processes must ask."""
-        return gather(self.model.state_dict(), self._job), gather(self.optimizer.state_dict(), self._job)
+        """Collective: full state dicts of model and optimizer, meaningful on rank 0."""
+        return gather_state(self.model.state_dict(), self._job), gather_state(
+            self.optimizer.state_dict(), self._job
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take weights and optimizer state from a checkpoint, saved by any number of processes.
@@ -231,29 +242,30 @@ class Stepper:
         """
         present = self.model.state_dict()
         self.model.load_state_dict(
-            {name: share(weight, present[name]) for name, weight in checkpoint.weights.items()}
+            {name: shard_like(weight, present[name]) for name, weight in checkpoint.weights.items()}
         )
-        restore_optimizer(checkpoint.path, self.optimizer, share)
+        restore_optimizer(checkpoint.path, self.optimizer, shard_like)
 
     def whole_model(self) -> MeloFormer | None:
-        """A model that the lead can use alone, None elsewhere if it is sharded; all processes must ask."""
+        """Collective: a model that rank 0 can use alone; None on other ranks if the state is sharded."""
         if not self.sharded:
             return self.model
-        weights = gather(self.model.state_dict(), self._job)
-        if not self._job.leads:
+        weights = gather_state(self.model.state_dict(), self._job)
+        if not self._job.is_rank0:
             return None
         with torch.device("meta"):
             model = MeloFormer(self.model.config)
         model.load_state_dict(weights, assign=True)
         return model.to(self._job.device)
 
-    def _no_sums(self) -> Tensor:
+    def _zero_sums(self) -> Tensor:
         # nats, targets, tokens, floating-point operations
         return torch.zeros(4, dtype=torch.float64, device=self._job.device)
 
 
-def _told(numbers: Tensor) -> Callable[[], list[float]]:
-    """A function that waits for the numbers, but not for what the device is given to do after this call."""
+def _read_later(numbers: Tensor) -> Callable[[], list[float]]:
+    """A function that returns the numbers: it waits for them, but not for device work queued after this
+    call."""
     if numbers.device.type != "cuda":
         return numbers.tolist
     copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

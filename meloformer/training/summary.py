@@ -1,9 +1,8 @@
 """What a run says of itself: at the start in a few lines, at the end as `summary.json` and `loss.png`."""
 
-from __future__ import annotations
-
 import platform
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,68 +12,92 @@ from ..checkpoint.store import best_checkpoint
 from ..data.batches import PackedSongs
 from ..files import write_json
 from ..plots.loss_curve import loss_curve
+from .distributed import Job
 from .flops import peak_flops
 from .run_log import LOG, read_log
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .stepper import Stepper
 
 SUMMARY, PICTURE = "summary.json", "loss.png"
 
 
-def describe(trainer: Trainer) -> None:
-    """Print what is about to be trained on what."""
-    samples, stepper = trainer.data.samples, trainer.stepper
+class Progress(NamedTuple):
+    """How far a run is: optimizer steps, epochs begun, tokens; `best` has the step and val_loss of the lowest
+    validation loss so far."""
+
+    step: int
+    epoch: int
+    tokens: int
+    best: dict | None
+
+
+def describe(stepper: Stepper, job: Job, data: PackedSongs, val_data: PackedSongs, step: int) -> None:
+    """Print what is about to be trained on what, after `step` steps of an earlier start."""
+    samples = data.samples
     print(
         f"{stepper.model.config.size} model, {stepper.model.num_parameters() / 1e6:.1f}M parameters, "
-        f"attention '{stepper.attention}' on {trainer.job.device}, {trainer.job.world} process(es)"
-        f"{', which share the state' if stepper.sharded else ''}\n"
-        f"{len(samples)} training samples in {trainer.data.rows_per_epoch(0)} rows of "
-        f"{trainer.config.max_seq_len} tokens, {len(trainer.val_data.samples)} validation samples"
+        f"attention '{stepper.attention}' on {job.device}, {job.world} process(es)"
+        f"{', state sharded' if stepper.sharded else ''}\n"
+        f"{len(samples)} training samples in {data.rows_per_epoch(0)} rows of {data.max_seq_len} tokens, "
+        f"{len(val_data.samples)} validation samples"
     )
     if samples.skipped_songs or samples.skipped_bars:
         print(
-            f"left out: {samples.skipped_songs} songs of more than {trainer.config.max_bars} bars, "
+            f"left out: {samples.skipped_songs} songs of more than {data.max_bars} bars, "
             f"{samples.skipped_bars} bars longer than a row"
         )
-    if not len(trainer.val_data.samples):
+    if not len(val_data.samples):
         print("no song fell into the validation split: there will be no validation loss")
-    if trainer.job.device.type == "cuda" and peak_flops(trainer.job.device) is None:
-        print(f"no MFU: what {_device_name(trainer.job.device)} could do at most is not known")
-    if trainer.step:
-        print(f"resuming after step {trainer.step}")
+    if job.device.type == "cuda" and peak_flops(job.device) is None:
+        print(f"no MFU: the peak speed of {_device_name(job.device)} is not known")
+    if step:
+        print(f"resuming after step {step}")
 
 
-def write_summary(trainer: Trainer, stopped: str | None) -> None:
-    """Write and print how the run ended; `stopped` is what asked for a stop, if the run is not through."""
-    records = read_log(trainer.output / LOG)
+def write_summary(
+    output: Path,
+    checkpoints: Path,
+    progress: Progress,
+    stopped: str | None,
+    stepper: Stepper,
+    job: Job,
+    data: PackedSongs,
+    val_data: PackedSongs,
+    data_sha256: str,
+) -> None:
+    """Write `summary.json` and `loss.png` into `output`, and print how the run ended.
+
+    Args:
+        stopped: what asked for a stop, None if the run is finished.
+        data_sha256: digest of the songs, as the run's identity has it.
+    """
+    records = read_log(output / LOG)
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     validations = [record for record in records if "val_loss" in record]
-    best = best_checkpoint(trainer.checkpoints)
+    best = best_checkpoint(checkpoints)
     write_json(
-        trainer.output / SUMMARY,
+        output / SUMMARY,
         {
             "finished": stopped is None,
             "stopped_by": stopped,
-            "steps": trainer.step,
-            "epochs": trainer.state.epoch,
-            "tokens": trainer.tokens,
-            "skipped_steps": trainer.stepper.guard.skipped,
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "tokens": progress.tokens,
+            "skipped_steps": stepper.guard.skipped,
             "loss": losses[-1] if losses else None,
             "validation": validations[-1] if validations else None,
-            "best": trainer.best,
+            "best": progress.best,
             "best_checkpoint": best and best.name,
-            "parameters": trainer.stepper.model.num_parameters(),
-            "attention": trainer.stepper.attention,
-            "precision": trainer.stepper.precision,
-            "processes": trainer.job.world,
+            "parameters": stepper.model.num_parameters(),
+            "attention": stepper.attention,
+            "precision": stepper.precision,
+            "processes": job.world,
             "data": {
-                "sha256": trainer.identity["data"],
-                "val_split": trainer.identity["val_split"],
-                "training": _amount(trainer.data),
-                "validation": _amount(trainer.val_data),
+                "sha256": data_sha256,
+                "val_split": data.shards.val_split,
+                "training": _amount(data),
+                "validation": _amount(val_data),
             },
-            "device": _device_name(trainer.job.device),
+            "device": _device_name(job.device),
             "versions": {
                 "meloformer": __version__,
                 "torch": torch.__version__,
@@ -83,9 +106,9 @@ def write_summary(trainer: Trainer, stopped: str | None) -> None:
         },
     )
     if losses:
-        loss_curve(records, trainer.output / PICTURE)
+        loss_curve(records, output / PICTURE)
     how = "finished" if stopped is None else f"stopped by {stopped}; --resume goes on with it"
-    print(f"{how}: {trainer.step} steps, {trainer.tokens:,} tokens; see {trainer.output / SUMMARY}")
+    print(f"{how}: {progress.step} steps, {progress.tokens:,} tokens; see {output / SUMMARY}")
 
 
 def _amount(data: PackedSongs) -> dict[str, int]:

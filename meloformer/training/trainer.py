@@ -1,4 +1,4 @@
-"""The training loop of one process: steps, and what is due after them.
+"""The training loop of one process: optimizer steps, and validation, samples and checkpoints between them.
 
 One optimizer step takes the next `world x batch_size x accumulation` rows of the epoch.
 """
@@ -28,41 +28,41 @@ from .distributed import Job
 from .flops import peak_flops
 from .metrics import Meter, StepFigures, bar_fields
 from .optim import learning_rate
-from .prefetch import Feed
+from .prefetch import Prefetcher
 from .resume import load_for_resume, run_identity
 from .run_log import RunLog
 from .samples import write_sample
-from .stepper import Ready, Stepper
-from .summary import describe, write_summary
+from .stepper import PreparedBatch, Stepper
+from .summary import Progress, describe, write_summary
 from .validation import validate
 
 SKIPPED = "skipped.json"
 
 
-class _Taken(NamedTuple):
-    """A step that the device was given: what `Stepper.update` returned, where the data stands after it, and
-    whether an epoch or the run ends with it."""
+class _PendingStep(NamedTuple):
+    """A step queued on the device: what `Stepper.update` returned, the data position after it, and whether an
+    epoch or the run ends with it."""
 
-    told: Callable[[], tuple[StepFigures, list[bool]]]
+    result: Callable[[], tuple[StepFigures, list[bool]]]
     lr: float
     after: State
     ends: bool
 
 
 class Trainer:
-    """Everything one process of a run holds. `run` trains to the end, or until it is asked to stop.
+    """One process's part of a training run. `run` trains to the end, or until a stop is requested.
 
     Args:
         config, model_config: of the run.
         job: this process among the others.
-        stop_reason: asked after every step for what wants the run to stop, if anything does.
+        stop_reason: called after every step; what requests a stop, or None.
 
     Attributes:
-        step: optimizer steps so far, those that were skipped included.
+        step: optimizer steps so far, skipped ones included.
         state: which rows come next.
-        tokens: seen so far, without padding.
-        due: what the last step calls for and is not done yet: "validate", "sample".
-        best: step and val_loss of the best validation so far.
+        tokens: trained on so far, without padding.
+        due: tasks scheduled by the last step and not done yet: "validate", "sample".
+        best: step and val_loss of the lowest validation loss so far.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Trainer:
         shards = ShardSet(config.data_dir)
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars, "seed": config.seed}
         limits |= {"near_bars": model_config.near_bars, "kind_rule": model_config.kind_rule}
-        limits["one_room"] = config.one_room
+        limits["fixed_num_summaries"] = config.fixed_num_summaries
         self.data = PackedSongs(shards, "train", max_samples=config.max_samples, **limits)
         self.data.require_samples()
         self.val_data = PackedSongs(shards, "val", max_samples=config.max_samples, **limits)
@@ -120,11 +120,11 @@ class Trainer:
         self.due, self.best = list(saved["due"]), saved["best"]
 
     def save(self, val_loss: float | None = None) -> None:
-        """Write a checkpoint; the other processes wait until it is whole.
+        """Collective: write a checkpoint.
 
         Args:
-            val_loss: of these weights, if known. That of the best so far is known anyway: it may have been
-                found before a stop, and this replaces the checkpoint that says so.
+            val_loss: of these weights, if known. If they are the best so far it is known anyway: it may have
+                been found before a stop, and this checkpoint replaces the one that recorded it.
 
         Raises:
             DivergedError: the weights are not finite.
@@ -133,7 +133,7 @@ class Trainer:
         if self.best is not None and self.best["step"] == self.step:
             val_loss = self.best["val_loss"]
         weights, optimizer_state = self.stepper.state()
-        self.job.lead_does(lambda: self._save(weights, optimizer_state, val_loss))
+        self.job.run_on_rank0(lambda: self._save(weights, optimizer_state, val_loss))
 
     def _save(self, weights: dict[str, Tensor], optimizer_state: dict, val_loss: float | None) -> None:
         if not all(weight.isfinite().all() for weight in weights.values()):
@@ -163,19 +163,19 @@ class Trainer:
         )
 
     def run(self) -> str | None:
-        """Train to the end. Returns None, or what had asked for the stop that was obeyed.
+        """Train to the end. Returns None, or what requested the stop.
 
         Raises:
             DivergedError: too many steps in a row were skipped.
             UserError: the run cannot go on from what is there, or cannot be saved.
         """
         self.restore()
-        self.job.lead_does(self._open)
+        self.job.run_on_rank0(self._open)
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
             unit="step",
-            disable=not self.job.leads,
+            disable=not self.job.is_rank0,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
         try:
@@ -184,7 +184,20 @@ class Trainer:
             bar.close()
             if self.log is not None:
                 self.log.close()
-        self.job.lead_does(lambda: write_summary(self, stopped))
+        progress = Progress(self.step, self.state.epoch, self.tokens, self.best)
+        self.job.run_on_rank0(
+            lambda: write_summary(
+                self.output,
+                self.checkpoints,
+                progress,
+                stopped,
+                self.stepper,
+                self.job,
+                self.data,
+                self.val_data,
+                self.identity["data"],
+            )
+        )
         return stopped
 
     def _open(self) -> None:
@@ -197,13 +210,13 @@ class Trainer:
             wandb=self.config.wandb,
         )
         save_config(self.config, self.output / CONFIG)
-        describe(self)
+        describe(self.stepper, self.job, self.data, self.val_data, self.step)
 
     def _loop(self, bar: tqdm) -> str | None:
-        """What asked for a stop, if anything did."""
+        """What requested a stop, or None if the run is finished."""
         config, job, stepper = self.config, self.job, self.stepper
         if self.due:
-            stops, val_loss = self._catch_up(bar)
+            stops, val_loss = self._run_due(bar)
             self.save(val_loss)
             if stops:
                 return self._reason()
@@ -212,16 +225,16 @@ class Trainer:
         )
         finished = config.max_steps is not None and self.step >= config.max_steps
         self.meter.restart()
-        with closing(Feed([] if finished else batches, stepper.prepare, job.device, self.meter)) as fed:
+        with closing(Prefetcher([] if finished else batches, stepper.prepare, job.device, self.meter)) as fed:
             return self._take_steps(fed, bar)
 
-    def _take_steps(self, fed: Feed[Ready], bar: tqdm) -> str | None:
-        """Where the device runs ahead, the books of a step are done when it has begun with the next, so that
-        it never waits for them; unless more is due then, or this process alone is to stop."""
+    def _take_steps(self, fed: Prefetcher[PreparedBatch], bar: tqdm) -> str | None:
+        """The step loop. Where the device runs ahead, a step is logged after the next one was queued, so that
+        the device never waits for the host; at once if a task is due, or if a single process is to stop."""
         config, job, stepper = self.config, self.job, self.stepper
         self._saved_at = time.monotonic()
-        state, step, in_step = self.state, self.step, 0  # of what the device was given
-        taken: _Taken | None = None
+        state, step, in_step = self.state, self.step, 0  # of what is queued on the device
+        pending: _PendingStep | None = None
         for batch, after in fed:
             if in_step == 0:
                 stepper.seed(step)
@@ -230,24 +243,24 @@ class Trainer:
             last = epoch_ends or in_step == config.gradient_accumulation_steps
             stepper.accumulate(batch, last)
             fed.look_ahead()
-            if taken is not None and self._conclude(taken, bar):
+            if pending is not None and self._finish_step(pending, bar):
                 return self._reason()
-            taken = None
+            pending = None
             if not last:
                 continue
             lr = learning_rate(step, self.total_steps, config)
-            # The lead's clock counts, and any process's signal: so they travel with the sums of the step.
-            late = job.leads and time.monotonic() - self._saved_at >= 60 * config.save_every_minutes
-            told = stepper.update(lr, self._wants_stop(), late)
+            # Rank 0's clock and any process's signal count: they travel with the sums of the step.
+            late = job.is_rank0 and time.monotonic() - self._saved_at >= 60 * config.save_every_minutes
+            result = stepper.update(lr, self._wants_stop(), late)
             state, step, in_step = after, step + 1, 0
             finished = step == config.max_steps or after.epoch == config.epochs
             ends = epoch_ends or finished
-            taken = _Taken(told, lr, after, ends)
+            pending = _PendingStep(result, lr, after, ends)
             at_once = not stepper.runs_ahead or (job.world == 1 and self._wants_stop())
             if ends or at_once or any(_is_due(every, step) for every in self._intervals):
-                if self._conclude(taken, bar):
+                if self._finish_step(pending, bar):
                     return self._reason()
-                taken = None
+                pending = None
             if finished:
                 break
         return None
@@ -256,31 +269,31 @@ class Trainer:
     def _intervals(self) -> tuple[int | None, ...]:
         return self.config.validate_every, self.config.sample_every, self.config.save_every
 
-    def _conclude(self, taken: _Taken, bar: tqdm) -> bool:
-        """Log a step, and do what it calls for. Whether anything wants the run to stop.
+    def _finish_step(self, pending: _PendingStep, bar: tqdm) -> bool:
+        """Log a step and run the tasks that are due after it. Returns whether a stop was requested.
 
         Raises:
             DivergedError: too many steps in a row were skipped.
         """
         config, stepper = self.config, self.stepper
-        figures, (stops, saves) = taken.told()
-        before, self.state, self.step = self.state, taken.after, self.step + 1
+        figures, (stops, saves) = pending.result()
+        before, self.state, self.step = self.state, pending.after, self.step + 1
         self.tokens += figures.tokens
-        record = self.meter.step_record(self.step, self.epoch, taken.lr, figures)
-        self._note_step(bar, record, before)
+        record = self.meter.step_record(self.step, self.epoch, pending.lr, figures)
+        self._log_step(bar, record, before)
 
-        if len(self.val_data.samples) and (taken.ends or _is_due(config.validate_every, self.step)):
+        if len(self.val_data.samples) and (pending.ends or _is_due(config.validate_every, self.step)):
             self.due.append("validate")
         if _is_due(config.sample_every, self.step):
             self.due.append("sample")
         gives_up = stepper.guard.in_a_row >= config.max_skipped_steps
-        saves = saves or stops or taken.ends or gives_up or _is_due(config.save_every, self.step)
+        saves = saves or stops or pending.ends or gives_up or _is_due(config.save_every, self.step)
         if self.due or saves:
-            stepper.wait()  # what it works on is the next step
+            stepper.wait()  # the next step is queued already
             with self.meter.paused():
                 val_loss = None
                 if self.due and not stops:
-                    stops, val_loss = self._catch_up(bar)
+                    stops, val_loss = self._run_due(bar)
                 is_best = val_loss is not None and self.best["step"] == self.step
                 if saves or stops or is_best:
                     self.save(val_loss)
@@ -289,8 +302,9 @@ class Trainer:
             raise self._diverged()
         return stops
 
-    def _catch_up(self, bar: tqdm) -> tuple[bool, float | None]:
-        """Do what is due; whether a stop broke it off, and the validation loss if it was found."""
+    def _run_due(self, bar: tqdm) -> tuple[bool, float | None]:
+        """Run the tasks that are due. Returns whether a stop interrupted them, and the validation loss if
+        known."""
         val_loss = None
         while self.due:
             if self.due[0] == "validate":
@@ -300,10 +314,10 @@ class Trainer:
                 if figures is None:
                     return True, val_loss
                 val_loss = figures["val_loss"]
-                self._note_validation(bar, figures)
+                self._log_validation(bar, figures)
             else:
                 model = self.stepper.whole_model()
-                if not self.job.lead_does(partial(self._sample, model)):
+                if not self.job.run_on_rank0(partial(self._sample, model)):
                     return True, val_loss
             self.due.pop(0)
         return self.job.any(self._wants_stop()), val_loss
@@ -321,17 +335,17 @@ class Trainer:
             stops=self._wants_stop,
         )
 
-    def _note_validation(self, bar: tqdm, figures: dict[str, float | None]) -> None:
+    def _log_validation(self, bar: tqdm, figures: dict[str, float | None]) -> None:
         loss = figures["val_loss"]
         if loss is not None and (self.best is None or loss <= self.best["val_loss"]):
             self.best = {"step": self.step, "val_loss": loss}
         if self.log is not None:
             self.log.write({"step": self.step, "epoch": self.epoch, **figures})
-            told = "not finite" if loss is None else f"{loss:.4f} nats per token"
-            bar.write(f"step {self.step}, epoch {self.epoch + 1}: validation loss {told}")
+            text = "not finite" if loss is None else f"{loss:.4f} nats per token"
+            bar.write(f"step {self.step}, epoch {self.epoch + 1}: validation loss {text}")
 
-    def _note_step(self, bar: tqdm, record: dict, before: State) -> None:
-        """Log a step over the rows from `before` on, and remember it if it was skipped."""
+    def _log_step(self, bar: tqdm, record: dict, before: State) -> None:
+        """Log a step whose rows began at `before`; keep its record if it was skipped."""
         if record.get("skipped"):
             stop = self.state.index or self.data.rows_per_epoch(before.epoch)
             self._skipped.append({**record, "rows": [before.index, stop]})
@@ -351,10 +365,10 @@ class Trainer:
             )
 
     def _diverged(self) -> DivergedError:
-        """The error for too many skipped steps; the lead process writes down their batches."""
+        """The error for too many skipped steps; rank 0 writes down their rows."""
         first, last = self._skipped[0], self._skipped[-1]
         path = self.output / SKIPPED
-        if self.job.leads:
+        if self.job.is_rank0:
             for skipped in self._skipped:
                 rows = self.data.rows(skipped["epoch"])[slice(*skipped["rows"])]
                 skipped["samples"] = [[self._place(int(sample)) for sample in row] for row in rows]

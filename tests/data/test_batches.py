@@ -119,15 +119,15 @@ def test_summaries_come_in_few_sizes(tmp_path):
     assert sum(sizes) == sum(counts)
 
 
-@pytest.mark.parametrize("one_room", [False, True])
-def test_room_is_that_of_the_fullest_row_of_a_batch_or_an_epoch(tmp_path, one_room):
+@pytest.mark.parametrize("fixed_num_summaries", [False, True])
+def test_room_is_that_of_the_fullest_row_of_a_batch_or_an_epoch(tmp_path, fixed_num_summaries):
     bar = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
     songs = [np.array([vocab.BOS, *bar * bars, vocab.EOS], np.uint16) for bars in (140, 200, 330)]
     shards = ShardSet(write_folder(tmp_path / "data", songs, (len(songs),), val_split=0.0))
-    packed_songs = packed(shards, max_seq_len=1000, max_bars=400, one_room=one_room)
+    packed_songs = packed(shards, max_seq_len=1000, max_bars=400, fixed_num_summaries=fixed_num_summaries)
     rows = packed_songs.rows_per_epoch(0)
     rooms = {packed_songs.batch(0, [row]).structure.summary_doc.shape[1] for row in range(rows)}
-    assert rooms == ({summary_room(330)} if one_room else set(map(summary_room, (140, 200, 330))))
+    assert rooms == ({summary_room(330)} if fixed_num_summaries else set(map(summary_room, (140, 200, 330))))
 
 
 # --- order ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from benchmarks.training import measure as train_run
 from meloformer import cli
 from meloformer.data.batches import State
 from meloformer.training.config import parse_args
-from meloformer.training.distributed import local, start_job, whole
+from meloformer.training.distributed import full_tensor, local_tensor, start_job
 from meloformer.training.stepper import Stepper
 from meloformer.training.trainer import Trainer
 
@@ -186,9 +186,9 @@ def save_gradients(file: str, *args: str) -> None:
         return allreduce_hook(None, bucket)
 
     def keep() -> None:
-        found = {name: whole(weight.grad).clone() for name, weight in stepper.model.named_parameters()}
-        held = sum(local(weight).nbytes for weight in stepper.model.parameters())
-        if job.leads:
+        found = {name: full_tensor(weight.grad).clone() for name, weight in stepper.model.named_parameters()}
+        held = sum(local_tensor(weight).nbytes for weight in stepper.model.parameters())
+        if job.is_rank0:
             told = {"exchanged": exchanged, "present": present, "held": held}
             save_file(found, file, {name: json.dumps(value) for name, value in told.items()})
 

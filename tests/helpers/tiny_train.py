@@ -17,7 +17,7 @@ import torch
 from meloformer import cli, train
 from meloformer.model.transformer import ModelConfig
 from meloformer.training import distributed, stepper, validation
-from meloformer.training.distributed import local
+from meloformer.training.distributed import local_tensor
 
 TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=64)
 TINY_BASE = ModelConfig(layers=3, dim=128, heads=2, ffn=256)
@@ -45,7 +45,7 @@ def _meet_faults() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if now == "inf weight":
             with torch.no_grad():
-                local(next(self.model.parameters())).fill_(torch.inf)
+                local_tensor(next(self.model.parameters())).fill_(torch.inf)
         if now == "hang":
             time.sleep(1000)
         if now == "SIGINT twice":

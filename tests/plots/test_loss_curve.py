@@ -6,6 +6,7 @@ import pytest
 from meloformer.errors import UserError
 from meloformer.plots import loss_curve as loss_plot
 from meloformer.plots.loss_curve import loss_curve
+from meloformer.training.run_log import read_log
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_loss_curve_says_how_much_was_trained(figure_of):
 def test_loss_curve_from_a_file_equals_that_from_records(tmp_path):
     loss_curve(records(), tmp_path / "records.png")
     log = write_log(tmp_path / "log.jsonl", records(), tail='{"step": 101, "lo')
-    loss_curve(log, tmp_path / "file.png")
+    loss_curve(read_log(log), tmp_path / "file.png")
     assert (tmp_path / "file.png").read_bytes() == (tmp_path / "records.png").read_bytes()
 
 
@@ -85,7 +86,7 @@ def test_a_resumed_run_counts_its_last_records(figure_of):
     ids=["one-step", "only-validation", "nan", "strange-records"],
 )
 def test_loss_curve_of(rows, tmp_path):
-    loss_curve(write_log(tmp_path / "log.jsonl", rows, tail="[1]\n\xff\n"), tmp_path / "loss.png")
+    loss_curve(read_log(write_log(tmp_path / "log.jsonl", rows, tail="[1]\n\xff\n")), tmp_path / "loss.png")
     assert b"IDAT" in (tmp_path / "loss.png").read_bytes()
 
 
@@ -93,9 +94,9 @@ def test_loss_curve_of(rows, tmp_path):
 def test_a_log_without_losses_is_refused(tmp_path, content):
     (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(UserError, match="no losses"):
-        loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
+        loss_curve(read_log(tmp_path / "log.jsonl"), tmp_path / "loss.png")
 
 
 def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the training log .*log\.jsonl"):
-        loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
+        loss_curve(read_log(tmp_path / "log.jsonl"), tmp_path / "loss.png")

@@ -205,14 +205,14 @@ def _wait_for(condition, seconds: float = 60) -> None:
 
 def _lock_is_free(folder) -> bool:
     try:
-        with train._only_run(folder, Job(0, 1, torch.device("cpu"))):
+        with train._lock_output(folder, Job(0, 1, torch.device("cpu"))):
             return True
     except UserError:
         return False
 
 
 def test_two_runs_in_one_folder_are_refused(data, tmp_path):
-    with train._only_run(tmp_path, Job(0, 1, torch.device("cpu"))):
+    with train._lock_output(tmp_path, Job(0, 1, torch.device("cpu"))):
         with pytest.raises(UserError, match="another training run is writing there"):
             train.train(config(data, tmp_path), TINY)
     train.train(config(data, tmp_path, max_steps=1), TINY)

@@ -6,7 +6,7 @@ import torch
 from meloformer.data.batches import PackedSongs, State
 from meloformer.data.shards import ShardSet
 from meloformer.training.metrics import Meter
-from meloformer.training.prefetch import Feed
+from meloformer.training.prefetch import Prefetcher
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def packed(data) -> PackedSongs:
 @pytest.mark.parametrize("looks_ahead", [True, False])
 def test_a_batch_is_prepared_when_it_is_looked_for(packed, looks_ahead):
     made = []
-    fed = Feed(
+    fed = Prefetcher(
         packed.batches(State(), 1, stop_epoch=1), lambda b: made.append(b) or b, torch.device("cpu"), Meter()
     )
     expected = list(packed.batches(State(), 1, stop_epoch=1))
@@ -35,16 +35,16 @@ def test_errors_of_the_loader_and_of_preparing_come_through(packed):
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        list(Feed(broken(), lambda batch: batch, torch.device("cpu"), Meter()))
+        list(Prefetcher(broken(), lambda batch: batch, torch.device("cpu"), Meter()))
     with pytest.raises(ZeroDivisionError):
-        list(Feed(broken(), lambda batch: 1 / 0, torch.device("cpu"), Meter()))
+        list(Prefetcher(broken(), lambda batch: 1 / 0, torch.device("cpu"), Meter()))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_are_pinned_for_a_gpu(packed):
     device = torch.device("cuda", 0)
-    for batch, _ in Feed(packed.batches(State(), 2, stop_epoch=1), lambda b: b, device, Meter()):
+    for batch, _ in Prefetcher(packed.batches(State(), 2, stop_epoch=1), lambda b: b, device, Meter()):
         assert batch.ids.is_pinned() and batch.targets.is_pinned() and batch.structure.doc.is_pinned()
         assert batch.to(device, non_blocking=True).structure.summary_doc.device == device
 
@@ -59,7 +59,7 @@ def test_the_loader_ends_with_the_feed(packed):
         return waiting[0]
 
     meter.waiting = kept
-    fed = Feed(source, lambda batch: batch, torch.device("cpu"), meter)
+    fed = Prefetcher(source, lambda batch: batch, torch.device("cpu"), meter)
     next(fed)
     fed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]

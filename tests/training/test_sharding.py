@@ -15,7 +15,7 @@ from meloformer import export, train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.generate import main as generate_command
 from meloformer.model.transformer import RECOMPUTE, MeloFormer
-from meloformer.training.distributed import Job, shard, whole
+from meloformer.training.distributed import Job, full_tensor, shard_model
 from meloformer.training.stop import STOPPED
 
 from helpers.compiled_layers import SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step
@@ -93,7 +93,7 @@ def test_sharded_training_is_the_same_training(runs, one, other, tolerance):
 @pytest.mark.slow
 def test_it_says_so_and_samples(runs):
     folder, told = runs["sharded"]
-    assert "2 process(es), which share the state" in told[0]["output"]
+    assert "2 process(es), state sharded" in told[0]["output"]
     assert "Warning" not in told[0]["output"]
     assert (folder / "samples" / f"step-{STEPS:08d}.mid").exists() or "has no note" in told[0]["output"]
 
@@ -207,7 +207,7 @@ def test_sharded_layers_are_compiled_once_as_whole_graphs(alone, recompute):
     plain.load_state_dict(model.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_layers(backend=counter)
-    shard(model, alone)
+    shard_model(model, alone)
     for number, (packed, ids) in enumerate(batches(8)):
         attention = StaticAttention(packed)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
@@ -215,7 +215,7 @@ def test_sharded_layers_are_compiled_once_as_whole_graphs(alone, recompute):
         expected, others = step(plain, packed, ids, attention)
         torch.testing.assert_close(nats, expected)
         for got, want in itertools.zip_longest(gradients, others):
-            torch.testing.assert_close(whole(got), want, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(full_tensor(got), want, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 2
 
 
@@ -224,7 +224,7 @@ def test_sharded_layers_are_compiled_once_for_any_number_of_summaries(alone, rec
     model = MeloFormer(SPARSE, recompute)
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_layers(backend=counter)
-    shard(model, alone)
+    shard_model(model, alone)
     for number, summaries in enumerate((SUMMARIES, 64, 80, 128, SUMMARIES)):
         packed, ids = next(batches(1, summaries=summaries))
         step(model, packed, ids, AnySummaries())
