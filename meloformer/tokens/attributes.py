@@ -1,7 +1,7 @@
 """What follows from the token ids alone: bar, instrument, kind and onset group of every token.
 
-Only tokens are stored on disk; everything the attention and the decoder know about them is found
-here by scans over whole arrays.
+Only tokens are stored on disk; everything that attention and decoder need to know of them is computed here,
+by scans over whole arrays.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ _SWITCH[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Per-token facts, int32 [n] each.
+class TokenAttributes:
+    """What attention needs to know of each token, int32 [n] each.
 
     bar: index of the bar in its document, from 0; BOS counts to bar 0 and EOS to the last bar.
     inst: 0..127 General MIDI program, 128 drums, 129 none (CHORD, TS, CUT, BPM, BOS, EOS).
@@ -44,8 +44,8 @@ def last_index(marks: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(marks, np.arange(len(marks)), 0))
 
 
-def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> Facts:
-    """The facts of every token of one song, or of a row of songs back to back.
+def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> TokenAttributes:
+    """The attributes of every token of one song, or of a row of songs back to back.
 
     Args:
         ids: token ids [n], any integer dtype.
@@ -55,7 +55,7 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> Facts:
     ids = np.asarray(ids)
     if len(ids) == 0:
         empty = np.zeros(0, dtype=np.int32)
-        return Facts(empty, empty, empty, empty)
+        return TokenAttributes(empty, empty, empty, empty)
     kind = KIND_OF_ID[ids]
     switch = _SWITCH[ids]
     inst = switch[last_index(switch >= 0)]
@@ -65,7 +65,7 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> Facts:
         lengths = np.diff(starts, append=len(ids))
         chords -= np.repeat(np.concatenate(([0], chords))[starts], lengths)
         onsets -= np.repeat(np.concatenate(([0], onsets))[starts], lengths)
-    return Facts(
+    return TokenAttributes(
         bar=np.maximum(chords - 1, 0).astype(np.int32),
         inst=inst,
         kind=kind,

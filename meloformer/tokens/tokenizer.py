@@ -4,15 +4,12 @@ Encoding and decoding work on whole arrays. For every `ids = encode(song)` the d
 to the same ids.
 """
 
-import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import miditoolkit
 import numpy as np
 
-from ..errors import UserError
 from ..midi.reader import read_midi_with_mends
 from . import attributes, grammar, score, vocab
 from .chords import label_bars
@@ -75,37 +72,9 @@ class HIDTokenizer:
         """Id of a name; KeyError if there is none."""
         return vocab.ids_by_name()[name]
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the vocabulary and its fingerprint as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
-
     def to_json(self) -> dict:
         """The vocabulary and its fingerprint as plain JSON values."""
         return {**vocab.to_json(), "fingerprint": self.fingerprint}
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "HIDTokenizer":
-        """Read a saved tokenizer.
-
-        Raises:
-            UserError: the file is unreadable, or holds another vocabulary than this version's.
-        """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
-        return cls.from_json(data, str(path))
-
-    @classmethod
-    def from_json(cls, data: object, source: str) -> "HIDTokenizer":
-        """As `load`, from parsed JSON; `source` names it in the error."""
-        tokenizer = cls()
-        if data != tokenizer.to_json():
-            raise UserError(
-                f"{source} holds another tokenizer than this version's; make the data again with "
-                "`python -m meloformer.preprocess`, or use the version that wrote it"
-            )
-        return tokenizer
 
 
 def encode_score(song: Score) -> np.ndarray:
