@@ -1,10 +1,8 @@
-import errno
+"""Saving, choosing and loading checkpoints."""
+
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -19,68 +17,20 @@ from meloformer.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
     restore_optimizer,
-    save_checkpoint,
 )
 from meloformer.errors import UserError
 from meloformer.tokens import vocab
 
-CONFIG = {"dim": 8, "layers": 1}
-
-
-def make_model(dim: int = 8) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(dim, 16), torch.nn.Tanh(), torch.nn.Linear(16, dim))
-
-
-def make_optimizer(model: torch.nn.Module, **options) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), **{"fused": False, **options})
-
-
-def train(model, optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(4, model[0].in_features, generator=generator)
-        loss = (model(x) - x.roll(1, -1)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def save(root: Path, step: int, model=None, optimizer=None, keep_last: int = 3, **replaced) -> Path:
-    model = model or make_model()
-    arguments = {
-        "model_state": model.state_dict(),
-        "config": CONFIG,
-        "tokenizer_json": vocab.to_json(),
-        "optimizer_state": optimizer.state_dict() if optimizer else None,
-        "trainer": {"epoch": 1, "row": 17, "seed": 3},
-        "keep_last": keep_last,
-    }
-    return save_checkpoint(root, step, **{**arguments, **replaced})
-
-
-def steps_in(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text and all(part in text for part in parts), text
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    """A checkpoint with optimizer state after two steps."""
-    model = make_model()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, range(2))
-    return save(tmp_path, 2, model, optimizer)
+from helpers.checkpoints import (
+    CONFIG,
+    assert_one_line,
+    edit_manifest,
+    make_model,
+    make_optimizer,
+    save,
+    steps_in,
+    train,
+)
 
 
 def test_round_trip(tmp_path):
@@ -233,87 +183,6 @@ def test_leftovers_are_ignored_and_removed_by_the_next_save(tmp_path):
     assert steps_in(tmp_path) == ["notes.txt", "step-00000005", "step-00000007"]
 
 
-def test_a_failed_save_leaves_the_others_and_no_leftover(tmp_path, monkeypatch):
-    path = save(tmp_path, 5, keep_last=1)
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(UserError) as error:
-        save(tmp_path, 6, keep_last=1)
-    assert_one_line(error, "No space left", str(tmp_path))
-    assert steps_in(tmp_path) == [path.name]
-    assert load_checkpoint(path).step == 5
-
-
-def test_a_disk_too_full_is_seen_before_anything_is_written(tmp_path, monkeypatch):
-    path = save(tmp_path, 5, keep_last=1)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 << 20))
-    monkeypatch.setattr(checkpoint, "save_file", None)
-    with pytest.raises(UserError) as error:
-        save(tmp_path, 6, keep_last=1)
-    assert_one_line(error, "it needs 0.02 GB of disk, and 0.00 are free", str(tmp_path))
-    assert latest_checkpoint(tmp_path) == path and steps_in(tmp_path) == [path.name]
-
-
-class Crash(BaseException):
-    """What no code catches, as the end of a process."""
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["next-step", "same-step"])
-def test_a_crash_at_any_step_of_a_save_loses_nothing(tmp_path, monkeypatch, again):
-    """Crashes before each operation on the disk, and in the middle of deleting a folder."""
-    rmtree = shutil.rmtree
-    crash_at, calls = 0, 0
-
-    def crashing(operation):
-        def call(*arguments, **options):
-            nonlocal calls
-            calls += 1
-            if calls == crash_at and operation is rmtree:
-                next(Path(arguments[0]).iterdir()).unlink()
-            if calls == crash_at:
-                raise Crash
-            return operation(*arguments, **options)
-
-        return call
-
-    while True:
-        crash_at, calls, root = crash_at + 1, 0, tmp_path / str(crash_at)
-        save(root, 4)
-        save(root, 5)
-        with monkeypatch.context() as patched:
-            for name in ("rename", "mkdir", "write_bytes"):
-                patched.setattr(Path, name, crashing(getattr(Path, name)))
-            patched.setattr(shutil, "rmtree", crashing(rmtree))
-            patched.setattr(checkpoint, "save_file", crashing(checkpoint.save_file))
-            try:
-                path = save(root, 5 if again else 6, keep_last=1)
-                break
-            except Crash:
-                assert load_checkpoint(latest_checkpoint(root)).step >= 5
-        assert save(root, 7, keep_last=1) and steps_in(root) == ["step-00000007"]
-    assert crash_at > 8 and steps_in(root) == [path.name]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_every_file_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
-    events, fsync, rename = [], os.fsync, Path.rename
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
-    )
-    monkeypatch.setattr(Path, "rename", lambda *a: (events.append("rename"), rename(*a))[1])
-    model = make_model()
-    path = save(tmp_path, 1, model, make_optimizer(model))
-    names = [Path(event).name for event in events]
-    before, after = names[: names.index("rename")], names[names.index("rename") + 1 :]
-    assert sorted(before[:-1]) == sorted(file.name for file in path.iterdir())
-    assert before[-2] == "manifest.json" and before[-1].endswith("step-00000001")
-    assert after == [tmp_path.name]
-
-
 def test_root_that_is_a_file(tmp_path):
     (tmp_path / "root").write_text("")
     with pytest.raises(UserError) as error:
@@ -405,216 +274,3 @@ def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert_one_line(error, "another token vocabulary", "tokenizer.json")
-
-
-def read_all(path: Path) -> None:
-    load_checkpoint(path)
-    restore_optimizer(path, make_optimizer(make_model()))
-
-
-FILES = (
-    "model.safetensors", "optimizer.safetensors", "config.json", "tokenizer.json", "trainer.json",
-    "manifest.json",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "longer", "folder"])
-def test_damage_is_named(saved, name, damage):
-    file = saved / name
-    data = file.read_bytes()
-    file.unlink()
-    if damage == "folder":
-        file.mkdir()
-    elif damage != "missing":
-        middle = len(data) // 2
-        flipped = data[:middle] + bytes([data[middle] ^ 0x80]) + data[middle + 1 :]
-        file.write_bytes({"empty": b"", "cut": data[:-7], "flipped": flipped, "longer": data + b"x"}[damage])
-    with pytest.raises(UserError) as error:
-        read_all(saved)
-    assert_one_line(error, name)
-
-
-def edit_manifest(path: Path, change) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    text = change(manifest)
-    (path / "manifest.json").write_text(text if isinstance(text, str) else json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: "[]",
-        lambda m: "null",
-        lambda m: "[" * 100_000,
-        lambda m: '{"step": ' + "9" * 5000 + "}",
-        lambda m: "\ud800".encode("utf-16", "surrogatepass").decode("latin1"),
-        lambda m: m.update(format="other"),
-        lambda m: m.update(version=2),
-        lambda m: m.update(step="5"),
-        lambda m: m.update(step=True),
-        lambda m: m.pop("files"),
-        lambda m: m.update(files=["model.safetensors"]),
-        lambda m: m["files"].pop("config.json"),
-        lambda m: m.update(val_loss="low"),
-        lambda m: m["files"].update({"../../evil": {"bytes": 0, "sha256": ""}}),
-        lambda m: m["files"].update({"config.json": 3}),
-        lambda m: m["files"]["config.json"].update(bytes="many"),
-        lambda m: m["files"]["config.json"].update(bytes=-1),
-        lambda m: m["files"]["config.json"].update(sha256=None),
-        lambda m: m["files"]["config.json"].pop("sha256"),
-    ],
-    ids=[
-        "list", "null", "deep", "huge-number", "not-utf8", "format", "version", "step-text", "step-bool",
-        "no-files", "files-list", "file-unlisted", "loss-text", "path-escape", "entry-number", "size-text",
-        "size-negative", "hash-null", "hash-absent",
-    ],
-)  # fmt: skip
-def test_hostile_manifest(saved, change):
-    edit_manifest(saved, change)
-    with pytest.raises(UserError) as error:
-        load_checkpoint(saved)
-    assert_one_line(error, str(saved))
-
-
-@pytest.mark.parametrize(
-    "content", [b"[1, 2]", b"\xff\xfe", b"[" * 100_000, b"7"], ids=["list", "bytes", "deep", "number"]
-)
-@pytest.mark.parametrize("name", ["config.json", "trainer.json", "tokenizer.json"])
-def test_hostile_json_with_a_right_hash(saved, name, content):
-    (saved / name).write_bytes(content)
-    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint_files.seal(saved / name)}))
-    with pytest.raises(UserError) as error:
-        load_checkpoint(saved)
-    assert_one_line(error, name)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xff" * 64,
-        (10).to_bytes(8, "little") + b'{"a": 1} xx',
-        safetensors.torch.save({"x": torch.zeros(2)}),
-        safetensors.torch.save({"x": torch.zeros(2)}, {"param_groups": "[3]", "values": "{}"}),
-        safetensors.torch.save({"x.y.z": torch.zeros(2)}, {"param_groups": "[]", "values": "{}"}),
-        safetensors.torch.save({"state.0.exp_avg": torch.zeros(2)}, {"param_groups": "[]", "values": "[[]]"}),
-    ],
-    ids=["empty", "huge-header", "bad-header", "no-metadata", "bad-groups", "bad-name", "bad-values"],
-)  # fmt: skip
-def test_hostile_optimizer_file_with_a_right_hash(saved, content):
-    name = "optimizer.safetensors"
-    (saved / name).write_bytes(content)
-    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint_files.seal(saved / name)}))
-    with pytest.raises(UserError) as error:
-        restore_optimizer(saved, make_optimizer(make_model()))
-    assert_one_line(error, name)
-
-
-def test_not_a_checkpoint(tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"x")
-    for given, text in ((tmp_path, "manifest.json"), (tmp_path / "model.pt", "no such folder")):
-        with pytest.raises(UserError) as error:
-            load_checkpoint(given)
-        assert_one_line(error, str(given), text)
-
-
-# One process imports torch; its forks save in a loop and are killed, and it looks at what they left.
-KILLS = """
-import os, random, signal, sys, time
-import torch
-from meloformer import vocab
-from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint, restore_optimizer, save_checkpoint
-
-torch.set_num_threads(1)
-root, kills = sys.argv[1], int(sys.argv[2])
-model = torch.nn.Linear(256, 256)
-optimizer = torch.optim.AdamW(model.parameters())
-model(torch.ones(256)).sum().backward()
-optimizer.step()
-
-def save(step):
-    save_checkpoint(root, step, model_state=model.state_dict(), config={"step": step},
-        tokenizer_json=vocab.to_json(), optimizer_state=optimizer.state_dict(), trainer={}, keep_last=1)
-
-def incomplete():
-    return [name for name in os.listdir(root) if name.startswith(".incomplete-")]
-
-delays = random.Random(0)
-started = time.monotonic()
-save(0)
-took = time.monotonic() - started
-latest = moments = 0
-for _ in range(kills):
-    seen, begun, wanted = {*incomplete()}, 0, delays.randint(1, 3)
-    child = os.fork()
-    if child == 0:
-        for step in range(latest, latest + 10_000):  # the first one replaces a checkpoint of its step
-            save(step)
-    while begun < wanted and time.monotonic() - started < 240:  # however busy the machine is
-        now = {*incomplete()}
-        begun, seen = begun + len(now - seen), now
-        time.sleep(0.001)
-    time.sleep(delays.random() * 1.5 * took)
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "a save failed"
-    moments += bool(incomplete())
-    checkpoint = load_checkpoint(latest_checkpoint(root))
-    assert checkpoint.step >= latest and checkpoint.config == {"step": checkpoint.step}
-    restore_optimizer(checkpoint.path, optimizer)
-    latest = checkpoint.step
-print(latest, moments)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), "60"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    latest, cut_short = map(int, done.stdout.split())
-    assert latest > 0 and cut_short >= 10, "the kills missed the saves"
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_what_a_killed_save_had_replaced_does_not_stop_the_next(tmp_path, monkeypatch, broken):
-    """Killed between its new checkpoint and the removal of the one before, of the same step."""
-    good = save(tmp_path, 3)
-    shutil.copytree(good, tmp_path / f"{good.name}.replaced")
-    if broken:
-        (good / "model.safetensors").write_bytes(b"")
-    with monkeypatch.context() as patch:
-        rename = Path.rename
-        patch.setattr(Path, "rename", lambda path, to: rename(path, to) if to != good else _full())
-        with pytest.raises(UserError, match="No space"):
-            save(tmp_path, 3)
-    assert load_checkpoint(latest_checkpoint(tmp_path)).step == 3
-    save(tmp_path, 3)
-    assert [path.name for path in tmp_path.iterdir()] == [good.name]
-    assert load_checkpoint(good).step == 3
-
-
-def _full():
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_the_best_checkpoint_stays_though_it_was_just_being_replaced(tmp_path):
-    """Killed between the two renames, and trained on from there."""
-    best = save(tmp_path, 3, val_loss=0.05)
-    best.rename(tmp_path / f"{best.name}.replaced")
-    newest = save(tmp_path, 4, val_loss=0.9, keep_last=1)
-    assert {path.name for path in tmp_path.iterdir()} == {best.name, newest.name}
-    assert best_checkpoint(tmp_path) == best
-
-
-def test_a_checkpoint_that_was_moved_and_linked_can_be_replaced_and_removed(tmp_path):
-    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    save(root, 3).rename(elsewhere)
-    (root / "step-00000003").symlink_to(elsewhere)
-    save(root, 3)
-    save(root, 4, keep_last=1)
-    assert [path.name for path in root.iterdir()] == ["step-00000004"]
-    assert load_checkpoint(elsewhere).step == 3
