@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.attention.measure import Shape, phase_inputs
 from benchmarks.common.timing import FLUSH_BYTES
-from benchmarks.songs.rows import compose_songs, pack
+from benchmarks.songs.loading import compose_songs
+from benchmarks.songs.structures import pack
 from meloformer.kernels import Structure, make_attention
 from meloformer.kernels.attention import BACKENDS
 

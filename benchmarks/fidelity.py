@@ -10,8 +10,8 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.common import folder_report
 from benchmarks.common.machine import describe, provenance
-from benchmarks.songs import folder_page
 from meloformer import cli
 from meloformer.data.inputs import find_files
 from meloformer.errors import MidiError, UserError
@@ -182,7 +182,7 @@ def page(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = folder_page.parse("python -m benchmarks.fidelity", __doc__.splitlines()[0], argv)
+    args = folder_report.parse("python -m benchmarks.fidelity", __doc__.splitlines()[0], argv)
     songs, refused = [], Counter()
     for path in tqdm(find_files(args.folder), unit="file"):
         try:
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         values = np.array([song[key] for song in songs])
         summary[key] = [float(values.min()), float(np.median(values)), float(values.max())]
     result = {"machine": describe(), "songs": len(songs), "refused": refused, "min_median_max": summary}
-    folder_page.publish(result, page(result), args.json)
+    folder_report.publish(result, page(result), args.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.common.machine import describe
 from meloformer import cli
 from meloformer.errors import UserError
-from meloformer.plots.style import INK, dress, save
+from meloformer.plots.style import INK, save_figure, style_axes
 from meloformer.training.run_log import LOG, read_log
 
 
@@ -47,8 +47,8 @@ def draw(result: dict, names: list[str], path: Path) -> None:
         axes.plot(result["steps"], curve, style, label=name, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend(frameon=False, labelcolor=INK)
-    dress(axes)
-    save(figure, path)
+    style_axes(axes)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

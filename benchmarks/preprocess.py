@@ -11,8 +11,8 @@ import miditoolkit
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.common import folder_report
 from benchmarks.common.machine import describe, provenance
-from benchmarks.songs import folder_page
 from meloformer import cli
 from meloformer.data import build
 from meloformer.data.inputs import find_files
@@ -121,10 +121,10 @@ def page(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = folder_page.parse("python -m benchmarks.preprocess", __doc__.splitlines()[0], argv)
+    args = folder_report.parse("python -m benchmarks.preprocess", __doc__.splitlines()[0], argv)
     result = {"memory": memory(), "speed": speed(args.folder)}
     result["machine"] = describe()  # last, since it imports torch
-    folder_page.publish(result, page(result), args.json)
+    folder_report.publish(result, page(result), args.json)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.attention import figures, measure
+from benchmarks.attention import measure, metrics
+from benchmarks.attention.compare import compare
 from benchmarks.attention.page import page, update_readme
-from benchmarks.common.compare import compare
+from benchmarks.attention.results import FORMAT, load, merge
 from benchmarks.common.failures import check_gpu, free_memory, one_line
 from benchmarks.common.machine import describe
-from benchmarks.common.results_file import FORMAT, load, merge, save, write
+from benchmarks.common.results_file import save, write
 from benchmarks.common.timing import Timer
-from benchmarks.songs import rows as songs
+from benchmarks.songs.loading import read_songs
+from benchmarks.songs.structures import causal_pairs, pack, visible_pairs
 from meloformer import cli
 from meloformer.errors import UserError
 
@@ -48,18 +50,18 @@ def measure_row(
 ) -> dict:
     """One row of the report as JSON values, printed as it comes."""
     begun = time.perf_counter()
-    structure = songs.pack(documents, length).to(args.device)
+    structure = pack(documents, length).to(args.device)
     row = {
         "name": name,
         "packed": length is not None,
         "documents": len(torch.unique(structure.doc)),
         "tokens": structure.doc.shape[1],
         "summaries": structure.summary_doc.shape[1],
-        "visible_pairs": songs.visible_pairs(structure),
-        "causal_pairs": songs.causal_pairs(structure),
+        "visible_pairs": visible_pairs(structure),
+        "causal_pairs": causal_pairs(structure),
         "columns": {},
     }
-    print(f"{name}: {row['tokens']:,} tokens, {figures.visible_share(row):.1%} visible", flush=True)
+    print(f"{name}: {row['tokens']:,} tokens, {metrics.visible_share(row):.1%} visible", flush=True)
     shape = measure.Shape(args.heads, args.dim, getattr(torch, args.dtype))
     for column in args.columns:
         most = longest(column, args)
@@ -67,9 +69,9 @@ def measure_row(
             row["columns"][column] = {"skipped": f"slow, so not measured beyond {most:,} tokens"}
         else:
             row["columns"][column] = attempt(column, structure, shape, timer)
-        print(f"  {figures.LABELS[column]:22}{_outcome(row, column)}", flush=True)
+        print(f"  {metrics.LABELS[column]:22}{_outcome(row, column)}", flush=True)
     row["seconds"] = time.perf_counter() - begun
-    times = figures.times_limit(row)
+    times = metrics.times_limit(row)
     print(
         f"  {'' if times is None else f'{times:.2f} x the limit; '}row took {row['seconds']:.1f} s",
         flush=True,
@@ -89,15 +91,15 @@ def attempt(column: str, structure, shape: measure.Shape, timer: Timer) -> dict:
 
 def _outcome(row: dict, column: str) -> str:
     entry = row["columns"][column]
-    if not figures.measured(row, column):
+    if not metrics.measured(row, column):
         return " ".join(f"{why}: {text}" for why, text in entry.items())
-    forward, backward = (entry["update"][which]["ms"] for which in figures.PASSES)
-    return f"{forward:9.3f} + {backward:.3f} ms, worst error {figures.worst_error(row, column):.2f}"
+    forward, backward = (entry["update"][which]["ms"] for which in metrics.PASSES)
+    return f"{forward:9.3f} + {backward:.3f} ms, worst error {metrics.worst_error(row, column):.2f}"
 
 
 def measure_all(args: argparse.Namespace, path: Path) -> dict:
     """Measures every row, writing all of them to `path` after each."""
-    found = songs.read_songs(args.midi)
+    found = read_songs(args.midi)
     timer = Timer(args.device)
     settings = {"heads": args.heads, "dim": args.dim, "dtype": args.dtype}
     result = {"format": FORMAT, "machine": describe(), "settings": settings, "rows": []}
@@ -114,7 +116,7 @@ def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Pat
     result = merge(results, [str(source) for source in sources])
     drawn = []
     if find_spec("matplotlib"):
-        from benchmarks.attention.pictures import draw
+        from benchmarks.attention.charts import draw
 
         drawn = draw(result, target)
     else:

@@ -14,13 +14,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.common import readme
 from benchmarks.common.failures import check_gpu
 from benchmarks.common.machine import describe
+from benchmarks.common.readme_section import update_section
 from benchmarks.common.results_file import load, save, write
+from benchmarks.training.chart import draw
 from benchmarks.training.measure import attempt
 from benchmarks.training.page import joined, measured_rows, page, readme_body
-from benchmarks.training.picture import draw
 from meloformer import cli
 from meloformer.data.shards import MANIFEST, ShardSet
 from meloformer.errors import UserError
@@ -211,7 +211,7 @@ def _publish(results: list[dict], sources: list[Path], target: Path, readme_path
     print(text)
     if readme_path is not None:
         shown = picture and target.with_name(picture)
-        readme.update(
+        update_section(
             readme_path,
             "training",
             sources,

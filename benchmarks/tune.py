@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from benchmarks.common.machine import describe
 from benchmarks.common.timing import FLUSH_BYTES
-from benchmarks.songs.rows import pack, read_songs
+from benchmarks.songs.loading import read_songs
+from benchmarks.songs.structures import pack
 from meloformer import cli
 from meloformer.errors import UserError
 from meloformer.kernels import Structure, ops

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common.timing import Timer
-from benchmarks.songs.rows import causal_pairs, cut, instrument_order, padded, reordered, visible_pairs
+from benchmarks.songs.structures import causal_pairs, cut, instrument_order, padded, reordered, visible_pairs
 from meloformer.kernels import Structure, make_attention, reference
 from meloformer.kernels.attention import Attention
 

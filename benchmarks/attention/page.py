@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.attention import figures
-from benchmarks.attention.figures import LABELS, PASSES, measured, milliseconds
-from benchmarks.common import readme
+from benchmarks.attention import metrics
+from benchmarks.attention.metrics import LABELS, PASSES, measured, milliseconds
 from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, escape, table
+from benchmarks.common.readme_section import update_section
 
 MEANINGS = """\
 - **Row**: one row of tokens. A packed row holds songs back to back as documents, repeated when there are
@@ -99,33 +99,33 @@ def against_limit(rows: list[dict]) -> str:
     ]  # fmt: skip
     lines = []
     for row in rows:
-        ours, times = figures.total_ms(row, "triton"), figures.times_limit(row)
+        ours, times = metrics.total_ms(row, "triton"), metrics.times_limit(row)
         lines.append([
             escape(row["name"]),
             f"{row['tokens']:,}",
             str(row["documents"]),
-            f"{figures.visible_share(row):.1%}",
-            cell(figures.limit_ms(row), "{:.3f}"),
+            f"{metrics.visible_share(row):.1%}",
+            cell(metrics.limit_ms(row), "{:.3f}"),
             cell(ours, "{:.2f}"),
             _both(measured(row, "triton")),
             cell(times, "{:.2f}"),
             cell(times and 1 / times, "{:.0%}"),
             cell(ours and ours * 1e6 / row["tokens"], "{:.0f}"),
-            cell(figures.summarize_share(row), "{:.0%}"),
+            cell(metrics.summarize_share(row), "{:.0%}"),
         ])  # fmt: skip
     return table(heads, lines)
 
 
 def latency(rows: list[dict]) -> str:
-    columns = figures.columns_of(rows)
+    columns = metrics.columns_of(rows)
     lines = [[escape(row["name"]), *(_both(measured(row, c)) for c in columns)] for row in rows]
     return table(["row", *(LABELS[c] for c in columns)], lines)
 
 
 def speedups(rows: list[dict]) -> str:
-    columns = [c for c in figures.columns_of(rows) if c != "triton"]
+    columns = [c for c in metrics.columns_of(rows) if c != "triton"]
     lines = [
-        [escape(row["name"]), *(cell(figures.speedup(row, c), "{:.1f}x") for c in columns)] for row in rows
+        [escape(row["name"]), *(cell(metrics.speedup(row, c), "{:.1f}x") for c in columns)] for row in rows
     ]
     return table(["row", *(LABELS[c] for c in columns)], lines)
 
@@ -139,7 +139,7 @@ def details(rows: list[dict], settings: dict) -> str:
     for row, column, entry in _entries(rows):
 
         def rates(pairs: str, row=row, column=column) -> str:
-            found = [figures.tflops(row, column, which, pairs, settings) for which in PASSES]
+            found = [metrics.tflops(row, column, which, pairs, settings) for which in PASSES]
             return " + ".join(cell(rate, "{:.0f}") for rate in found)
 
         lines.append([
@@ -148,7 +148,7 @@ def details(rows: list[dict], settings: dict) -> str:
             rates("useful"),
             rates("computed"),
             cell(entry["update"]["extra_mb"], "{:.1f}"),
-            cell(figures.worst_error(row, column), "{:.2f}"),
+            cell(metrics.worst_error(row, column), "{:.2f}"),
             _both(entry, key="host_ms"),
             _repeats(entry["update"]),
         ])  # fmt: skip
@@ -185,7 +185,7 @@ def not_measured(rows: list[dict]) -> str:
     lines = [
         f"- {escape(row['name'])}, {LABELS[column]}: {why}: {escape(row['columns'][column][why])}\n"
         for row in rows
-        for column in figures.columns_of([row])
+        for column in metrics.columns_of([row])
         for why in ("failed", "skipped")
         if why in row["columns"][column]
     ]
@@ -196,7 +196,7 @@ def _entries(rows: list[dict]) -> list[tuple[dict, str, dict]]:
     return [
         (row, column, row["columns"][column])
         for row in rows
-        for column in figures.columns_of([row])
+        for column in metrics.columns_of([row])
         if measured(row, column)
     ]
 
@@ -207,12 +207,12 @@ def readme_body(result: dict, page_path: str, picture: str | None) -> str:
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("song or row", lambda row: escape(row["name"])),
         ("tokens", lambda row: f"{row['tokens']:,}"),
-        ("visible", lambda row: f"{figures.visible_share(row):.1%}"),
+        ("visible", lambda row: f"{metrics.visible_share(row):.1%}"),
         ("forward + backward, ms", lambda row: _both(measured(row, "triton"))),
-        ("x limit", lambda row: cell(figures.times_limit(row), "{:.2f}")),
+        ("x limit", lambda row: cell(metrics.times_limit(row), "{:.2f}")),
         *(
-            (f"over {LABELS[c]}", lambda row, c=c: cell(figures.speedup(row, c), "{:.1f}x"))
-            for c in figures.columns_of(result["rows"])
+            (f"over {LABELS[c]}", lambda row, c=c: cell(metrics.speedup(row, c), "{:.1f}x"))
+            for c in metrics.columns_of(result["rows"])
             if c in others
         ),
     ]
@@ -232,7 +232,7 @@ def update_readme(
     path: Path, result: dict, sources: list[Path], page_path: Path, picture: Path | None
 ) -> None:
     """Puts `readme_body` between the markers of a README. Raises UserError if it has none."""
-    readme.update(
+    update_section(
         path,
         "attention",
         sources,

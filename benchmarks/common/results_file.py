@@ -1,4 +1,4 @@
-"""The JSON files that benchmarks write, and how several of `benchmarks.report` become one."""
+"""The files that benchmarks write: results as JSON, and pages of text."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 from meloformer.errors import UserError
 from meloformer.files import write_atomic
 
-FORMAT = 1
-
 
 def save(result: dict, path: Path) -> None:
-    """Writes it whole or not at all, so that an interrupted run leaves the rows before."""
+    """Writes `result` as JSON, atomically: an interrupted run leaves the file of the rows before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
@@ -19,7 +21,7 @@ def save(result: dict, path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Raises UserError if it cannot be written."""
+    """Writes text, making the folder. Raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -27,8 +29,16 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load(path: Path, form: int | str = FORMAT, maker: str = "benchmarks.report") -> dict:
-    """A result of format `form`. Raises UserError if it cannot be read, or is another file."""
+def load(path: Path, form: int | str, maker: str) -> dict:
+    """Reads the result of a benchmark.
+
+    Args:
+        form: the value that `format` must have in the file.
+        maker: the benchmark that writes this format, for the message.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -38,28 +48,3 @@ def load(path: Path, form: int | str = FORMAT, maker: str = "benchmarks.report")
     if not isinstance(result, dict) or result.get("format") != form:
         raise UserError(f"{path}: is not a result of {maker} (format {form})")
     return result
-
-
-def merge(results: list[dict], names: list[str]) -> dict:
-    """All rows in one result, its `machines` a list. Of equal rows the columns of later files count.
-
-    Raises:
-        UserError: they were measured on different GPUs, or with different shapes.
-    """
-    first, rows = results[0], {}
-    for result, name in zip(results, names):
-        for key, mine, its in (
-            ("settings", first["settings"], result["settings"]),
-            ("GPU", first["machine"]["gpu"], result["machine"]["gpu"]),
-        ):
-            if mine != its:
-                raise UserError(f"{name} and {names[0]} differ in {key} ({its} and {mine}): no page of both")
-        for row in result["rows"]:
-            earlier = rows.get(row_key(row), {"columns": {}})
-            rows[row_key(row)] = row | {"columns": earlier["columns"] | row["columns"]}
-    machines = [result["machine"] for result in results]
-    return {"settings": first["settings"], "machines": machines, "rows": list(rows.values())}
-
-
-def row_key(row: dict) -> tuple:
-    return row["name"], row["tokens"]

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from benchmarks.common.attention_name import attention_name
+from benchmarks.common.attention_label import attention_label
 from benchmarks.common.machine import describe
 from benchmarks.common.results_file import load, save, write
+from benchmarks.learning.chart import draw
 from benchmarks.learning.page import page
-from benchmarks.learning.picture import draw
 from benchmarks.learning.run_folder import read_run
 from meloformer import cli
 from meloformer.errors import UserError
@@ -40,12 +40,14 @@ def gather(folders: list[Path]) -> dict:
         if one["seed"] != other["seed"]:
             continue
         names = f"{one['name']} and {other['name']}"
-        if attention_name(one) == attention_name(other):
-            raise UserError(f"{names} are both {attention_name(one)} of seed {one['seed']}: give one of them")
+        if attention_label(one) == attention_label(other):
+            raise UserError(
+                f"{names} are both {attention_label(one)} of seed {one['seed']}: give one of them"
+            )
         if any(one["validation"][key] != other["validation"][key] for key in ("step", "tokens")):
             raise UserError(f"{names} have the same seed, but were not validated after equal tokens")
-    if len({*map(attention_name, runs)}) < 2:
-        raise UserError(f"all runs are {attention_name(first)}: there is nothing to compare")
+    if len({*map(attention_label, runs)}) < 2:
+        raise UserError(f"all runs are {attention_label(first)}: there is nothing to compare")
     return {
         "format": FORMAT,
         "machine": describe(),

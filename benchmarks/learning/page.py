@@ -3,7 +3,7 @@
 import math
 from itertools import combinations
 
-from benchmarks.common.attention_name import attention_name
+from benchmarks.common.attention_label import attention_label
 from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, escape, table
 from benchmarks.learning.curves import first_reached
@@ -78,7 +78,7 @@ def _verdicts(runs: list[dict]) -> list[str]:
 
 
 def _name(run: dict) -> str:
-    return f"{escape(attention_name(run))}, seed {run['seed']}"
+    return f"{escape(attention_label(run))}, seed {run['seed']}"
 
 
 def _runs(runs: list[dict]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.common.attention_name import attention_name
+from benchmarks.common.attention_label import attention_label
 from benchmarks.learning.curves import Curve, first_reached, lowest_until, shared_stretch, stretches
 
 _MOST_STRETCHES = 4
@@ -35,7 +35,7 @@ def groups(runs: list[dict]) -> dict[str, list[dict]]:
     """The runs by the name of their attention."""
     found: dict[str, list[dict]] = {}
     for run in runs:
-        found.setdefault(attention_name(run), []).append(run)
+        found.setdefault(attention_label(run), []).append(run)
     return found
 
 
@@ -68,7 +68,7 @@ def lower(values: dict[str, Sequence[float]]) -> tuple[str | None, str]:
 
 def verdict(one: list[dict], other: list[dict]) -> list[str]:
     """Sentences on two lists of runs, each of one attention."""
-    both = {attention_name(runs[0]): runs for runs in (one, other)}
+    both = {attention_label(runs[0]): runs for runs in (one, other)}
     return [
         f"**Speed:** {_speed(both)}.",
         f"**At equal tokens:** {_until_the_end(both, 'tokens', _millions)}.",

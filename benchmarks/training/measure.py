@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.common.compilations import counted
+from benchmarks.common.compile_counts import count_compilations
 from benchmarks.common.failures import free_memory, one_line
 from benchmarks.training.kernel_times import kernel_times
 from meloformer.data.batches import Batch, PackedSongs, State
@@ -123,7 +123,7 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
     if cuda:
         torch.cuda.reset_peak_memory_stats(job.device)
     begun = time.perf_counter()
-    with counted() as compiled:
+    with count_compilations() as compiled:
         run = Run(config, shards, job)
         try:
             run.steps(1)

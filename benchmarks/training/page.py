@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.common.attention_name import attention_name
+from benchmarks.common.attention_label import attention_label
 from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, table
 from benchmarks.training.kernel_times import KINDS, OTHERS
@@ -116,7 +116,7 @@ def readme_body(results: list[dict], sources: list[str], page_path: str, picture
 def _named(row: dict) -> dict:
     """The row with the name of its attention, which says what "auto" was."""
     used = row | {"attention": row.get("attention_used", row["attention"])}
-    return used | {"attention": attention_name(used)}
+    return used | {"attention": attention_label(used)}
 
 
 def _compiled(flag: bool | None) -> str:
@@ -145,7 +145,7 @@ def _speed(rows: list[dict]) -> str:
             row["precision"],
             f"{row['tokens_per_s']:,.0f}",
             cell(_times(row, rows, "dense"), "{:.2f}"),
-            cell(_times(row, rows, attention_name(row | {"attention": "flex"})), "{:.2f}"),
+            cell(_times(row, rows, attention_label(row | {"attention": "flex"})), "{:.2f}"),
             cell(row["mfu"], "{:.1%}"),
             cell(row["peak_gb"], "{:.1f}"),
             f"{row['data_wait']:.2%}",

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import UserError
-from .style import COLOURS, DPI, GREY, INK, dress, save
+from .style import COLOURS, DPI, GREY, INK, save_figure, style_axes
 
 
 def loss_curve(records: Iterable[dict], path: str | os.PathLike) -> None:
@@ -65,13 +65,13 @@ def loss_curve(records: Iterable[dict], path: str | os.PathLike) -> None:
     lower.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     for axes in (upper, lower):
-        dress(axes)
+        style_axes(axes)
         axes.margins(x=0.01)
 
     figure.align_ylabels([upper, lower])
     figure.text(0.095, 0.95, "Training loss", color=INK, size=13, weight="bold", va="center")
     figure.text(0.97, 0.95, _progress(records), color=GREY, size=9, ha="right", va="center")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _series(records: Iterable[dict], key: str) -> tuple[np.ndarray, np.ndarray]:

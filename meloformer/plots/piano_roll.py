@@ -16,7 +16,7 @@ from miditoolkit import Instrument, MidiFile
 
 from ..midi.general_midi import DRUM_GROUPS, PROGRAM_NAMES
 from ..tokens.vocab import QUALITIES
-from .style import COLOURS, DPI, FAINT, GREY, INK, LINE, save
+from .style import COLOURS, DPI, FAINT, GREY, INK, LINE, save_figure
 
 _DRUM_COLOUR = "#4a4f5c"
 
@@ -116,7 +116,7 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
             handletextpad=0.5,
             columnspacing=1.6,
         )
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _parts(midi: MidiFile) -> list[_Part]:

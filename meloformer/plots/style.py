@@ -18,7 +18,7 @@ COLOURS = (
 )  # fmt: skip
 
 
-def dress(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     """A faint grid behind the curves, lines at the left and below, grey figures without ticks."""
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -27,7 +27,7 @@ def dress(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color(LINE)
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a PNG file, the same bytes for the same figure. Raises UserError if it cannot be written."""
     try:  # the default metadata names the version of matplotlib
         figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})

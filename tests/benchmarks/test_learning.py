@@ -209,10 +209,10 @@ def test_the_table_tells_the_best_point_from_the_last(tmp_path):
 
 
 def test_kind_rules_are_compared_as_attentions_are(tmp_path, monkeypatch):
-    from benchmarks.learning import picture as learning_picture
+    from benchmarks.learning import chart as learning_picture
 
     legends = []
-    monkeypatch.setattr(learning_picture, "legend", lambda figure, entries: legends.extend(entries))
+    monkeypatch.setattr(learning_picture, "draw_legend", lambda figure, entries: legends.extend(entries))
     rules = {"old": {}, "alike": {"kind_rule": "alike", "seed": 1}, "next": {"kind_rule": "next"}}
     runs = [write_run(tmp_path / name, SPARSE, **more) for name, more in rules.items()]
     runs.append(write_run(tmp_path / "dense", DENSE, attention="dense", kind_rule="alike"))
@@ -239,10 +239,10 @@ def test_every_pair_of_attentions_is_judged(folders, tmp_path):
 
 
 def test_the_picture_draws_every_run_by_tokens_and_by_time(folders, tmp_path, monkeypatch):
-    from benchmarks.learning import picture as learning_picture
+    from benchmarks.learning import chart as learning_picture
 
     figures = []
-    monkeypatch.setattr(learning_picture, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(learning_picture, "save_figure", lambda figure, path: figures.append(figure))
     learning_picture.draw(gather(folders), tmp_path / "a.png")
     by_tokens, by_time = figures[0].axes
     curves = [line for line in by_time.lines if len(line.get_xdata()) > 1]
@@ -255,10 +255,10 @@ def test_the_picture_draws_every_run_by_tokens_and_by_time(folders, tmp_path, mo
 
 
 def test_long_runs_are_drawn_in_minutes(tmp_path, monkeypatch):
-    from benchmarks.learning import picture as learning_picture
+    from benchmarks.learning import chart as learning_picture
 
     figures = []
-    monkeypatch.setattr(learning_picture, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(learning_picture, "save_figure", lambda figure, path: figures.append(figure))
     runs = [write_run(tmp_path / name, SPARSE, attention=name, step_s=60.0) for name in ("triton", "dense")]
     learning_picture.draw(gather(runs), tmp_path / "a.png")
     by_time = figures[0].axes[1]

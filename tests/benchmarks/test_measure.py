@@ -17,7 +17,7 @@ from benchmarks.attention import measure
 from benchmarks.attention.measure import Shape, WrongResult
 from benchmarks.common import timing
 from benchmarks.common.timing import Timer
-from benchmarks.songs import rows as songs
+from benchmarks.songs import loading, structures
 from meloformer.errors import UserError
 from meloformer.kernels import make_attention
 
@@ -30,13 +30,13 @@ TINY = Shape(heads=2, dim=8, dtype=torch.float32)
 
 @pytest.fixture(scope="module")
 def composed():
-    return songs.compose_songs(3, 3)
+    return loading.compose_songs(3, 3)
 
 
 class TestSongs:
     def test_rows_begin_with_different_songs_and_are_cut(self, composed):
         ids = list(composed.values())
-        structure = songs.pack(ids, 500, rows=2)
+        structure = structures.pack(ids, 500, rows=2)
         assert structure.doc.shape == (2, 500) and structure.summary_doc.shape == (2, 128)
         for row, first in zip(structure.doc, ids):
             assert int((row == 0).sum()) == min(len(first), 500)
@@ -44,13 +44,13 @@ class TestSongs:
 
     def test_songs_are_repeated(self, composed):
         one = next(iter(composed.values()))
-        structure = songs.pack([one], 2 * len(one) + 5)
+        structure = structures.pack([one], 2 * len(one) + 5)
         assert torch.bincount(structure.doc[0].long()).tolist() == [len(one), len(one), 5]
         assert torch.equal(structure.onset[0, : len(one)], structure.onset[0, len(one) : 2 * len(one)])
 
     def test_a_whole_song_is_as_long_as_it_is(self, composed):
         one = next(iter(composed.values()))
-        assert songs.pack([one]).doc.shape == (1, len(one))
+        assert structures.pack([one]).doc.shape == (1, len(one))
 
     def test_files(self, tmp_path, composed, capsys):
         from meloformer.composer.compose import compose
@@ -60,38 +60,38 @@ class TestSongs:
         compose(0, bars=3).dump(str(tmp_path / "a" / "x.mid"))
         (tmp_path / "a" / "broken.mid").write_bytes(b"MThd")
         np.save(tmp_path / "b" / "x.npy", composed["composed 1"])
-        found = songs.read_songs([str(tmp_path / "a"), str(tmp_path / "b")])
+        found = loading.read_songs([str(tmp_path / "a"), str(tmp_path / "b")])
         assert list(found) == ["x", "x (2)"]
         assert np.array_equal(found["x"], composed["composed 0"])
         assert np.array_equal(found["x (2)"], composed["composed 1"])
         assert "left out: broken.mid" in capsys.readouterr().err
         with pytest.raises(UserError, match=r"broken\.mid"):
-            songs.read_songs([str(tmp_path / "a" / "broken.mid")])
+            loading.read_songs([str(tmp_path / "a" / "broken.mid")])
 
     def test_what_holds_no_song(self, tmp_path):
         (tmp_path / "x.mid").write_bytes(b"MThd")
         with pytest.raises(UserError, match="no file could be read"):
-            songs.read_songs([str(tmp_path)])
+            loading.read_songs([str(tmp_path)])
         np.save(tmp_path / "x.npy", np.zeros((2, 2)))
         with pytest.raises(UserError, match=r"float64 \[2, 2\], not token ids"):
-            songs.read_songs([str(tmp_path / "x.npy")])
+            loading.read_songs([str(tmp_path / "x.npy")])
 
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_visible_pairs(self, name, monkeypatch):
-        monkeypatch.setattr(songs, "_PAIRS_AT_ONCE", 3000)  # more than one chunk
-        assert songs.visible_pairs(case(name).structure) == int(case(name).regular_mask.sum())
+        monkeypatch.setattr(structures, "_PAIRS_AT_ONCE", 3000)  # more than one chunk
+        assert structures.visible_pairs(case(name).structure) == int(case(name).regular_mask.sum())
 
     def test_rows_made_of_others_keep_their_rule(self):
         structure = replace(case("rows").structure, near_bars=(3,), kind_rule="next")
-        made = songs.cut(structure, 50), songs.padded(structure, 64)
-        made += (songs.reordered(structure, songs.instrument_order(structure)),)
+        made = structures.cut(structure, 50), structures.padded(structure, 64)
+        made += (structures.reordered(structure, structures.instrument_order(structure)),)
         assert {(rows.near_bars, rows.kind_rule) for rows in made} == {((3,), "next")}
-        assert songs.visible_pairs(structure) == int(dense_case(structure).regular_mask.sum())
+        assert structures.visible_pairs(structure) == int(dense_case(structure).regular_mask.sum())
 
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_instrument_order(self, name):
         structure = case(name).structure
-        order = songs.instrument_order(structure)
+        order = structures.instrument_order(structure)
         assert torch.equal(order.sort(dim=1).values, torch.arange(order.shape[1]).expand_as(order))
         for row, moved in enumerate(order):
             facts = structure.tokens.at(row, moved)
@@ -109,7 +109,7 @@ class TestSongs:
     @pytest.mark.parametrize("backend", ["reference", "flex"])
     def test_reordered_rows_are_the_same_attention(self, backend, name, phase):
         structure = case(name).structure
-        order = songs.instrument_order(structure)
+        order = structures.instrument_order(structure)
         inputs = random_inputs(phase, structure, torch.float64)
 
         regular = {id(x) for x in ((*inputs[:3], inputs[5]) if phase == "update" else inputs[3:5])}
@@ -119,20 +119,20 @@ class TestSongs:
 
         expected = outputs_and_gradients(getattr(make_attention(structure, "reference"), phase), inputs)
         streams = [inputs[0], *inputs[:5]]  # o is of the stream of q
-        function = getattr(make_attention(songs.reordered(structure, order), backend), phase)
+        function = getattr(make_attention(structures.reordered(structure, order), backend), phase)
         got = outputs_and_gradients(function, [moved(x, x) for x in inputs])
         for stream, exact, result in zip(streams, expected, got):
             torch.testing.assert_close(result, moved(exact, stream), rtol=0, atol=1e-12)
 
     def test_padded_and_cut_rows_have_the_same_structure(self):
         structure = case("documents").structure
-        longer = songs.padded(structure, 64)
+        longer = structures.padded(structure, 64)
         n = structure.doc.shape[1]
         assert longer.doc.shape[1] % 64 == 0 and (longer.doc[:, n:] == -1).all()
-        assert songs.visible_pairs(longer) == songs.visible_pairs(structure)
+        assert structures.visible_pairs(longer) == structures.visible_pairs(structure)
         for a, b in zip(structure.tokens, longer.tokens):
             assert torch.equal(a, b[:, :n])
-        shorter = songs.cut(structure, 7)
+        shorter = structures.cut(structure, 7)
         for a, b in zip(structure.tokens, shorter.tokens):
             assert torch.equal(a[:, :7], b)
 
@@ -243,7 +243,7 @@ class TestMeasure:
         monkeypatch.setattr(measure, "make_attention", make)
 
     def test_triton_tells_its_pairs_and_bytes(self, monkeypatch):
-        self.stand_in(monkeypatch, songs.visible_pairs(case("documents").structure))
+        self.stand_in(monkeypatch, structures.visible_pairs(case("documents").structure))
         found = self.of("triton")
         assert (found["computed_pairs"], found["full_pairs"], found["plan_bytes"]) == (99, 9, 5)
         assert found["summarize"]["forward"]["ms"] > 0
@@ -254,7 +254,7 @@ class TestMeasure:
             self.of("triton")
 
     def test_triton_with_errors_is_not_timed(self, monkeypatch):
-        self.stand_in(monkeypatch, songs.visible_pairs(case("documents").structure))
+        self.stand_in(monkeypatch, structures.visible_pairs(case("documents").structure))
         monkeypatch.setattr(measure, "sparse_errors", lambda *_: {"update o": 2.5})
         with pytest.raises(WrongResult, match=r"errs 2\.50"):
             self.of("triton")

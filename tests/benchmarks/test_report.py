@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from benchmarks import report
-from benchmarks.attention import figures, measure, pictures
+from benchmarks.attention import charts, measure, metrics
+from benchmarks.attention.compare import compare
 from benchmarks.attention.page import page, readme_body, update_readme
-from benchmarks.common.compare import compare
-from benchmarks.common.readme import marked
-from benchmarks.common.results_file import load, merge, save
+from benchmarks.attention.results import load, merge
+from benchmarks.common.readme_section import marked
+from benchmarks.common.results_file import save
+from benchmarks.songs import loading
 from meloformer.errors import UserError
 
 from helpers.report_cases import MACHINE, SETTINGS, entry, packed, result, row, song, times, triton
@@ -36,26 +38,26 @@ def cells(text: str, heading: str) -> list[list[str]]:
 
 class TestFigures:
     def test_limit_and_speedup(self):
-        assert figures.limit_ms(song()) == pytest.approx(0.4)
-        assert figures.times_limit(song()) == pytest.approx(2.0)
-        assert figures.speedup(song(), "dense_flash") == pytest.approx(10)
-        assert figures.speedup(song(), "flex") == pytest.approx(50)
-        assert figures.summarize_share(song()) == pytest.approx(0.1)
+        assert metrics.limit_ms(song()) == pytest.approx(0.4)
+        assert metrics.times_limit(song()) == pytest.approx(2.0)
+        assert metrics.speedup(song(), "dense_flash") == pytest.approx(10)
+        assert metrics.speedup(song(), "flex") == pytest.approx(50)
+        assert metrics.summarize_share(song()) == pytest.approx(0.1)
 
     def test_rates(self):
         # 2e6 visible pairs x 8 heads x 64 channels x 2 products x 2 operations in 0.25 ms
-        rate = figures.tflops(song(), "triton", "forward", "useful", SETTINGS)
+        rate = metrics.tflops(song(), "triton", "forward", "useful", SETTINGS)
         assert rate == pytest.approx(2e6 * 8 * 64 * 2 * 2 / 0.25e-3 / 1e12)
-        computed = figures.tflops(song(), "triton", "backward", "computed", SETTINGS)
+        computed = metrics.tflops(song(), "triton", "backward", "computed", SETTINGS)
         assert computed == pytest.approx(4e6 * 8 * 64 * 5 * 2 / 0.55e-3 / 1e12)
 
     def test_what_was_not_measured_is_none(self):
-        assert figures.measured(song(), "flex_sorted") is None
-        assert figures.speedup(song(), "flex_sorted") is None
+        assert metrics.measured(song(), "flex_sorted") is None
+        assert metrics.speedup(song(), "flex_sorted") is None
         without = row("x", 10, False, {"triton": triton(1, 1, 1)})
-        assert figures.limit_ms(without) is None and figures.times_limit(without) is None
-        assert figures.summarize_share(song(), "flex") is None
-        assert figures.tflops(row("x", 10, False, {"flex": entry(1, 1)}), "flex", "forward", "computed",
+        assert metrics.limit_ms(without) is None and metrics.times_limit(without) is None
+        assert metrics.summarize_share(song(), "flex") is None
+        assert metrics.tflops(row("x", 10, False, {"flex": entry(1, 1)}), "flex", "forward", "computed",
                               SETTINGS) is None  # fmt: skip
 
 
@@ -85,7 +87,7 @@ class TestPage:
         assert "- A \\| song, FlexAttention, fp32: skipped: slow" in text
 
     def test_every_column_has_a_label_and_a_meaning(self):
-        assert set(figures.LABELS) == set(measure.COLUMNS) == set(pictures._STYLES)
+        assert set(metrics.LABELS) == set(measure.COLUMNS) == set(charts._STYLES)
 
     def test_a_page_of_nothing_measured(self):
         text = page(merge([result(row("x", 10, False, {"triton": {"failed": "no"}}))], ["a"]), [], ["a"])
@@ -136,22 +138,22 @@ class TestPictures:
         ids=["both", "a song", "a length", "nothing measured"],
     )
     def test_files(self, tmp_path, rows, names):
-        assert pictures.draw(merge([result(*rows)], ["a"]), tmp_path / "p.md") == names
+        assert charts.draw(merge([result(*rows)], ["a"]), tmp_path / "p.md") == names
         for name in names:
             with Image.open(tmp_path / name) as picture:
                 picture.verify()
 
     def test_lines_show_what_was_measured(self):
         rows = [packed(2048), packed(8192)]
-        (axes,) = pictures.by_length(rows, "").axes
+        (axes,) = charts.by_length(rows, "").axes
         lines = {line.get_label(): line for line in axes.lines}
         drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines.values()]
-        totals = [[figures.total_ms(r, c) for r in rows] for c in ("triton", "dense_cudnn")]
-        totals.append([figures.limit_ms(r) for r in rows])
+        totals = [[metrics.total_ms(r, c) for r in rows] for c in ("triton", "dense_cudnn")]
+        totals.append([metrics.limit_ms(r) for r in rows])
         assert drawn == [([2048, 8192], line) for line in totals]
 
     def test_bars_show_what_was_measured(self):
-        (axes,) = pictures.by_row([song()], "").axes
+        (axes,) = charts.by_row([song()], "").axes
         assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.8, 4, 8, 40])
 
 
@@ -260,8 +262,8 @@ class TestCommand:
         assert (again.parent / "a_rows.png").read_bytes() == (target.parent / "a_rows.png").read_bytes()
 
     def test_songs_alone(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(report.songs, "COMPOSED", 2)
-        monkeypatch.setattr(report.songs, "COMPOSED_BARS", 2)
+        monkeypatch.setattr(loading, "COMPOSED", 2)
+        monkeypatch.setattr(loading, "COMPOSED_BARS", 2)
         args = ["--whole", "--columns", "reference", *TINY, "--output", str(tmp_path / "a.md")]
         report.main(args)
         rows = load(tmp_path / "a.json")["rows"]

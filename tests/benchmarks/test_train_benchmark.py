@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import train
-from benchmarks.common.compilations import counted
-from benchmarks.common.readme import marked
+from benchmarks.common.compile_counts import count_compilations
+from benchmarks.common.readme_section import marked
 from benchmarks.common.results_file import load
 from benchmarks.training import measure as train_run
 from benchmarks.training.page import page, readme_body
@@ -138,7 +138,7 @@ def test_warm_up_lasts_until_nothing_is_compiled(data, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(train_run, "counted", Counting)
+    monkeypatch.setattr(train_run, "count_compilations", Counting)
     steps = train_run.Run.steps
     monkeypatch.setattr(train_run.Run, "steps", lambda run, number: fed.append(number) or steps(run, number))
     config = train_run.TrainConfig(
@@ -153,7 +153,7 @@ def test_warm_up_lasts_until_nothing_is_compiled(data, monkeypatch):
 def test_graphs_are_counted():
     torch._dynamo.reset()
     twice = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
-    with counted() as compiled:
+    with count_compilations() as compiled:
         twice(torch.ones(2))
         twice(torch.ones(2))
         assert compiled() == {"graphs": 1, "kernels": 0}
@@ -339,7 +339,7 @@ def test_the_projects_own_table_is_made_of_its_results():
     (page_path,) = re.findall(r"\[all figures and what they mean\]\((.*training.*)\)", part)
     (picture,) = re.findall(r"!\[Training.*?\]\((.*)\)", part)
     paths = [ROOT / name for name in names.split()]
-    results = [load(path, train.FORMAT) for path in paths]
+    results = [load(path, train.FORMAT, "benchmarks.train") for path in paths]
     body = readme_body(results, [path.name for path in paths], page_path, picture)
     assert marked("training", names.split(), body) in text
     assert (ROOT / page_path).read_text() == page(results, [path.name for path in paths], Path(picture).name)

@@ -15,7 +15,7 @@ def figure_of(monkeypatch, tmp_path):
 
     def draw(log):
         figures = []
-        monkeypatch.setattr(loss_plot, "save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(loss_plot, "save_figure", lambda figure, path: figures.append(figure))
         loss_curve(log, tmp_path / "unused.png")
         return figures[0]
 

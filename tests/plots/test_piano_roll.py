@@ -43,7 +43,7 @@ def figure_of(monkeypatch, tmp_path):
 
     def draw(function, *arguments):
         figures = []
-        monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(plot, "save_figure", lambda figure, path: figures.append(figure))
         function(*arguments, tmp_path / "unused.png")
         return figures[0]
 

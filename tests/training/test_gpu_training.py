@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import train as train_benchmark
-from benchmarks.common.compilations import counted
+from benchmarks.common.compile_counts import count_compilations
 from meloformer.data.batches import Batch
 from meloformer.kernels import plan
 from meloformer.model.loss import IGNORE
@@ -106,7 +106,7 @@ def _twice(x_ptr, SPAN: tl.constexpr):
 
 def test_kernels_are_counted_when_they_are_compiled():
     x = torch.ones(32, device=DEVICE)
-    with counted() as compiled:
+    with count_compilations() as compiled:
         for span, kernels in ((16, 1), (16, 0), (32, 1)):
             _twice[(1,)](x, SPAN=span)
             assert compiled() == {"graphs": 0, "kernels": kernels}
@@ -119,7 +119,7 @@ def test_nothing_is_compiled_after_warm_up_over_fifty_batches(data, tmp_path, at
     """Neither a graph nor a kernel, though bars, documents and the tiles of the plan vary."""
     stepper = make_stepper(data, tmp_path, attention, LOW, checkpoint_activations=recompute)
     capacities, summaries, documents = set(), set(), set()
-    with counted() as compiled:
+    with count_compilations() as compiled:
         for number, batch in enumerate(varied(WARMUP + 50)):
             if number == WARMUP:
                 assert compiled()["graphs"] >= 2

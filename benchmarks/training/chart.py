@@ -4,16 +4,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.attention.pictures import BAR_HEIGHT, bars, head, legend
-from benchmarks.common.attention_name import colours
-from meloformer.plots.style import DPI, GREY, dress, save
+from benchmarks.common.attention_label import label_colours
+from benchmarks.common.charts import BAR_HEIGHT, draw_bars, draw_heading, draw_legend
+from meloformer.plots.style import DPI, GREY, save_figure, style_axes
 
 
 def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
     """Writes it beside a page; returns its name. Rows that compute something again are left out.
 
     Args:
-        rows: as `train_page.measured_rows` returns them.
+        rows: as `page.measured_rows` returns them.
         gpu: what they were measured on.
     """
     groups: dict[tuple, dict[str, float]] = {}
@@ -24,13 +24,15 @@ def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
     if not groups:
         return None
     path = page.with_name(f"{page.stem}_speed.png")
-    save(_figure(groups, gpu), path)
+    save_figure(_figure(groups, gpu), path)
     return path.name
 
 
 def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
     found = {name for group in groups.values() for name in group}
-    colour = colours(sorted(found, key=lambda name: (name.startswith("dense"), name)))  # dense comes last
+    colour = label_colours(
+        sorted(found, key=lambda name: (name.startswith("dense"), name))
+    )  # dense comes last
     heights = [(len(group) + 1.2) * BAR_HEIGHT for group in groups.values()]
     height = 1.75 + sum(heights)
     figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
@@ -38,7 +40,7 @@ def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
     top, ticks = 0.0, []
     for group, room in zip(groups.values(), heights):
         present = [name for name in colour if name in group]
-        bars(
+        draw_bars(
             axes,
             [top + (place + 1.1) * BAR_HEIGHT for place in range(len(present))],
             [group[name] for name in present],
@@ -52,10 +54,10 @@ def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
     axes.set_yticks(ticks, [_label(*key) for key in groups])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("tokens per second", color=GREY, fontsize=9)
-    dress(axes)
+    style_axes(axes)
     axes.grid(axis="y", visible=False)
-    head(figure, "Training: tokens per second", f"{gpu} · whole steps, padding not counted")
-    legend(figure, [(name, {"color": of, "linewidth": 6}) for name, of in colour.items()])
+    draw_heading(figure, "Training: tokens per second", f"{gpu} · whole steps, padding not counted")
+    draw_legend(figure, [(name, {"color": of, "linewidth": 6}) for name, of in colour.items()])
     return figure
 
 

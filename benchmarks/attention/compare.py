@@ -1,10 +1,10 @@
-"""What a change did: two results side by side, row by row and column by column."""
+"""Two results of `benchmarks.report` side by side: what changed, and whether beyond the noise."""
 
 from collections.abc import Iterator
 
-from benchmarks.attention.figures import LABELS, PASSES, columns_of, measured
+from benchmarks.attention.metrics import LABELS, PASSES, columns_of, measured
+from benchmarks.attention.results import row_key
 from benchmarks.common.machine import provenance
-from benchmarks.common.results_file import row_key
 from meloformer.errors import UserError
 
 

@@ -15,7 +15,7 @@ def marked(name: str, sources: list[str], body: str) -> str:
     return "\n".join([_BEGIN.format(name, " ".join(sources)), body, _END.format(name)])
 
 
-def update(
+def update_section(
     readme: Path, name: str, sources: list[Path], make: Callable[[Callable[[Path], str]], str]
 ) -> None:
     """Puts a new body between the markers of `name`; `make` is told how the README sees a path.

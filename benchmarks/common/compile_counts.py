@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 
 @contextmanager
-def counted() -> Iterator[Callable[[], dict[str, int]]]:
+def count_compilations() -> Iterator[Callable[[], dict[str, int]]]:
     """A function that tells how many "graphs" and "kernels" were compiled since it was last called.
 
     Kernels inside of compiled graphs are PyTorch's, and are not counted one by one. A kernel that comes from

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from meloformer.kernels.structure import KIND_RULE
 
 
-def attention_name(run: dict) -> str:
+def attention_label(run: dict) -> str:
     """`attention` of a run or a row, and its `kind_rule` unless it is the original one.
 
     What was measured before there was a choice does not tell its rule: it is that one.
@@ -24,7 +24,7 @@ _COLOURS = {
 _LEFT = ("#D55E00", "#56B4E9", "#999999", "#F0E442", "#000000")
 
 
-def colours(names: Iterable[str]) -> dict[str, str]:
+def label_colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, in the order of the names."""
     left = iter(_LEFT)
     return {name: _COLOURS.get(name) or next(left) for name in names}

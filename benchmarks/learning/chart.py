@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.attention.pictures import head, legend
-from benchmarks.common.attention_name import attention_name, colours
-from meloformer.plots.style import DPI, GREY, dress, save
+from benchmarks.common.attention_label import attention_label, label_colours
+from benchmarks.common.charts import draw_heading, draw_legend
+from meloformer.plots.style import DPI, GREY, save_figure, style_axes
 
 _DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))  # tell lines apart without colours
 
@@ -33,20 +33,20 @@ def draw(result: dict, path: Path) -> None:
         f"{settings['model_size']} model · {origin['data']['training']['songs']:,} songs · "
         f"{origin['precision']} on {origin['device']} · a line per seed, a dot at its lowest point"
     )
-    head(figure, "Validation loss by tokens and by time", subtitle)
-    legend(figure, [(name, {"color": c, "linestyle": d}) for name, (c, d) in _styles(runs).items()])
-    save(figure, path)
+    draw_heading(figure, "Validation loss by tokens and by time", subtitle)
+    draw_legend(figure, [(name, {"color": c, "linestyle": d}) for name, (c, d) in _styles(runs).items()])
+    save_figure(figure, path)
 
 
 def _styles(runs: list[dict]) -> dict[str, tuple]:
-    of = colours(dict.fromkeys(map(attention_name, runs)))
-    return {name: (colour, dashes) for (name, colour), dashes in zip(of.items(), _DASHES)}
+    colour_of = label_colours(dict.fromkeys(map(attention_label, runs)))
+    return {name: (colour, dashes) for (name, colour), dashes in zip(colour_of.items(), _DASHES)}
 
 
 def _panel(axes: Axes, runs: list[dict], axis: str, unit: float, label: str) -> None:
     styles = _styles(runs)
     for run in runs:
-        colour, dashes = styles[attention_name(run)]
+        colour, dashes = styles[attention_label(run)]
         x = [value / unit for value in run["validation"][axis]]
         y = run["validation"]["val_loss"]
         axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.1)
@@ -55,4 +55,4 @@ def _panel(axes: Axes, runs: list[dict], axis: str, unit: float, label: str) -> 
     axes.set_xlabel(label, color=GREY, fontsize=9)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xlim(left=0)
-    dress(axes)
+    style_axes(axes)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.attention import figures
+from benchmarks.attention import metrics
+from benchmarks.common.charts import BAR_HEIGHT, draw_bars, draw_heading, draw_legend
 from meloformer.errors import UserError
-from meloformer.plots.style import DPI, GREY, INK, dress, save
+from meloformer.plots.style import DPI, GREY, INK, save_figure, style_axes
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers tell the lines apart without any.
 _STYLES = {
@@ -21,7 +21,6 @@ _STYLES = {
     "flex_fp32": ("#D55E00", "P"),
     "reference": ("#999999", "x"),
 }
-BAR_HEIGHT = 0.16  # inches
 _MOST_ROWS = 16
 
 
@@ -40,7 +39,7 @@ def draw(result: dict, page: Path) -> list[str]:
 
 def _totals(row: dict) -> dict[str, float]:
     """Milliseconds of forward and backward of each measured column, in the order of the legend."""
-    found = {column: figures.total_ms(row, column) for column in _STYLES}
+    found = {column: metrics.total_ms(row, column) for column in _STYLES}
     return {column: ms for column, ms in found.items() if ms is not None}
 
 
@@ -63,42 +62,33 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
     for number, row in enumerate(rows):
         totals = _totals(row)
         places = {column: place for place, column in enumerate(columns) if column in totals}
-        bars(
+        draw_bars(
             axes,
             [number * group + (place + 1.1) * BAR_HEIGHT for place in places.values()],
             [totals[column] for column in places],
             [_STYLES[column][0] for column in places],
-            [figures.milliseconds(totals[column]) for column in places],
+            [metrics.milliseconds(totals[column]) for column in places],
         )
-        limit = figures.limit_ms(row)
+        limit = metrics.limit_ms(row)
         if limit is not None:
             low, high = (
                 number * group + 0.5 * BAR_HEIGHT,
                 number * group + (len(columns) + 0.7) * BAR_HEIGHT,
             )
             axes.vlines(limit, low, high, color=INK, linewidth=1.2, linestyle="--", zorder=3)
-    smallest = min(min([*_totals(row).values(), figures.limit_ms(row) or 1e9]) for row in rows)
+    smallest = min(min([*_totals(row).values(), metrics.limit_ms(row) or 1e9]) for row in rows)
     largest = max(max(_totals(row).values()) for row in rows)
     axes.set_xlim(smallest / 2, largest * 1.6)
     axes.set_ylim(group * len(rows), 0)
     names = [f"{_short(row['name'])}\n{row['tokens']:,} tokens" for row in rows]
     axes.set_yticks([(i + 0.5) * group for i in range(len(rows))], names)
-    _dress(axes, x="milliseconds")
+    _style_axes(axes, x="milliseconds")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", labelcolor=INK)
-    head(figure, "Attention by song: time of one layer", subtitle)
-    handles = [(figures.LABELS[c], {"color": _STYLES[c][0], "linewidth": 6}) for c in columns]
-    legend(figure, [*handles, ("limit", {"color": INK, "linewidth": 1.2, "linestyle": "--"})])
+    draw_heading(figure, "Attention by song: time of one layer", subtitle)
+    handles = [(metrics.LABELS[c], {"color": _STYLES[c][0], "linewidth": 6}) for c in columns]
+    draw_legend(figure, [*handles, ("limit", {"color": INK, "linewidth": 1.2, "linestyle": "--"})])
     return figure
-
-
-def bars(axes: Axes, at: list[float], values: list[float], colours: list[str], texts: list[str]) -> None:
-    """Horizontal bars with what they say behind them."""
-    axes.barh(at, values, 0.86 * BAR_HEIGHT, color=colours, zorder=2)
-    for y, value, text in zip(at, values, texts):
-        axes.annotate(
-            text, (value, y), (3, 0), textcoords="offset points", va="center_baseline", size=7, color=INK
-        )
 
 
 def by_length(rows: list[dict], subtitle: str) -> Figure:
@@ -114,8 +104,8 @@ def by_length(rows: list[dict], subtitle: str) -> Figure:
         if points:
             style = {"color": colour, "marker": marker, "linewidth": 1.8, "markersize": 5.5}
             axes.plot(*zip(*points), **style, markeredgecolor=GREY, markeredgewidth=0.5, zorder=3)
-            handles.append((figures.LABELS[column], style))
-    limits = [(row["tokens"], ms) for row in rows if (ms := figures.limit_ms(row)) is not None]
+            handles.append((metrics.LABELS[column], style))
+    limits = [(row["tokens"], ms) for row in rows if (ms := metrics.limit_ms(row)) is not None]
     if limits:
         style = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
         axes.plot(*zip(*limits), **style, zorder=2)
@@ -123,9 +113,9 @@ def by_length(rows: list[dict], subtitle: str) -> Figure:
     lengths = [row["tokens"] for row in rows]
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _dress(axes, x="tokens", y="milliseconds")
-    head(figure, "Attention by length of row: time of one layer", subtitle)
-    legend(figure, handles)
+    _style_axes(axes, x="tokens", y="milliseconds")
+    draw_heading(figure, "Attention by length of row: time of one layer", subtitle)
+    draw_legend(figure, handles)
     return figure
 
 
@@ -133,37 +123,13 @@ def _short(name: str) -> str:
     return name if len(name) <= 22 else name[:21] + "…"
 
 
-def _dress(axes: Axes, x: str, y: str | None = None) -> None:
+def _style_axes(axes: Axes, x: str, y: str | None = None) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,g}")
     (axes.yaxis if y else axes.xaxis).set_major_formatter(plain)
     axes.set_xlabel(x, color=GREY, fontsize=9)
     if y:
         axes.set_ylabel(y, color=GREY, fontsize=9)
-    dress(axes)
-
-
-def head(figure: Figure, title: str, subtitle: str) -> None:
-    """The two lines above a picture."""
-    height = figure.get_figheight()
-    figure.text(0.03, 1 - 0.15 / height, title, color=INK, size=13, weight="bold", va="top")
-    figure.text(0.03, 1 - 0.42 / height, subtitle, color=GREY, size=9, va="top")
-
-
-def legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
-    """Below the head: (label, style of its line) each."""
-    figure.legend(
-        handles=[Line2D([], [], label=label, **style) for label, style in handles],
-        loc="upper left",
-        bbox_to_anchor=(0.03, 1 - 0.6 / figure.get_figheight()),
-        ncols=4,
-        fontsize=8.5,
-        labelcolor=INK,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.6,
-        columnspacing=1.6,
-    )
+    style_axes(axes)
 
 
 def _save(figure: Figure, page: Path, what: str) -> str:
@@ -172,5 +138,5 @@ def _save(figure: Figure, page: Path, what: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
-    save(figure, path)
+    save_figure(figure, path)
     return path.name
