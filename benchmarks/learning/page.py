@@ -1,58 +1,67 @@
-"""What `benchmarks.learning` gathered as a Markdown page, from results alone."""
+"""The page of `benchmarks.learning`: tables of validation losses, from its result file alone."""
 
 import math
-from itertools import combinations
 
 from benchmarks.common.attention_label import attention_label
 from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, escape, table
-from benchmarks.learning.curves import first_reached
+from benchmarks.learning.curves import Curve, first_reached, lowest_until
 from benchmarks.learning.run_folder import SLOW
-from benchmarks.learning.verdict import best, groups, hardest_shared_loss, kinds_of, of_run, verdict
 
 MEANINGS = f"""\
-- **Losses** are those of the validation songs in nats per token, none of which is trained on. *Best* is the
-  lowest of a run, *last* that after its last step.
-- **Equal**: the runs differ in attention, kind rule and seed alone. Those of one seed see the same rows in
-  the same order and are validated after the same tokens.
-- **A word after the attention** is the kind rule (`--kind_rule`), where it is not the original one.
-- **dense** is a plain causal Transformer without summaries, of as many parameters within 2 %.
-- **Tokens** are counted without padding, over all epochs.
-- **Time** is that of the steps by the clock, from the end of the first step on; validating, sampling and
-  saving are not in it, and neither are slow steps.
-- **Slow steps** are the first one and those that took more than {SLOW} times the median step: as a
-  rule they compile for a shape that is new. Their tokens count, their time stands apart.
-- **Between validations** curves are read as straight lines, as they are drawn.
-- **Clear** is a difference if the ranges of the seeds do not meet. It says nothing about other data, sizes,
-  learning rates or lengths of training.
+- **Loss**: cross entropy over the validation songs, none of which is trained on, in nats per token. *Best* is
+  the lowest of a run, *last* the one after its last step.
+- **What the runs share**: they differ in attention, kind rule and seed alone. Runs of one seed see the same
+  rows of tokens in the same order, and are validated after the same numbers of tokens.
+- **A name after the attention** is the kind rule (`--kind_rule`), where it is not the original one, `alike`.
+- **dense**: a plain causal Transformer without summary tokens, its number of parameters within 2 %.
+- **At equal tokens, at equal time**: the lowest loss that each run reached within what the shortest run took.
+  The range is that over the seeds. Read a difference only where two ranges do not overlap, and then for
+  these data, this model size and this length of training; with one seed there is no range to judge it by.
+- **Tokens** do not include padding; a token is counted in every epoch.
+- **Time**: wall time of the steps from the end of the first one. Validation, sampling and saving are not
+  included, nor are slow steps, except where the table says *slow steps included*.
+- **Slow steps**: the first one, and those of more than {SLOW} times the median step, mostly because they
+  compiled something. Their tokens are counted; their time has a column of its own.
+- **Between two validations** losses are interpolated linearly, as in the chart.
 """
+_REACHED = {"tokens": ("million tokens", 1e6, "{:.2f}"), "seconds": ("s", 1, "{:.1f}")}  # by axis
 
 
 def page(result: dict, picture: str, source: str) -> str:
-    """The report.
+    """The Markdown page.
 
     Args:
-        result: what `learning.gather` returns.
-        picture, source: file names of the picture and of the figures, beside the page.
+        result: what `__main__.gather` returns.
+        picture, source: file names of the chart and of the result file, both beside the page.
     """
     runs = result["runs"]
     parts = [
-        "# What is learned, by tokens and by time\n",
+        "# Validation loss by tokens and by time\n",
         f"![Validation loss by tokens and by time]({picture})\n",
         _setting(result),
-        *_verdicts(runs),
+        "## Models at equal tokens and at equal time\n",
+        _by_model(runs),
         "## Runs\n",
         _runs(runs),
-        "## Best point by kind of token, nats per token\n",
+        "## Loss by kind of token, each run at its best point\n",
         _by_kind(runs),
-        "## When a loss is reached\n",
+        "## When a loss is first reached\n",
         _reached(runs),
-        "## What is what\n",
+        "## How to read the tables\n",
         MEANINGS,
-        "## Where from\n",
-        _origin(result, source),
+        "## Provenance\n",
+        _provenance(result, source),
     ]
     return "\n".join(parts)
+
+
+def targets(runs: list[dict]) -> list[float]:
+    """Losses that every run reaches: the lowest such one, and up to three multiples of 0.1 above it."""
+    lowest = max(min(run["validation"]["val_loss"]) for run in runs)
+    tenths = [math.floor(lowest * 10 + 1 + number) / 10 for number in range(3)]
+    start = min(run["validation"]["val_loss"][0] for run in runs)
+    return [lowest, *(tenth for tenth in tenths if tenth < start)]
 
 
 def _setting(result: dict) -> str:
@@ -65,16 +74,53 @@ def _setting(result: dict) -> str:
     return (
         f"The {settings['model_size']} model on {amounts['training']}, validated on {amounts['validation']}; "
         f"{rows:,} row(s) of {settings['max_seq_len']:,} tokens per step, learning rate "
-        f"{settings['learning_rate']:g}, {settings['warmup_steps']:,} steps of warm-up.\n"
+        f"{settings['learning_rate']:g}, {settings['warmup_steps']:,} warm-up steps.\n"
     )
 
 
-def _verdicts(runs: list[dict]) -> list[str]:
-    parts = []
-    for (name, one), (other_name, other) in combinations(groups(runs).items(), 2):
-        parts.append(f"## `{name}` against `{other_name}`\n")
-        parts.append("".join(f"- {sentence}\n" for sentence in verdict(one, other)))
-    return parts
+def _curve(run: dict, axis: str) -> Curve:
+    """Validation loss by "tokens", "seconds" or "all_seconds"."""
+    return run["validation"][axis], run["validation"]["val_loss"]
+
+
+def _best(run: dict) -> int:
+    """The index of the validation with the lowest loss."""
+    losses = run["validation"]["val_loss"]
+    return losses.index(min(losses))
+
+
+def _by_model(runs: list[dict]) -> str:
+    """A row for each attention and kind rule: its speed, and its losses over the seeds."""
+    ends = {
+        axis: min(run["validation"][axis][-1] for run in runs)
+        for axis in ("tokens", "seconds", "all_seconds")
+    }
+    heads = ["model", "seeds", "tokens/s"]
+    for text in (
+        f"loss within {ends['tokens'] / 1e6:,.2f}M tokens",
+        f"loss within {ends['seconds']:,.1f} s",
+        f"loss within {ends['all_seconds']:,.1f} s, slow steps included",
+    ):
+        heads += [text, "range"]
+    models: dict[str, list[dict]] = {}
+    for run in runs:
+        models.setdefault(attention_label(run), []).append(run)
+    lines = []
+    for name, seeds in models.items():
+        speed = sum(run["tokens_per_s"] for run in seeds) / len(seeds)
+        cells = [escape(name), str(len(seeds)), f"{speed:,.0f}"]
+        for axis, end in ends.items():
+            cells += _mean_and_range([lowest_until(_curve(run, axis), end) for run in seeds])
+        lines.append(cells)
+    return table(heads, lines)
+
+
+def _mean_and_range(losses: list[float | None]) -> list[str]:
+    """Two cells; dashes where a run was not validated in time, and for the range of one seed."""
+    if None in losses:
+        return ["-", "-"]
+    spread = f"{min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else "-"
+    return [f"{sum(losses) / len(losses):.4f}", spread]
 
 
 def _name(run: dict) -> str:
@@ -94,8 +140,8 @@ def _runs(runs: list[dict]) -> str:
             f"{run['epochs']:,}",
             f"{run['steps']:,}",
             f"{run['skipped_steps']:,}",
-            f"{run['validation']['val_loss'][best(run)]:.4f}",
-            f"{run['validation']['step'][best(run)]:,}",
+            f"{run['validation']['val_loss'][_best(run)]:.4f}",
+            f"{run['validation']['step'][_best(run)]:,}",
             f"{run['validation']['val_loss'][-1]:.4f}",
             f"{run['tokens_per_s']:,.0f}",
             f"{run['validation']['seconds'][-1]:,.1f}",
@@ -108,42 +154,28 @@ def _runs(runs: list[dict]) -> str:
 
 
 def _by_kind(runs: list[dict]) -> str:
-    kinds = kinds_of(runs)
-    lines = [
-        [
-            _name(run),
-            *(
-                f"{run['validation'][key][best(run)]:.4f}"
-                for key in ["val_loss", *(f"val_loss_{k}" for k in kinds)]
-            ),
-        ]
-        for run in runs
-    ]
-    return table(["run", "all", *kinds], lines)
-
-
-def targets(runs: list[dict]) -> list[float]:
-    """Losses that all runs come down to: the lowest such one, and up to three round ones above it."""
-    lowest = hardest_shared_loss(runs)
-    tenths = [math.floor(lowest * 10 + 1 + number) / 10 for number in range(3)]
-    start = min(run["validation"]["val_loss"][0] for run in runs)
-    return [lowest, *(tenth for tenth in tenths if tenth < start)]
+    """A column for each `val_loss_KIND` that all runs have."""
+    columns = [key for key in runs[0]["validation"] if key.startswith("val_loss_")]
+    columns = ["val_loss", *(key for key in columns if all(key in run["validation"] for run in runs))]
+    heads = ["run", "all", *(key.removeprefix("val_loss_") for key in columns[1:])]
+    lines = [[_name(run), *(f"{run['validation'][key][_best(run)]:.4f}" for key in columns)] for run in runs]
+    return table(heads, lines)
 
 
 def _reached(runs: list[dict]) -> str:
     found = targets(runs)
-    heads = ["run", *(f"{loss:.4f}: {what}" for loss in found for what in ("million tokens", "s"))]
+    heads = ["run", *(f"{loss:.4f}: {what}" for loss in found for what, *_ in _REACHED.values())]
     lines = []
     for run in runs:
         cells = [_name(run)]
         for loss in found:
-            cells.append(cell(first_reached(of_run(run, "tokens"), loss) / 1e6, "{:.2f}"))
-            cells.append(cell(first_reached(of_run(run, "seconds"), loss), "{:.1f}"))
+            for axis, (_, unit, form) in _REACHED.items():
+                cells.append(cell(first_reached(_curve(run, axis), loss) / unit, form))
         lines.append(cells)
     return table(heads, lines)
 
 
-def _origin(result: dict, source: str) -> str:
+def _provenance(result: dict, source: str) -> str:
     origin = result["origin"]
     versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)

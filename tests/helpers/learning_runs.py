@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-TOKENS = 100_000  # of each step
+TOKENS = 100_000  # per step
+SPARSE, DENSE = {2: 4.0, 4: 3.0, 8: 2.0}, {2: 4.5, 4: 3.2, 8: 2.5}  # losses by step
 KINDS = ("T", "P", "L", "V", "structural")
 VERSIONS = {"meloformer": "0.1.0", "torch": "2.11.0", "python": "3.11.0"}
 DATA = {
@@ -34,14 +35,14 @@ def write_run(
     summary: dict | None = None,
     **config,
 ) -> Path:
-    """A run that ends with its last validation.
+    """Writes the folder of a run that ends with its last validation.
 
     Args:
-        losses: of the validations, by step.
-        step_s, tokens: seconds and tokens of a step.
-        slow: seconds of some steps; the first takes 20 if it is not among them.
-        kinds: what the loss of a kind of token is besides the whole loss.
-        summary, config: entries of the two files that differ.
+        losses: validation loss by step.
+        step_s, tokens: seconds and tokens of every other step.
+        slow: seconds of single steps; the first takes 20 unless given.
+        kinds: what to add to the loss for a kind of token.
+        summary, config: entries of `summary.json` and `config.yaml` to replace.
     """
     folder.mkdir(parents=True)
     steps, seconds = max(losses), {1: 20.0} | (slow or {})
@@ -64,3 +65,18 @@ def write_run(
     (folder / "summary.json").write_text(json.dumps(told | (summary or {})))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"seed": seed} | config))
     return folder
+
+
+def two_seeds_of_each(folder: Path) -> list[Path]:
+    """Runs of triton and of dense; the second seed of each is worse by 0.05."""
+    return [
+        write_run(
+            folder / f"{attention}-{seed}",
+            {step: loss + 0.05 * seed for step, loss in losses.items()},
+            attention=attention,
+            seed=seed,
+            step_s=step_s,
+        )
+        for attention, losses, step_s in (("triton", SPARSE, 0.25), ("dense", DENSE, 0.5))
+        for seed in (0, 1)
+    ]
