@@ -1,6 +1,8 @@
 """`python -m meloformer.generate`: a new song, or the continuation of one, from a checkpoint."""
 
+import os
 import re
+import stat
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from . import cli
-from .errors import UserError
-from .generation.sampling import DEFAULT_MAX_TOKENS, Sampling, Wishes, generate, load_model
+from .errors import MidiError, UserError
+from .generation.constraints import Constraints
+from .generation.load import load_model
+from .generation.loop import DEFAULT_MAX_TOKENS, generate
+from .generation.sampling import Sampling
 from .kernels import BACKENDS
 from .midi.general_midi import PROGRAM_NAMES
 from .midi.writer import write_midi
@@ -49,66 +54,123 @@ def parse_signature(text: str) -> int:
 
 
 def read_prompt(path: str, bars: int | None) -> np.ndarray:
-    """Token ids of a MIDI file, or of its first bars, without EOS."""
-    ids = HIDTokenizer().encode(path)[:-1]
-    lines = attributes.cut_points(ids)
-    if bars is not None and bars < len(lines):
-        ids = ids[: lines[bars]]
+    """Token ids (uint16 [n]) of a MIDI file, or of its first `bars` bars, without EOS.
+
+    Raises:
+        UserError: the file cannot become a song; the message names it.
+    """
+    try:
+        ids = HIDTokenizer().encode(path)[:-1]
+    except MidiError as error:
+        raise UserError(f"--prompt {path}: {error}") from None
+    bar_starts = attributes.cut_points(ids)
+    if bars is not None and bars < len(bar_starts):
+        ids = ids[: bar_starts[bars]]
     return ids
+
+
+def require_writable(flag: str, path: str) -> None:
+    """Check that a file can be written at `path` before the work begins, and leave nothing there.
+
+    Raises:
+        UserError: it cannot; the message names flag and path.
+    """
+    target = Path(path)
+    try:
+        if "\0" in path:
+            raise ValueError("embedded null byte")
+        if target.is_dir():
+            raise UserError(f"{flag} {path}: is a folder, not the name of a file")
+        if not target.parent.is_dir():
+            raise UserError(f"{flag} {path}: there is no folder {target.parent}")
+        # Writing replaces what is there: of a device or a pipe, that would be the device itself.
+        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+            raise UserError(f"{flag} {path}: exists and is not a regular file")
+        # Files are written under a longer name beside the target and then renamed: try one like it.
+        probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {path!r}: cannot be written ({reason})") from None
 
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        prog="python -m meloformer.generate", description="Write a song with a trained model."
+        prog="python -m meloformer.generate",
+        description="Generate a song, or continue one, with a trained model.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
-    add("--output", required=True, help="the .mid file to write")
-    add("--picture", help="also draw a piano roll into this .png file")
+    add("--output", required=True, help="the MIDI file to write")
+    add("--picture", help="also draw the song as a piano roll, into this .png file")
     add("--prompt", help="a MIDI file to continue")
-    add("--prompt_bars", type=cli.positive_int, help="take only so many bars of it")
-    add("--bars", type=cli.positive_int, help="new bars to write; by default the model decides where to end")
-    add("--max_tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, help="new tokens at most")
+    add("--prompt_bars", type=cli.positive_int, help="use only the first N bars of the prompt", metavar="N")
+    add(
+        "--bars",
+        type=cli.positive_int,
+        help="number of new bars; without it the model decides where to end",
+    )
+    add(
+        "--max_tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, help="maximum number of new tokens"
+    )
     add(
         "--temperature",
         type=cli.number(0, 100),
         default=1.0,
-        help="above 1 wilder, below 1 tamer, 0 always the likeliest",
+        help="divides the logits: above 1 more varied, below 1 more predictable, 0 greedy",
     )
-    add("--top_k", type=cli.positive_int, help="draw from the k likeliest tokens")
+    add("--top_k", type=cli.positive_int, help="sample from the K most likely tokens only", metavar="K")
     add(
         "--top_p",
         type=cli.number(1e-6, 1),
         default=1.0,
-        help="draw from the likeliest tokens of this total probability",
+        help="sample from the most likely tokens whose probabilities sum to P",
+        metavar="P",
     )
     add(
         "--tempo",
         type=cli.integer(vocab.MIN_BPM, vocab.MAX_BPM),
-        help=f"tempo of the new bars, {vocab.MIN_BPM}..{vocab.MAX_BPM} BPM",
+        help=f"tempo of the new bars in quarter notes per minute, {vocab.MIN_BPM}..{vocab.MAX_BPM}",
     )
     add("--time_signature", help="time signature of the new bars, e.g. 3/4")
-    add("--instruments", help="only these may play in the new bars: numbers, General MIDI names, drums")
-    add("--seed", type=cli.seed, default=0, help="another seed, another song")
-    add("--attention", default="auto", choices=["auto", *BACKENDS, DENSE], help="attention backend")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(
+        "--instruments",
+        help="the only instruments of the new bars: program numbers, General MIDI names or drums, separated "
+        "by commas",
+    )
+    add(
+        "--seed",
+        type=cli.seed,
+        default=0,
+        help="random seed: the same one gives the same song on the same machine",
+    )
+    add(
+        "--attention",
+        default="auto",
+        choices=["auto", *BACKENDS, DENSE],
+        help="attention backend; auto picks the fastest that runs here",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is CUDA where there is a GPU")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.prompt_bars and not args.prompt:
-        raise UserError("--prompt_bars goes with --prompt")
+        raise UserError("--prompt_bars needs --prompt")
     if args.picture and not args.picture.lower().endswith(".png"):
         raise UserError(f"--picture {args.picture}: must end in .png")
-    wishes = Wishes(
+    constraints = Constraints(
         signature=None if args.time_signature is None else parse_signature(args.time_signature),
         bpm=args.tempo,
         instruments=None if args.instruments is None else parse_instruments(args.instruments),
     )
-    for path in filter(None, (args.output, args.picture)):
-        if not Path(path).parent.is_dir():
-            raise UserError(f"{path}: there is no folder {Path(path).parent}")
+    require_writable("--output", args.output)
+    if args.picture:
+        require_writable("--picture", args.picture)
+        if os.path.realpath(args.picture) == os.path.realpath(args.output):
+            raise UserError(f"--picture {args.picture}: is the same file as --output")
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
     attention = pick_attention(args.attention, model.device, model.config)
@@ -125,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         bars=args.bars,
         max_tokens=args.max_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p),
-        wishes=wishes,
+        constraints=constraints,
         seed=args.seed,
         max_context=max_context,
         attention=attention,
@@ -134,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     bar.close()
     new = ids[0 if prompt is None else len(prompt) :]
     if not vocab.P.mask(ids).any():
-        raise UserError(f"the model wrote no note in {args.max_tokens} tokens: try more --max_tokens")
+        raise UserError(f"the model wrote no note in {args.max_tokens} tokens: raise --max_tokens")
     midi = HIDTokenizer().decode(ids)
     try:
         write_midi(midi, args.output)
@@ -144,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output}: {new_bars} new bars, {int(vocab.P.mask(new).sum())} new notes")
     if args.bars and new_bars < args.bars:
         print(
-            f"stopped before {args.bars} bars were full: at --max_tokens {args.max_tokens}, or because one "
-            f"bar grew beyond the {max_context} tokens that the model was trained to see"
+            f"fewer than {args.bars} bars: stopped at --max_tokens {args.max_tokens}, or because one bar "
+            f"alone is longer than the {max_context} tokens of the rows that the model was trained on"
         )
     if args.picture:
         from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here

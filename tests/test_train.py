@@ -16,7 +16,9 @@ from meloformer.data.shards import ShardSet
 from meloformer.errors import DivergedError, UserError
 from meloformer.generate import main as generate_command
 from meloformer.generate import read_prompt
-from meloformer.generation.sampling import Sampling, generate, load_model
+from meloformer.generation.load import load_model
+from meloformer.generation.loop import generate
+from meloformer.generation.sampling import Sampling
 from meloformer.model.transformer import ModelConfig
 from meloformer.tokens import vocab
 from meloformer.training import trainer

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ..generation.sampling import Sampling, generate
+from ..generation.loop import generate
+from ..generation.sampling import Sampling
 from ..midi.writer import write_midi
 from ..model.transformer import MeloFormer
 from ..plots.piano_roll import piano_roll

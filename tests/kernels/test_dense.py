@@ -12,7 +12,8 @@ from meloformer import cli, train
 from meloformer.data.pairs import Counts
 from meloformer.errors import UserError
 from meloformer.generate import main as generate_command
-from meloformer.generation.sampling import generate, load_model
+from meloformer.generation.load import load_model
+from meloformer.generation.loop import generate
 from meloformer.kernels.dense import CausalAttention
 from meloformer.model.loss import IGNORE, next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer

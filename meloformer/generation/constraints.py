@@ -1,0 +1,61 @@
+"""What the user fixes for the new bars: time signature, tempo, instruments."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..tokens import vocab
+from ..tokens.grammar import Grammar
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What holds from the first new bar to the end; None leaves it to the model.
+
+    signature: index into `vocab.SIGNATURES`.
+    bpm: quarter notes per minute, a whole number.
+    instruments: the only ones that may play: programs 0..127, and `vocab.DRUMS`.
+    """
+
+    signature: int | None = None
+    bpm: int | None = None
+    instruments: tuple[int, ...] | None = None
+
+    def allowed_ids(self) -> np.ndarray:
+        """The ids that do not violate a constraint, whatever comes before them: bool [VOCAB_SIZE]."""
+        mask = np.ones(vocab.VOCAB_SIZE, dtype=bool)
+        if self.signature is not None:
+            mask[vocab.TS.start : vocab.TS.stop] = False
+            mask[vocab.CUT.start : vocab.CUT.stop] = False
+            mask[self._signature_id] = True
+        if self.bpm is not None:
+            mask[vocab.BPM.start : vocab.BPM.stop] = False
+            mask[self._bpm_id] = True
+        if self.instruments is not None:
+            mask[vocab.INST.start : vocab.INST.stop] = False
+            mask[vocab.INST.start + vocab.INSTRUMENT_RANK[list(self.instruments)]] = True
+        return mask
+
+    def required_id(self, grammar: Grammar, allowed: np.ndarray) -> int | None:
+        """The id that must come next so that signature and tempo in force become the ones fixed here.
+
+        Args:
+            grammar: the state of the song so far.
+            allowed: bool [VOCAB_SIZE], the ids that may come next; no other one is returned.
+
+        Returns:
+            None if both are in force, or cannot be stated at this place.
+        """
+        if self.signature is not None and grammar.signature != self.signature and allowed[self._signature_id]:
+            return self._signature_id
+        if self.bpm is not None and grammar.bpm != self.bpm and allowed[self._bpm_id]:
+            return self._bpm_id
+        return None
+
+    @property
+    def _signature_id(self) -> int:
+        return vocab.TS.start + self.signature
+
+    @property
+    def _bpm_id(self) -> int:
+        return vocab.BPM.start + self.bpm - vocab.MIN_BPM
