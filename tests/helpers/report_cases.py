@@ -1,6 +1,10 @@
-"""Results of benchmarks.report as if they had been measured, with round figures."""
+"""Made-up results of benchmarks.report with round figures, and what to read their pages with."""
 
+import re
 from copy import deepcopy
+from pathlib import Path
+
+from benchmarks.common.results_file import save
 
 MACHINE = {
     "date": "2026-01-02",
@@ -26,7 +30,7 @@ def times(ms: float, spread: float = 0.1, repeats: int = 30) -> dict:
 
 
 def entry(forward: float, backward: float, computed: int | None = None, **more) -> dict:
-    """A measured column whose summarize, if it has one, takes a tenth of update."""
+    """A measured column."""
     phase = {"forward": times(forward), "backward": times(backward), "extra_mb": 12.5}
     found = {"dtype": "bfloat16", "first_call_s": 3.0, "errors": {"update o": 0.5, "update dq": 0.75}}
     if computed is not None:
@@ -35,13 +39,14 @@ def entry(forward: float, backward: float, computed: int | None = None, **more) 
 
 
 def triton(forward: float, backward: float, computed: int) -> dict:
+    """A measured column whose summarize takes a tenth of update."""
     summarize = {"forward": times(forward / 10), "backward": times(backward / 10), "extra_mb": 0.5}
     plan = {"plan": times(0.5), "plan_bytes": 4_000_000, "full_pairs": computed // 2}
     return entry(forward, backward, computed, summarize=summarize, **plan)
 
 
 def row(name: str, tokens: int, packed: bool, columns: dict) -> dict:
-    """A tenth of the causal pairs is visible."""
+    """A row of the report; a tenth of its causal pairs is visible."""
     causal = tokens * 1000
     return {
         "name": name,
@@ -61,7 +66,7 @@ def result(*rows: dict, **more) -> dict:
 
 
 def song() -> dict:
-    """cuDNN takes 1 + 3 ms, so that the limit is 0.4 ms, and Triton 0.8."""
+    """A row where cuDNN takes 1 + 3 ms, so that the limit is 0.4 ms, and Triton 0.8."""
     columns = {
         "triton": triton(0.25, 0.55, 4_000_000),
         "dense_cudnn": entry(1.0, 3.0, 20_000_000),
@@ -80,3 +85,22 @@ def packed(tokens: int) -> dict:
         "dense_cudnn": entry(0.4 * n * n, 1.1 * n * n, tokens * 1000),
     }
     return row(f"packed to {tokens:,}", tokens, True, columns)
+
+
+def written(folder: Path, *results: dict) -> list[Path]:
+    """The paths of these results as files 0.json, 1.json, ..."""
+    paths = [folder / f"{i}.json" for i in range(len(results))]
+    for path, content in zip(paths, results):
+        save(content, path)
+    return paths
+
+
+def table_rows(text: str, heading: str) -> list[str]:
+    """The rows of the table under a heading of a page, without its head."""
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def table_cells(text: str, heading: str) -> list[list[str]]:
+    """The same rows as cells."""
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in table_rows(text, heading)]
