@@ -1,7 +1,7 @@
-"""`python -m benchmarks.report`: the attention kernels beside FlexAttention and dense attention.
+"""`python -m benchmarks.report`: the attention kernels compared with FlexAttention and dense attention.
 
-Measures on a GPU and writes a JSON file after every row; makes a page and pictures of such files,
-also without a GPU (`--from`); compares two of them (`--compare`). See docs/benchmarks.md.
+Measures on a GPU and writes a JSON file after every row. Makes a page and charts from such files, which needs
+no GPU (`--from`), and compares two of them (`--compare`). See docs/benchmarks.md.
 """
 
 import argparse
@@ -32,14 +32,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def longest(column: str, args: argparse.Namespace) -> int | None:
-    """The longest row in tokens that a column is measured on."""
+    """The maximum length in tokens of the rows that a column is measured on; None if there is none."""
     if column == "flex_fp32":
         return args.flex_fp32_up_to
     return args.flex_up_to if measure.BACKENDS.get(column) == "flex" else None
 
 
 def rows_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[tuple[str, list, int | None]]:
-    """(name, songs, length) of every row; a length of None means the song as long as it is."""
+    """(name, songs, length) of every row; length None is the length of the song itself."""
     lengths = args.lengths or ([] if args.whole else LENGTHS)
     whole = [(name, [ids], None) for name, ids in found.items()] if args.whole else []
     return [*whole, *((f"packed to {n:,}", list(found.values()), n) for n in lengths)]
@@ -48,7 +48,7 @@ def rows_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[tupl
 def measure_row(
     name: str, documents: list, length: int | None, args: argparse.Namespace, timer: Timer
 ) -> dict:
-    """One row of the report as JSON values, printed as it comes."""
+    """One row of the report as JSON values; each figure is also printed as soon as it is known."""
     begun = time.perf_counter()
     structure = pack(documents, length).to(args.device)
     row = {
@@ -80,7 +80,7 @@ def measure_row(
 
 
 def attempt(column: str, structure, shape: measure.Shape, timer: Timer) -> dict:
-    """The figures of a column, or why it has none: one that fails must not take the others along."""
+    """The figures of a column, or the reason why it failed: the other columns go on."""
     try:
         return measure.measure(column, structure, shape, timer)
     except Exception as error:
@@ -98,7 +98,7 @@ def _outcome(row: dict, column: str) -> str:
 
 
 def measure_all(args: argparse.Namespace, path: Path) -> dict:
-    """Measures every row, writing all of them to `path` after each."""
+    """Measures every row, and writes all rows so far to `path` after each."""
     found = read_songs(args.midi)
     timer = Timer(args.device)
     settings = {"heads": args.heads, "dim": args.dim, "dtype": args.dtype}
@@ -120,7 +120,7 @@ def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Pat
 
         drawn = draw(result, target)
     else:
-        print("no pictures: matplotlib is not installed; --from draws them where it is", file=sys.stderr)
+        print("no charts: matplotlib is not installed; --from draws them where it is", file=sys.stderr)
     write(target, page(result, drawn, [source.name for source in sources]))
     print(f"wrote {', '.join([str(target), *drawn])}")
     if args.readme:
@@ -147,36 +147,36 @@ def parser() -> cli.Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="MIDI files, .npy files of token ids, folders of either; without it songs are composed",
+        help="MIDI files, .npy files of token ids, or folders of either; default: composed songs",
     )
     p.add_argument(
         "--lengths",
         type=numbers,
         metavar="N,N",
-        help="measure packed rows of these lengths (2k to 98k tokens if neither this nor --whole)",
+        help="measure packed rows of these lengths in tokens (default without --whole: 2k to 98k)",
     )
-    p.add_argument("--whole", action="store_true", help="measure each song alone at its own length")
+    p.add_argument("--whole", action="store_true", help="measure each song by itself, at its own length")
     p.add_argument(
         "--columns",
         type=columns,
         default=",".join(DEFAULT_COLUMNS),
         metavar="A,B",
-        help=f"what to measure, of {', '.join(measure.COLUMNS)}",
+        help=f"what to measure, among {', '.join(measure.COLUMNS)}",
     )
-    p.add_argument("--heads", type=cli.positive_int, default=8)
+    p.add_argument("--heads", type=cli.positive_int, default=8, help="attention heads")
     p.add_argument("--dim", type=cli.positive_int, default=64, help="channels per head")
-    p.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    p.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of queries, keys and values")
     for flag, most, what in (("--flex-up-to", 49_152, ""), ("--flex-fp32-up-to", 24_576, " in float32")):
-        help = f"FlexAttention{what} only on rows of at most N tokens"
+        help = f"measure FlexAttention{what} only on rows of at most N tokens"
         p.add_argument(flag, type=cli.positive_int, default=most, metavar="N", help=help)
     p.add_argument(
         "--output",
         type=Path,
         metavar="PAGE.md",
-        help="the page; pictures and the JSON file go beside it (runs/attention.md, "
-        "but --compare only prints)",
+        help="the page to write, with its charts and JSON file beside it (default: runs/attention.md; "
+        "--compare only prints)",
     )
-    p.add_argument("--readme", type=Path, metavar="FILE", help="put the table between the markers there, too")
+    p.add_argument("--readme", type=Path, metavar="FILE", help="also update the table between its markers")
     instead = p.add_mutually_exclusive_group()
     instead.add_argument(
         "--from",
@@ -184,14 +184,14 @@ def parser() -> cli.Parser:
         type=Path,
         dest="sources",
         metavar="JSON",
-        help="measure nothing: make the page of these results",
+        help="make the page from these results instead of measuring",
     )
     instead.add_argument(
         "--compare",
         nargs=2,
         type=Path,
         metavar=("OLD", "NEW"),
-        help="measure nothing: print what changed between two results",
+        help="print what changed between two results instead of measuring",
     )
     return p  # fmt: skip
 

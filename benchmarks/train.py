@@ -1,9 +1,8 @@
-"""`python -m benchmarks.train`: speed and memory of training by size, attention, kind rule, length of the
-rows, what is computed again, and number of GPUs.
+"""`python -m benchmarks.train`: speed and memory of training by size, attention, length, recomputation, GPUs.
 
-Takes the training loop's own steps, writes a JSON file after every row and a page of it; `--from` makes the
-page of earlier files. On several GPUs: `torchrun --nproc_per_node=2 -m benchmarks.train`. See
-docs/benchmarks.md.
+Runs the steps of the training loop itself, and writes a JSON file after every combination and a page from it;
+`--from` makes the page from earlier files. On several GPUs: `torchrun --nproc_per_node=2 -m
+benchmarks.train`. See docs/benchmarks.md.
 """
 
 import argparse
@@ -31,11 +30,11 @@ from meloformer.training.config import PRECISIONS, TrainConfig
 from meloformer.training.distributed import Job, start_job
 
 FORMAT = "meloformer training 3"
-COMPOSED_BARS = range(40, 201)  # songs differ in length, as those of a collection do
+COMPOSED_BARS = range(40, 201)  # varied, as in a real collection
 
 
 def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) -> dict:
-    """Measures every row; process 0 writes all of them to `path` after each."""
+    """Measures every row; after each, process 0 writes all rows so far to `path`."""
     shards = ShardSet(folder)
     digest = hashlib.sha256(shards.digests.tobytes()).hexdigest()[:12]
     settings = {
@@ -53,7 +52,7 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
         for rule in ([KIND_RULE] if attention == DENSE else args.kind_rules)
     ]
     axes = args.sizes, args.lengths, attentions, args.checkpoint_activations
-    for size, length, (attention, kind_rule), again in itertools.product(*axes):
+    for size, length, (attention, kind_rule), recompute in itertools.product(*axes):
         config = TrainConfig(
             data_dir=str(folder),
             model_size=size,
@@ -65,14 +64,14 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
             device=args.device,
             precision=args.precision,
             compile=args.compile,
-            checkpoint_activations=again,
+            checkpoint_activations=recompute,
         )
         row = {
             "size": size,
             "attention": attention,
             "kind_rule": kind_rule,
             "tokens_per_row": length,
-            "checkpoint_activations": again,
+            "checkpoint_activations": recompute,
             "gpus": job.world,
         }
         row |= attempt(config, shards, job, args.warmup, args.steps)
@@ -85,12 +84,12 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
 
 
 def compose_shards(count: int, folder: Path) -> Path:
-    """Shards of composed songs of 40 to 200 bars, all for training; those that an earlier run left there.
+    """Shards of composed songs of 40 to 200 bars in `folder`, all for training; reused if they are there.
 
     Raises:
-        UserError: it left another number of songs.
+        UserError: those that are there are not `count` songs.
     """
-    if (folder / "shards" / MANIFEST).is_file():  # else it was broken off, and goes on
+    if (folder / "shards" / MANIFEST).is_file():  # else an earlier run was interrupted: preprocess resumes
         shards = ShardSet(folder / "shards")
         if len(shards) != count:
             raise UserError(f"{folder} has {len(shards)} composed songs: give --songs {len(shards)}")
@@ -107,7 +106,7 @@ def compose_shards(count: int, folder: Path) -> Path:
 
 
 def _listed(known: list[str]) -> Callable[[str], list[str]]:
-    """An argparse type: some of these names, with commas."""
+    """An argparse type: names among `known`, separated by commas."""
 
     def parse(text: str) -> list[str]:
         for name in text.split(","):
@@ -121,14 +120,26 @@ def _listed(known: list[str]) -> Callable[[str], list[str]]:
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--sizes", type=_listed([*SIZES]), default="base", metavar="A,B")
-    add("--attention", type=_listed(["auto", *BACKENDS, DENSE]), default="auto,dense", metavar="A,B")
+    add(
+        "--sizes",
+        type=_listed([*SIZES]),
+        default="base",
+        metavar="A,B",
+        help=f"model sizes, among {', '.join(SIZES)}",
+    )
+    add(
+        "--attention",
+        type=_listed(["auto", *BACKENDS, DENSE]),
+        default="auto,dense",
+        metavar="A,B",
+        help=f"backends, among auto, {', '.join(BACKENDS)}, and {DENSE}, the baseline model",
+    )
     add(
         "--kind_rules",
         type=_listed([*KIND_RULES]),
         default=KIND_RULE,
         metavar="A,B",
-        help=f"of {', '.join(KIND_RULES)}; {DENSE} has none, and one row",
+        help=f"kind rules, among {', '.join(KIND_RULES)}; {DENSE} has none and is measured once",
     )
     add(
         "--lengths",
@@ -142,36 +153,52 @@ def make_parser() -> cli.Parser:
         type=_listed([*RECOMPUTE]),
         default="none",
         metavar="A,B",
-        help=f"what is computed again to save memory, of {', '.join(RECOMPUTE)}",
+        help=f"what to recompute in the backward pass, among {', '.join(RECOMPUTE)}",
     )
     add(
         "--batch_size",
         type=cli.positive_int,
         default=4,
-        help="rows per batch and GPU; half of it, and so on, where memory is short (not on several GPUs)",
+        help="rows per batch and GPU; halved while memory does not suffice (not on several GPUs)",
     )
-    add("--gradient_accumulation_steps", type=cli.positive_int, default=1, help="batches per step")
+    add("--gradient_accumulation_steps", type=cli.positive_int, default=1, help="batches per optimizer step")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", default="auto", choices=PRECISIONS)
-    add("--compile", action=argparse.BooleanOptionalAction, help="by default as in training")
+    add("--precision", default="auto", choices=PRECISIONS, help="as of meloformer.train")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="default: as training does",
+    )
     add(
         "--warmup",
         type=cli.positive_int,
         default=5,
-        help="so many steps in a row must compile nothing before those that count",
+        help="number of consecutive steps that compile nothing before measuring starts",
     )
-    add("--steps", type=cli.positive_int, default=20, help="steps that count")
-    add("--data_dir", type=Path, help="shards by meloformer.preprocess; without it songs are composed")
+    add("--steps", type=cli.positive_int, default=20, help="steps to measure")
+    add("--data_dir", type=Path, help="shards from meloformer.preprocess; default: composed songs")
     add(
         "--songs",
         type=cli.positive_int,
         default=160,
-        help="how many to compose: of fewer, less can fill the rows",
+        help="number of songs to compose; the more, the fuller the packed rows",
     )
-    add("--keep_songs", type=Path, metavar="FOLDER", help="keep them here, and take those that are here")
-    add("--output", type=Path, default=Path("runs/training.md"), help="the page; a JSON file goes beside it")
-    add("--readme", type=Path, metavar="FILE", help="put a table between the markers there, too")
-    add("--from", nargs="+", type=Path, dest="sources", metavar="JSON", help="make the page of these alone")
+    add("--keep_songs", type=Path, metavar="FOLDER", help="keep composed songs here, and reuse them")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/training.md"),
+        help="the page to write, with its JSON file beside it",
+    )
+    add("--readme", type=Path, metavar="FILE", help="also update the table between the markers of this file")
+    add(
+        "--from",
+        nargs="+",
+        type=Path,
+        dest="sources",
+        metavar="JSON",
+        help="make the page from these results",
+    )
     return parser
 
 
@@ -196,7 +223,7 @@ def _measure_and_publish(args: argparse.Namespace, job: Job) -> None:
     path = args.output.with_suffix(".json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data_dir
-        if folder is None:  # process 0 makes them for all, who are on the same machine
+        if folder is None:  # process 0 composes for all processes, on one machine
             kept = args.keep_songs or Path(scratch)
             folder = Path(job.run_on_rank0(lambda: str(compose_shards(args.songs, kept))))
         result = measure_all(args, folder, job, path)

@@ -1,4 +1,4 @@
-"""The pictures of the report: PNG files, drawn from results alone, without a display."""
+"""The charts of `benchmarks.report`: PNG files, from result files alone."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from benchmarks.common.charts import BAR_HEIGHT, draw_bars, draw_heading, draw_l
 from meloformer.errors import UserError
 from meloformer.plots.style import DPI, GREY, INK, save_figure, style_axes
 
-# Okabe and Ito's colours, told apart by the colour-blind; markers tell the lines apart without any.
+# The palette of Okabe and Ito, safe for colour-blind readers; markers for print without colour.
 _STYLES = {
     "triton": ("#0072B2", "o"),
     "dense_cudnn": ("#E69F00", "s"),
@@ -25,7 +25,7 @@ _MOST_ROWS = 16
 
 
 def draw(result: dict, page: Path) -> list[str]:
-    """Draws what the rows allow beside a page; returns the file names."""
+    """Draws the charts that the rows allow, beside a page; returns the file names."""
     drawn = []
     rows = [row for row in result["rows"] if _totals(row)]
     songs = [row for row in rows if not row["packed"]] or rows
@@ -38,7 +38,7 @@ def draw(result: dict, page: Path) -> list[str]:
 
 
 def _totals(row: dict) -> dict[str, float]:
-    """Milliseconds of forward and backward of each measured column, in the order of the legend."""
+    """Milliseconds, forward and backward together, of each measured column in the order of the legend."""
     found = {column: metrics.total_ms(row, column) for column in _STYLES}
     return {column: ms for column, ms in found.items() if ms is not None}
 
@@ -52,7 +52,7 @@ def _subtitle(result: dict) -> str:
 
 
 def by_row(rows: list[dict], subtitle: str) -> Figure:
-    """Bars by row on a logarithmic scale, and a tick where the limit is."""
+    """Horizontal bars for each row on a logarithmic scale, with a dashed line at the limit."""
     columns = [column for column in _STYLES if any(column in _totals(row) for row in rows)]
     group = (len(columns) + 1.2) * BAR_HEIGHT
     height = 1.75 + group * len(rows)
@@ -92,7 +92,7 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
 
 
 def by_length(rows: list[dict], subtitle: str) -> Figure:
-    """Time against length, both logarithmic, with the limit."""
+    """Time over length, both logarithmic, with the limit as a dashed line."""
     height = 5.6
     figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.09, 0.1, 0.86, 0.68))

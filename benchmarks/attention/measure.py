@@ -1,4 +1,4 @@
-"""One column of the report on one row: errors first, then times, memory and pairs, as JSON values."""
+"""Measures one column of the report on one row: errors first, then times, memory and pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from meloformer.kernels import Structure, make_attention, reference
 from meloformer.kernels.attention import Attention
 
 CHECKED_TOKENS = 4096
-# Errors allowed to our kernels, as multiples of the dense reference's in the same precision.
+# Maximum error of the kernels, as a multiple of the error of `reference` in the same precision.
 ALLOWED_ERROR = {"output": 2.0, "gradient": 3.0}
-# FlexAttention compiles for every length: beyond that many tokens rows are padded to a multiple of it.
+# FlexAttention is compiled for every length: rows beyond this one are padded to a multiple of it.
 FLEX_LENGTH = 8192
 SHORT_FLEX_LENGTH = 2048
 
@@ -30,18 +30,18 @@ BACKENDS = {
 }
 DENSE = {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION}
 COLUMNS = (*BACKENDS, *DENSE)
-ANYWHERE = ("reference",)  # the columns that need no CUDA device
+ANYWHERE = ("reference",)  # columns that need no CUDA device
 
 Attend = Callable[..., Tensor]
 
 
 class WrongResult(Exception):
-    """What was measured is not what should have been computed."""
+    """The results of the code to be timed are wrong."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tensors of all columns look like: [1, heads, tokens, dim] of a dtype."""
+    """Shape and dtype of the tensors of all columns, [1, heads, tokens, dim]."""
 
     heads: int = 8
     dim: int = 64
@@ -49,12 +49,12 @@ class Shape:
 
 
 def measure(column: str, structure: Structure, shape: Shape, timer: Timer) -> dict:
-    """Figures of one column on one row: see docs/benchmarks.md for the keys.
+    """The figures of one column on one row, as JSON values; docs/benchmarks.md lists the keys.
 
     Raises:
-        WrongResult: something is not finite, or `triton` errs more than `ALLOWED_ERROR`, or its plan
-            does not cover the visible pairs.
-        Exception: what the column itself raises: out of memory, cannot compile, wrong device.
+        WrongResult: a result is not finite, an error of `triton` exceeds `ALLOWED_ERROR`, or its plan does
+            not cover exactly the visible pairs.
+        Exception: whatever the column itself raises: out of memory, compilation failed, wrong device.
     """
     if column in DENSE:
         return _measure_dense(DENSE[column], structure, shape, timer)
@@ -79,7 +79,7 @@ def _measure_dense(backend: SDPBackend, structure: Structure, shape: Shape, time
 
 
 def _causal(q: Tensor) -> Attend:
-    """Dense causal attention as `reference` does it, for the length of `q`."""
+    """Dense causal attention with the code of `reference`, for the length of `q`."""
     positions = torch.arange(q.shape[2], device=q.device)
     chunks = reference.chunks(lambda queries: positions[None, queries, None] >= positions, q.shape[2])
     return lambda q, k, v: reference.attend(q, k, v, chunks)
@@ -90,8 +90,8 @@ def _measure_sparse(column: str, structure: Structure, shape: Shape, timer: Time
     phases = ("update",) if backend == "flex" else ("summarize", "update")
     if column == "flex_fp32":
         shape = Shape(shape.heads, shape.dim, torch.float32)
-    checked = _as_column_wants(column, cut(structure, CHECKED_TOKENS))
-    structure = _as_column_wants(column, structure)
+    checked = _prepared(column, cut(structure, CHECKED_TOKENS))
+    structure = _prepared(column, structure)
     inputs = {phase: phase_inputs(structure, phase, shape) for phase in phases}
 
     def first_call() -> None:
@@ -112,7 +112,8 @@ def _measure_sparse(column: str, structure: Structure, shape: Shape, timer: Time
     return result
 
 
-def _as_column_wants(column: str, structure: Structure) -> Structure:
+def _prepared(column: str, structure: Structure) -> Structure:
+    """The rows as the column needs them: padded for FlexAttention, and sorted for `flex_sorted`."""
     if BACKENDS[column] == "flex":
         length = structure.doc.shape[1]
         structure = padded(structure, FLEX_LENGTH if length > FLEX_LENGTH else SHORT_FLEX_LENGTH)
@@ -122,7 +123,7 @@ def _as_column_wants(column: str, structure: Structure) -> Structure:
 
 
 def _pairs(attention: Attention, structure: Structure) -> dict[str, int]:
-    """Pairs that the update phase computes, and the bytes of the plan, for backends that tell."""
+    """Number of pairs that the update phase computes, and bytes of the plan, where the backend knows."""
     implementation = attention._implementation
     if attention.backend == "triton":
         found = implementation.plan.statistics()
@@ -145,7 +146,7 @@ def _pairs(attention: Attention, structure: Structure) -> dict[str, int]:
 
 
 def _inputs(lengths: list[int], device: torch.device, shape: Shape, rows: int = 1) -> list[Tensor]:
-    """Tensors [rows, H, length, D] that need gradients, laid out as in the model; last a cotangent."""
+    """Random tensors [rows, H, length, D] with gradients, strided as in the model; last a cotangent."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(length: int) -> Tensor:
@@ -156,7 +157,7 @@ def _inputs(lengths: list[int], device: torch.device, shape: Shape, rows: int = 
 
 
 def phase_inputs(structure: Structure, phase: str, shape: Shape) -> list[Tensor]:
-    """Random q, k, v of one phase in the order of its arguments, and a cotangent of its output."""
+    """Random arguments of one phase in its order, and a cotangent of its output."""
     rows, summaries = structure.summary_doc.shape
     own, other = summaries, structure.doc.shape[1]
     if phase == "update":
@@ -172,10 +173,10 @@ def _both(attend: Attend, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def _time(timer: Timer, attend: Attend, inputs: list[Tensor]) -> dict:
-    """Forward and backward apart. The forward is that of training: it keeps what the backward needs."""
+    """Times forward and backward separately. The forward is that of training, saving for the backward."""
     *arguments, cotangent = inputs
 
-    # No graph is used twice: compiled attention frees its buffers on the way back.
+    # No graph is used twice: compiled attention frees its buffers in the backward.
     return {
         "forward": timer(lambda: attend(*arguments)),
         "backward": timer.after(
@@ -198,9 +199,9 @@ def sparse_errors(
 
 
 def _errors(phase: str, ours: Attend, dense: Attend, inputs: list[Tensor]) -> dict[str, float]:
-    """Largest error of each result against float64, as a multiple of that of `dense` in the same dtype.
+    """Largest error of each result against float64, as a multiple of the error of `dense` in the same dtype.
 
-    One rounding of the largest value is added to the latter, which may err by nothing at all.
+    One rounding of the largest value is added to the latter, since it can be zero.
     """
     exact, low, got = (
         _both(attend, [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs])
@@ -219,7 +220,7 @@ def _errors(phase: str, ours: Attend, dense: Attend, inputs: list[Tensor]) -> di
 
 
 def refuse_errors(errors: dict[str, float]) -> None:
-    """Raises WrongResult if one of them is more than is allowed: wrong results are not timed."""
+    """Raises WrongResult if an error exceeds `ALLOWED_ERROR`: wrong results are not timed."""
     for name, error in errors.items():
         allowed = ALLOWED_ERROR["output" if name.endswith(" o") else "gradient"]
         if error > allowed:

@@ -1,4 +1,4 @@
-"""What follows from the measured figures of a row; None where a column it needs was not measured."""
+"""Metrics derived from the measured figures of a row; None where a column they need was not measured."""
 
 LABELS = {
     "triton": "Triton",
@@ -14,18 +14,18 @@ _MATRIX_PRODUCTS = {"forward": 2, "backward": 5}  # QK', PV; and QK', dO V', P'd
 
 
 def measured(row: dict, column: str) -> dict | None:
-    """The figures of a column, unless it failed, was skipped or not asked for."""
+    """The figures of a column, None if it failed, was skipped or was not requested."""
     entry = row["columns"].get(column)
     return entry if entry and "update" in entry else None
 
 
 def columns_of(rows: list[dict]) -> list[str]:
-    """The columns that some row has, in the order of `LABELS`."""
+    """The columns that at least one row has, in the order of `LABELS`."""
     return [column for column in LABELS if any(column in row["columns"] for row in rows)]
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, but none beyond a microsecond."""
+    """Three significant digits, and none below a microsecond."""
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:,.{digits}f}"
 
@@ -42,7 +42,7 @@ def visible_share(row: dict) -> float:
 
 
 def limit_ms(row: dict) -> float | None:
-    """The visible pairs at the rate of dense causal attention with cuDNN, forward and backward."""
+    """Milliseconds for the visible pairs at the rate of dense causal attention with cuDNN, both passes."""
     dense = total_ms(row, "dense_cudnn")
     return None if dense is None else dense * visible_share(row)
 
@@ -53,7 +53,7 @@ def times_limit(row: dict, column: str = "triton") -> float | None:
 
 
 def speedup(row: dict, column: str) -> float | None:
-    """How many times as long as `triton` a column takes, forward and backward."""
+    """Time of a column over that of `triton`, forward and backward."""
     ours, other = total_ms(row, "triton"), total_ms(row, column)
     return None if ours is None or other is None else other / ours
 

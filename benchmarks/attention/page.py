@@ -1,4 +1,4 @@
-"""The report as a Markdown page, and the table of the README, from results alone."""
+"""The page of `benchmarks.report` and the table of the README, from result files alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,45 +10,45 @@ from benchmarks.common.markdown import cell, escape, table
 from benchmarks.common.readme_section import update_section
 
 MEANINGS = """\
-- **Row**: one row of tokens. A packed row holds songs back to back as documents, repeated when there are
-  not enough, and cut at its length; the others are one song each.
-- **Triton**: this project's kernels. **FlexAttention**: PyTorch's, compiled, with the same mask;
-  **sorted**: with the tokens sorted by document, instrument, kind and position beforehand (the sorting is
-  not timed); **fp32**: in song order and float32, as the scheme was first tried. Rows of other lengths are
-  padded for FlexAttention to a multiple of {flex_length:,} tokens ({short_flex_length:,} for short ones),
-  for it compiles anew for every length. **Dense**: causal attention over the same length without any mask
-  of ours, by PyTorch's `scaled_dot_product_attention` with the backend named.
-- **Update** is the phase in which the tokens attend, **summarize** the one in which the bars' summaries do.
-  All times are of update unless they say otherwise.
+- **Row**: one row of tokens, a batch of one. A packed row holds several songs back to back as documents,
+  repeated where there are too few, and is cut at its length; every other row is one whole song.
+- **Triton**: the kernels of this project. **FlexAttention**: PyTorch's, compiled, with the same mask;
+  **sorted**: with the tokens sorted by document, instrument, kind and position beforehand (sorting is not
+  timed); **fp32**: in song order and float32, as the scheme was first tried. For FlexAttention rows are
+  padded to a multiple of {flex_length:,} tokens ({short_flex_length:,} for short ones), since it is compiled
+  for each length. **Dense**: causal attention over the same length without a mask, by PyTorch's
+  `scaled_dot_product_attention` with the backend named.
+- **Update** is the phase in which tokens attend, **summarize** the one in which the summary tokens do. Times
+  are those of update unless noted.
 - **Visible**: pairs of query and key that the mask of update allows, over the causal pairs of the same
   length.
 - **Limit**: the time of dense causal attention with cuDNN, forward and backward, at the same length in the
-  same run, times *visible*: what would remain if only the visible pairs were computed, at that rate.
-- **Times** are medians on the GPU between two events, with a cold L2 cache and the host ahead of the GPU;
-  long ones are repeated less often. The forward is that of training. **Host** is what the host takes to
-  launch.
+  same run, times *visible*: what attention would take if only visible pairs were computed at that rate.
+- **Times** are medians on the GPU between two events, with a cold L2 cache and the host running ahead of the
+  GPU; long calls are repeated less often. The forward is that of training, which keeps what the backward
+  needs. **Host** is the time the host takes to launch.
 - **TFLOP/s** count matrix products: 2 per pair forward and 5 backward, each 2 x channels operations per
-  head. *Useful* counts the visible pairs, *computed* all pairs of the tiles that were computed.
-- **Extra memory**: peak during forward and backward beyond inputs, output and gradients (the plan apart).
-- **Worst error**: the largest error of the output or a gradient against float64, as a multiple of that of
-  plain dense attention in the same precision, on the first {checked:,} tokens. Triton is not timed if an
-  output errs more than {output:g} times as much, or a gradient {gradient:g} times.
-- **Plan**: what is made once per batch and serves all layers: block lists and bits for Triton, the block
-  masks of both phases for FlexAttention. *Wall* is until the GPU is done, *GPU* is between events on it.
-- **First call**: plan, forward and backward for the first time, in the row where that took longest: it
-  holds the compilation, less what caches on disk saved.
+  head. *Useful* counts the visible pairs, *computed* all pairs of the tiles that are computed.
+- **Extra memory**: peak during forward and backward beyond inputs, output and gradients, without the plan.
+- **Worst error**: the largest error of the output or a gradient against float64, as a multiple of the error
+  of plain dense attention in the same precision, on the first {checked:,} tokens. Triton is not timed if an
+  output exceeds {output:g} times that error, or a gradient {gradient:g} times.
+- **Plan**: what is built once per batch and used by all layers: block lists and mask bits for Triton, the
+  block masks of both phases for FlexAttention. *Wall* is until the GPU is done, *GPU* between events on it.
+- **First call**: plan, forward and backward for the first time, in the row where that took longest. It
+  includes compilation, as far as caches on disk did not save it.
 """
 
 
 def page(result: dict, pictures: list[str], sources: list[str]) -> str:
-    """The report.
+    """The Markdown page.
 
     Args:
-        result: what `results_file.merge` returns.
-        pictures: file names of pictures beside the page.
+        result: what `results.merge` returns.
+        pictures: file names of the charts beside the page.
         sources: file names of the results.
     """
-    from benchmarks.attention import measure  # knows what the figures were measured by; imports torch
+    from benchmarks.attention import measure  # here because it imports torch
 
     rows, settings = result["rows"], result["settings"]
     meanings = MEANINGS.format(
@@ -59,15 +59,15 @@ def page(result: dict, pictures: list[str], sources: list[str]) -> str:
     )
     origin = [f"- `{name}`: {provenance(m)}.\n" for name, m in zip(sources, result["machines"])]
     parts = [
-        "# Attention of one layer, measured\n",
+        "# Speed of one attention layer\n",
         f"{settings['heads']} heads of {settings['dim']} channels, {settings['dtype']}, one row of tokens, "
-        f"on {result['machines'][0]['gpu'] or 'a CPU'}. [What is what](#what-is-what).\n",
+        f"on {result['machines'][0]['gpu'] or 'a CPU'}. [How to read the tables](#how-to-read-the-tables).\n",
         *(f"![{Path(name).stem}]({name})\n" for name in pictures),
         "## Against the limit\n",
         against_limit(rows),
-        "## Milliseconds, forward + backward\n",
+        "## Time in ms, forward + backward\n",
         latency(rows),
-        "## Times as long as Triton, forward and backward\n",
+        "## Time relative to Triton, forward and backward\n",
         speedups(rows),
         "## Rates, memory, errors\n",
         details(rows, settings),
@@ -77,9 +77,9 @@ def page(result: dict, pictures: list[str], sources: list[str]) -> str:
         first_calls(rows),
         "## Not measured\n",
         not_measured(rows),
-        "## What is what\n",
+        "## How to read the tables\n",
         meanings,
-        "## Where from\n",
+        "## Provenance\n",
         "".join(origin) + "\nMade by `python -m benchmarks.report --from` of these files.\n",
     ]
     return "\n".join(parts)
@@ -92,7 +92,7 @@ def _both(entry: dict | None, phase: str = "update", key: str = "ms") -> str:
 
 
 def against_limit(rows: list[dict]) -> str:
-    """The rows, and how near `triton` comes to the limit."""
+    """The rows, and how close `triton` comes to the limit."""
     heads = [
         "row", "tokens", "songs", "visible", "limit, ms", "Triton, ms", "forward + backward", "x limit",
         "share of limit", "ns per token", "summarize / update",
@@ -189,7 +189,7 @@ def not_measured(rows: list[dict]) -> str:
         for why in ("failed", "skipped")
         if why in row["columns"][column]
     ]
-    return "".join(lines) or "Everything that was asked for was measured.\n"
+    return "".join(lines) or "Everything requested was measured.\n"
 
 
 def _entries(rows: list[dict]) -> list[tuple[dict, str, dict]]:
@@ -202,7 +202,11 @@ def _entries(rows: list[dict]) -> list[tuple[dict, str, dict]]:
 
 
 def readme_body(result: dict, page_path: str, picture: str | None) -> str:
-    """The table and picture between the README's markers; paths as seen from it."""
+    """Chart and table for the README.
+
+    Args:
+        page_path, picture: relative to the README.
+    """
     others = ["dense_cudnn", "dense_flash", "flex", "flex_sorted"]
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("song or row", lambda row: escape(row["name"])),

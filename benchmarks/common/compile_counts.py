@@ -1,4 +1,4 @@
-"""Counts what is compiled: graphs by torch.compile, and this project's kernels by Triton."""
+"""Counts compilations: graphs by torch.compile, and kernels of this project by Triton."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ from torch._dynamo.utils import counters
 
 @contextmanager
 def count_compilations() -> Iterator[Callable[[], dict[str, int]]]:
-    """A function that tells how many "graphs" and "kernels" were compiled since it was last called.
+    """Yields a function that returns how many "graphs" and "kernels" were compiled since its last call.
 
-    Kernels inside of compiled graphs are PyTorch's, and are not counted one by one. A kernel that comes from
-    a cache on disk counts too: Triton had not met its arguments before.
+    Kernels that PyTorch generates inside a graph are not counted separately. A kernel loaded from a cache on
+    disk is counted: Triton specialized it anew.
     """
     kernels = 0
 

@@ -1,4 +1,4 @@
-"""What a measurement does when a part of it fails, so that the others go on."""
+"""How a benchmark goes on after one of its measurements failed."""
 
 import gc
 from contextlib import suppress
@@ -10,24 +10,25 @@ from meloformer.errors import UserError
 
 
 def one_line(error: BaseException) -> str:
+    """Type and message of an error in at most 200 characters; of a UserError the message alone."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return (kind + " ".join(lines[:2]))[:200]
 
 
 def free_memory() -> None:
-    """Give back what nobody uses. After an error: when it is forgotten, for its frames hold tensors."""
+    """Frees unused GPU memory. Call it after the `except` block: until then the traceback holds tensors."""
     gc.collect()
     if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a GPU that is lost is told by `check_gpu`
+        with suppress(RuntimeError):  # a lost GPU is reported by `check_gpu`
             torch.cuda.empty_cache()
 
 
 def check_gpu(path: Path) -> None:
-    """After an illegal access nothing works any more in this process.
+    """Checks that the GPU still works: after an illegal memory access nothing does in this process.
 
     Raises:
-        UserError: so it is; `path` has the figures until then.
+        UserError: it does not; the message names `path`, which has the results so far.
     """
     if not torch.cuda.is_available():
         return

@@ -1,4 +1,4 @@
-"""Where a figure was measured: every result file carries this."""
+"""The machine and software of a measurement, part of every result file."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "triton", "numpy", "miditoolkit")
 
 def describe() -> dict[str, object]:
     """Date, commit, Python and package versions, processor and GPU, as JSON values."""
-    import torch  # here, for it must not count as memory where memory is measured
+    import torch  # here, so that benchmarks of memory can import this module without it
 
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -27,18 +27,18 @@ def describe() -> dict[str, object]:
 
 
 def provenance(machine: dict) -> str:
-    """What `describe` found, as the end of a sentence under a table."""
+    """What `describe` returned, as the end of a sentence."""
     gpu = machine["gpu"]
     chip = f"{gpu}, CUDA {machine['cuda']}" if gpu else machine["processor"]
-    if machine.get("cudnn"):  # older results do not tell
+    if machine.get("cudnn"):  # older results do not have it
         chip += f", cuDNN {machine['cudnn']}"
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     return f"{machine['date']}, commit {machine['commit']}, {chip}, Python {machine['python']}, {packages}"
 
 
 def _commit() -> str | None:
-    """What the variable GIT_COMMIT says, for copies of a checkout on another machine; else the commit that
-    is checked out, with '+' if tracked files differ from it; None outside a checkout."""
+    """The environment variable GIT_COMMIT, for copies without a repository; else the checked-out commit, with
+    '+' if tracked files differ from it; None outside a repository."""
     if named := os.environ.get("GIT_COMMIT"):
         return named
     git = ["git", "-C", str(Path(__file__).parent)]

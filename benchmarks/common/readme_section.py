@@ -1,4 +1,4 @@
-"""The parts of a README made from results: from `<!-- NAME: sources -->` to `<!-- end of NAME -->`."""
+"""Generated sections of a README, from `<!-- NAME: sources -->` to `<!-- end of NAME -->`."""
 
 import os
 import re
@@ -11,17 +11,21 @@ _BEGIN, _END = "<!-- {}: {} -->", "<!-- end of {} -->"
 
 
 def marked(name: str, sources: list[str], body: str) -> str:
-    """A part, markers included."""
+    """A section, markers included."""
     return "\n".join([_BEGIN.format(name, " ".join(sources)), body, _END.format(name)])
 
 
 def update_section(
     readme: Path, name: str, sources: list[Path], make: Callable[[Callable[[Path], str]], str]
 ) -> None:
-    """Puts a new body between the markers of `name`; `make` is told how the README sees a path.
+    """Replaces the section `name` of a README.
+
+    Args:
+        sources: the result files it is made from, named in the first marker.
+        make: returns the new body; its argument makes a path relative to the README.
 
     Raises:
-        UserError: it cannot be read or written, or does not have the markers once.
+        UserError: the file cannot be read or written, or does not have the markers exactly once.
     """
     try:
         text = readme.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How long something takes, on a GPU with a cold L2 cache or on a CPU, and how much memory."""
+"""Time and memory of calls, on a GPU with a cold L2 cache or on a CPU."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 REPEATS = 30
 FEWEST_REPEATS = 2
-BUDGET_MS = 1000.0  # spent on the repetitions of one figure, if they are long
+BUDGET_MS = 1000.0  # for the repetitions of one measurement; long calls are repeated less often
 FLUSH_BYTES = 2**30  # more than any L2 cache
 _PROBES = 5
 _MOST_FLUSHES = 64
@@ -18,7 +18,7 @@ _Prepared = TypeVar("_Prepared")
 
 
 class Timer:
-    """Times of calls on one device. On a GPU it holds `FLUSH_BYTES` of memory."""
+    """Times calls on one device. On a GPU it occupies `FLUSH_BYTES` of memory."""
 
     def __init__(self, device: torch.device | str):
         self._cuda = torch.device(device).type == "cuda"
@@ -28,19 +28,19 @@ class Timer:
             self._flush_ms = max(self._probe(self._flush.zero_)[1], 0.01)
 
     def __call__(self, run: Callable[[], object]) -> dict[str, float]:
-        """See `after`, with nothing to prepare."""
+        """`after` with nothing to prepare."""
         return self.after(lambda: None, lambda _: run())
 
     def after(self, prepare: Callable[[], _Prepared], run: Callable[[_Prepared], object]) -> dict[str, float]:
-        """Times `run(prepare())` without what `prepare` takes.
+        """Times `run(prepare())`, `prepare` excluded.
 
         Returns:
-            ms, p20, p80: median and percentiles over `repeats` calls. On a GPU between two events,
-            with the L2 cache overwritten, and the host so far ahead that the GPU waits for it only
-            if `run` itself waits for the GPU.
-            host_ms: median until `run` returns, the device being idle before.
-            wall_ms: median until `run` has returned and the device is done.
-            repeats: of ms. Long calls are repeated less often: see `BUDGET_MS`.
+            ms, p20, p80: median and percentiles over `repeats` calls. On a GPU between two events, with
+            the L2 cache overwritten before each call and the host ahead of the GPU, so that launch
+            overhead is included only where `run` itself synchronizes.
+            host_ms: median time until `run` returns, starting with an idle device.
+            wall_ms: median time until `run` has returned and the device is done.
+            repeats: number of calls behind ms; fewer for long calls, see `BUDGET_MS`.
         """
         host, wall = self._probe(run, prepare)
         repeats = min(REPEATS, max(FEWEST_REPEATS, int(BUDGET_MS / max(wall, 1e-3))))
@@ -49,7 +49,7 @@ class Timer:
         return {"ms": median, "p20": p20, "p80": p80, "host_ms": host, "wall_ms": wall, "repeats": repeats}
 
     def _probe(self, run, prepare=None) -> tuple[float, float]:
-        """Medians of milliseconds until `run` returns and until the device is done."""
+        """Median milliseconds until `run` returns, and until the device is done."""
         host, wall = [], []
         while len(wall) < _PROBES and sum(wall) < BUDGET_MS / 10:
             prepared = (prepare(),) if prepare else ()
@@ -73,7 +73,7 @@ class Timer:
             run(prepared)
             end.record()
             events.append((start, end))
-            del prepared  # else two of them would live at once
+            del prepared  # else two of them are alive at once
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
@@ -100,12 +100,12 @@ class Timer:
         return time.perf_counter() - begun
 
     def extra_mb(self, run: Callable[[], list[torch.Tensor]]) -> float | None:
-        """Peak of GPU memory during `run` in MB, less what was there and what it returns."""
+        """Peak GPU memory during `run` in MB, beyond what was allocated before and what it returns."""
         if not self._cuda:
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in run()}
-        own = sum(storages.values())  # gradients may be parts of one storage
+        own = sum(storages.values())  # gradients may share a storage
         return (torch.cuda.max_memory_allocated() - before - own) / 1e6

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.learning RUN RUN ...`: which attention learns better, by tokens and by time.
+"""`python -m benchmarks.learning RUN RUN ...`: validation loss of several models by tokens and by time.
 
 Reads the folders of finished training runs that differ in attention, kind rule and seed alone, and writes
-their validation losses to a JSON file, a picture and a page; `--from` makes page and picture of such a file
-again. See docs/benchmarks.md.
+their validation losses to a JSON file, with a chart and a page of tables; `--from` makes chart and page again
+from such a file. See docs/benchmarks.md.
 """
 
 from collections.abc import Iterator
@@ -25,15 +25,15 @@ def gather(folders: list[Path]) -> dict:
     """The runs in these folders as one result.
 
     Raises:
-        UserError: a run is not through, or they do not compare: they may differ in attention, kind rule and
-            seed alone.
+        UserError: a run has not finished, or they cannot be compared: they must differ in attention, kind
+            rule or seed, and in nothing else.
     """
     runs = [read_run(folder) for folder in folders]
     first, *others = runs
     for run in others:
         for name, mine, its in _differences(first, run):
             raise UserError(
-                f"{run['name']} and {first['name']} do not compare: they differ in {name} "
+                f"{run['name']} and {first['name']} cannot be compared: they differ in {name} "
                 f"({its!r} and {mine!r})"
             )
     for one, other in combinations(runs, 2):
@@ -73,16 +73,20 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         default=Path("runs/learning.md"),
         metavar="PAGE.md",
-        help="the page; picture and JSON file go beside it",
+        help="the page to write, with its chart and JSON file beside it",
     )
     parser.add_argument(
-        "--from", type=Path, dest="source", metavar="JSON", help="make page and picture of this alone"
+        "--from",
+        type=Path,
+        dest="source",
+        metavar="JSON",
+        help="make the page from this result alone",
     )
     args = parser.parse_args(argv)
     if args.output.suffix != ".md":
         raise UserError(f"--output {args.output}: must end in .md")
     if (args.source is None) == (not args.runs):
-        raise UserError("give folders of runs, or --from with a file of figures")
+        raise UserError("give folders of runs, or --from with a result file")
     source = args.source or args.output.with_suffix(".json")
     if args.source:
         result = load(source, FORMAT, "benchmarks.learning")

@@ -1,4 +1,4 @@
-"""Validation loss of several runs by tokens and by time, in one PNG file."""
+"""The chart of `benchmarks.learning`: validation loss of several runs by tokens and by time."""
 
 from pathlib import Path
 
@@ -10,11 +10,19 @@ from benchmarks.common.attention_label import attention_label, label_colours
 from benchmarks.common.charts import draw_heading, draw_legend
 from meloformer.plots.style import DPI, GREY, save_figure, style_axes
 
-_DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))  # tell lines apart without colours
+# Lines can be told apart without colour.
+_DASHES = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (6, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+)
 
 
 def draw(result: dict, path: Path) -> None:
-    """Raises UserError if the file cannot be written."""
+    """Writes a PNG file. Raises UserError if it cannot be written."""
     runs = result["runs"]
     longest = max(run["validation"]["seconds"][-1] for run in runs)
     seconds, unit = (60, "minutes") if longest > 300 else (1, "seconds")

@@ -1,6 +1,6 @@
-"""What a finished training run left in its folder, for comparing it with others: one run as JSON values.
+"""Reads the folder of a finished training run for a comparison: settings, speed and validation losses.
 
-The time axis of a curve is the meter's: the seconds of the steps, without validating, sampling and saving.
+Time is what the training meter counts: that of the steps, without validation, sampling and saving.
 """
 
 import json
@@ -10,39 +10,40 @@ from statistics import median
 
 import yaml
 
+from benchmarks.common.attention_label import ORIGINAL_RULE
 from meloformer.errors import UserError
-from meloformer.kernels.structure import KIND_RULE
 from meloformer.training.config import CONFIG
 from meloformer.training.run_log import LOG, read_log
 from meloformer.training.summary import SUMMARY
 
-SLOW = 10  # a step that takes so many times the median step compiled, or waited for something foreign
-# Settings that change neither what is learned from the same tokens nor how fast the steps are, by the meter.
-_FREE = (
+SLOW = 10  # times the median step: such a step compiled something, or waited for another process
+# Settings that change neither what is learned from the same tokens nor the time of the steps.
+_IRRELEVANT = (
     *("data_dir", "output_dir", "device", "max_skipped_steps", "sample_every", "save_every"),
     *("save_every_minutes", "keep_last", "tensorboard", "wandb"),
 )
-_OWN = ("attention", "kind_rule", "seed")  # in which runs that are compared may differ
+_VARIED = ("attention", "kind_rule", "seed")  # what runs that are compared may differ in
 
 
 def read_run(folder: Path) -> dict:
     """A run as JSON values.
 
     Returns:
-        `name`, `attention`, `kind_rule`, `seed`; `settings` and `origin`, which must be equal to compare it;
-        what its summary tells; `tokens_per_s` over all steps but the slow ones (the first, and those of more
-        than `SLOW` times the median step); `slow_steps` and `slow_seconds`; `validation`, columns with an
-        entry for each validation: `step`, `tokens` seen, `seconds` of the steps that were not slow,
-        `all_seconds`, and the losses in nats per token, `val_loss` and by kind of token.
+        `name`, `attention`, `kind_rule`, `seed`; `settings` and `origin`, which must be equal in all runs
+        of a comparison; figures of its summary; `tokens_per_s` over all steps except slow ones (the first,
+        and those of more than `SLOW` times the median step); `slow_steps` and `slow_seconds`; `validation`,
+        lists with an entry for each validation: `step`, `tokens` so far, `seconds` of the steps that were
+        not slow, `all_seconds`, and losses in nats per token, `val_loss` and `val_loss_KIND` by kind of
+        token.
 
     Raises:
-        UserError: it has not ended, or holds too little to be compared.
+        UserError: the run has not finished, its files are damaged, or there are fewer than two validations.
     """
     summary, config = _read(folder / SUMMARY), _read(folder / CONFIG)
     if not summary.get("finished"):
-        raise UserError(f"{folder}: the run is not through; go on with it by --resume")
+        raise UserError(f"{folder}: the run has not finished; continue it with --resume")
     if "data" not in summary:
-        raise UserError(f"{folder}: an older version trained it and did not note its data: train it anew")
+        raise UserError(f"{folder}: trained by an older version that did not record its data; train it again")
     steps, validations = _log(folder, summary["steps"])
     tokens = [steps[step]["tokens"] for step in sorted(steps)]
     seconds = [steps[step]["tokens"] / steps[step]["tokens_per_s"] for step in sorted(steps)]
@@ -59,9 +60,9 @@ def read_run(folder: Path) -> dict:
     return {
         "name": folder.resolve().name,
         "attention": summary["attention"],
-        "kind_rule": config.get("kind_rule", KIND_RULE),  # not there if the run is older than the choice
+        "kind_rule": config.get("kind_rule", ORIGINAL_RULE),
         "seed": config["seed"],
-        "settings": {key: value for key, value in config.items() if key not in (*_FREE, *_OWN)},
+        "settings": {key: value for key, value in config.items() if key not in (*_IRRELEVANT, *_VARIED)},
         "origin": {key: summary[key] for key in ("data", "device", "processes", "precision", "versions")},
         **{key: summary[key] for key in ("parameters", "steps", "epochs", "tokens", "skipped_steps")},
         "tokens_per_s": sum(n for n, is_slow in zip(tokens, slow) if not is_slow) / sum(steady),
@@ -78,14 +79,14 @@ def read_run(folder: Path) -> dict:
 
 
 def _log(folder: Path, count: int) -> tuple[dict[int, dict], dict[int, dict]]:
-    """The records of steps and of validations, by step; of several records of one the last counts."""
+    """The records of steps and of validations, by step; the last one if a resumed run repeated a step."""
     records = read_log(folder / LOG)
     steps = {r["step"]: r for r in records if "loss" in r}
     validations = {r["step"]: r for r in records if "val_loss" in r}
     if len(steps) < 2 or len(validations) < 2:
-        raise UserError(f"{folder}: needs two steps and two validations at least (--validate_every)")
+        raise UserError(f"{folder}: needs at least two steps and two validations (--validate_every)")
     if sorted(steps) != list(range(1, count + 1)):
-        raise UserError(f"{folder}: its log does not hold every step of 1 to {count}")
+        raise UserError(f"{folder}: its log lacks some of the steps 1 to {count}")
     for step, record in validations.items():
         if record["val_loss"] is None:
             raise UserError(f"{folder}: the validation loss of step {step} is not finite")

@@ -13,12 +13,15 @@ COMPOSED_BARS = 150
 
 
 def read_songs(sources: list[str]) -> dict[str, np.ndarray]:
-    """Token ids by name: of MIDI files, of .npy files of token ids, of folders; composed ones for none.
+    """Token ids (int [n]) of each song, by name.
 
-    Files of a folder that are no songs are named on stderr and left out.
+    Args:
+        sources: MIDI files, .npy files of token ids, and folders; a folder with .npy files is read for those
+            alone. Files of a folder that cannot be read are reported on stderr and skipped. Without
+            sources `COMPOSED` songs are composed.
 
     Raises:
-        UserError: a source is not there, a file is no song, or nothing is left.
+        UserError: a source is missing, a named file cannot be read, or no song is left.
     """
     if not sources:
         return compose_songs(COMPOSED, COMPOSED_BARS)
@@ -26,14 +29,14 @@ def read_songs(sources: list[str]) -> dict[str, np.ndarray]:
     for source in map(Path, sources):
         if not source.is_dir():
             try:
-                songs[_free(source.stem, songs)] = _read(source)
+                songs[_unused(source.stem, songs)] = _read(source)
             except MidiError as error:
                 raise UserError(f"{source}: {error}") from None
             continue
         token_files = sorted(source.rglob("*.npy"))
         for file in token_files or map(Path, find_files(str(source))):
             try:
-                songs[_free(file.stem, songs)] = _read(file)
+                songs[_unused(file.stem, songs)] = _read(file)
             except MidiError as error:
                 print(f"left out: {file.name}: {error}", file=sys.stderr)
     if not songs:
@@ -49,7 +52,8 @@ def compose_songs(count: int, bars: int) -> dict[str, np.ndarray]:
     return {f"composed {seed}": HIDTokenizer().encode(compose(seed, bars=bars)) for seed in range(count)}
 
 
-def _free(name: str, taken: dict) -> str:
+def _unused(name: str, taken: dict) -> str:
+    """`name`, with a number where it is taken already."""
     return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 3))) if n not in taken)
 
 

@@ -16,9 +16,9 @@ _KIND_CLASS = {Kind.STRUCTURAL: 0, Kind.T: 1, Kind.P: 1, Kind.L: 2, Kind.V: 3}
 
 
 def pack(songs: list[np.ndarray], length: int | None = None, rows: int = 1) -> Structure:
-    """Rows of these songs back to back, on CPU: [rows, length], the first song of each row another.
+    """Rows of songs back to back, on CPU: [rows, length]. Each row starts with another song.
 
-    Songs are repeated as often as it takes, and the last is cut. `length` None: all songs once.
+    Songs are repeated until the row is full, and the last is cut. `length` None: every song once.
     """
     length = length or sum(map(len, songs))
     packed = [_row(songs[i % len(songs) :] + songs[: i % len(songs)], length) for i in range(rows)]
@@ -26,7 +26,7 @@ def pack(songs: list[np.ndarray], length: int | None = None, rows: int = 1) -> S
 
 
 def _row(songs: list[np.ndarray], length: int) -> Facts:
-    """The facts of one row, int64 [length] each; positions are not filled in."""
+    """The per-token attributes of one row, int64 [length] each; positions are not filled in."""
     songs = songs * -(-length // sum(map(len, songs)))
     lengths = np.array([len(song) for song in songs])
     scanned = attributes.scan(np.concatenate(songs), starts=np.cumsum(lengths) - lengths)
@@ -36,7 +36,7 @@ def _row(songs: list[np.ndarray], length: int) -> Facts:
 
 
 def _build(tokens: Facts, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = KIND_RULE) -> Structure:
-    """A structure with room for its bars in few sizes, as in training."""
+    """The structure of rows; its number of summaries is rounded up to one of a few sizes, as in training."""
     bars = 1
     for doc, bar in zip(tokens.doc, tokens.bar):
         bars = max(bars, len(torch.unique(torch.stack([doc, bar])[:, doc >= 0], dim=1)[0]))
@@ -51,7 +51,7 @@ def cut(structure: Structure, length: int) -> Structure:
 
 
 def padded(structure: Structure, multiple: int) -> Structure:
-    """The same rows with padding up to a multiple of that many tokens."""
+    """The same rows, padded to a length that is a multiple of `multiple`."""
     missing = -structure.doc.shape[1] % multiple
     doc, *rest = (pad(fact, (0, missing), value=-1) for fact in structure.tokens[:5])
     room = structure.summary_doc.shape[1]
@@ -63,7 +63,7 @@ def padded(structure: Structure, multiple: int) -> Structure:
 def instrument_order(structure: Structure) -> Tensor:
     """Token indices [B, N] sorted by document, instrument, kind class and position; padding last.
 
-    Kind classes: structural, T and P, L, V. Global tokens are by themselves: they have no instrument.
+    Kind classes: structural; T and P; L; V. Global tokens form a group of their own: they have no instrument.
     """
     tokens = structure.tokens
     classes = torch.tensor([_KIND_CLASS[kind] for kind in sorted(Kind)], device=structure.device)
@@ -76,17 +76,17 @@ def instrument_order(structure: Structure) -> Tensor:
 
 
 def reordered(structure: Structure, order: Tensor) -> Structure:
-    """The same rows with their tokens in another order.
+    """The same rows with their tokens in the order `order`, int64 [B, N].
 
-    Unlike what `Structure.build` makes, documents and bars need not ascend: only for backends that
-    go by the facts alone, as `reference` and `flex` do.
+    Documents and bars need not ascend in it, unlike in what `Structure.build` returns: it is only for
+    backends that evaluate the mask for each pair, `reference` and `flex`.
     """
     moved = Facts(*(fact.gather(1, order) for fact in structure.tokens))
     return replace(structure, **moved._asdict())
 
 
 def visible_pairs(structure: Structure) -> int:
-    """Pairs (query, key) of the update phase that are visible, over all rows."""
+    """Number of visible pairs (query, key) in the update phase, over all rows."""
     tokens, keys = structure.tokens, structure.keys.at(slice(None), None)
     rows, length = structure.doc.shape
     chunk = max(1, _PAIRS_AT_ONCE // (rows * keys.doc.shape[2]))
@@ -98,6 +98,6 @@ def visible_pairs(structure: Structure) -> int:
 
 
 def causal_pairs(structure: Structure) -> int:
-    """Pairs that dense causal attention computes over the same rows."""
+    """Number of pairs in dense causal attention over the same rows."""
     rows, length = structure.doc.shape
     return rows * length * (length + 1) // 2

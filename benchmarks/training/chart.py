@@ -1,4 +1,4 @@
-"""Tokens per second of training by size, length and GPUs as a picture, from results alone."""
+"""The chart of `benchmarks.train`: tokens per second by size, length and number of GPUs."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from meloformer.plots.style import DPI, GREY, save_figure, style_axes
 
 
 def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
-    """Writes it beside a page; returns its name. Rows that compute something again are left out.
+    """Writes the chart beside a page; returns its file name, None if nothing can be drawn.
+
+    Rows with recomputation are left out.
 
     Args:
         rows: as `page.measured_rows` returns them.

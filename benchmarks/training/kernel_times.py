@@ -1,4 +1,4 @@
-"""Where the GPU's time goes in steps of training: by kernel, and by what kernels are for."""
+"""GPU time of training steps, by kernel and by the purpose of kernels."""
 
 import re
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-# What a kernel is for: the first whose pattern is found in its name.
+# Purpose of a kernel: the first whose pattern matches its name.
 KINDS = {
     "attention, update": r"^(forward|query_gradient|key_gradient)_kernel$",
     "attention, summarize": r"^(summarize|summary_gradient|token_gradient)_kernel$",
@@ -22,14 +22,16 @@ KINDS = {
 }
 OTHERS = "others"
 _ANNOTATIONS = ("Optimizer.", "ProfilerStep", "## ", "Torch-Compiled Region")
-_LEAST_SHARE = 0.005  # of the time: kernels below are not named one by one
+_LISTED_FROM = 0.005  # of all GPU time; kernels below it are not listed
 
 
 def kernel_times(run: Callable[[int], object], steps: int, device: torch.device) -> dict:
-    """Profiles `run(steps)`. Milliseconds per step, as JSON values:
+    """Profiles `run(steps)`.
 
-    wall_ms: by the clock, with the profiler at work. busy_ms: in which some kernel ran. kinds: by those of
-    `KINDS`. kernels: [name, calls per step, ms], the longest first.
+    Returns:
+        JSON values, in milliseconds per step: `wall_ms`, wall time with the profiler active; `busy_ms`, in
+        which at least one kernel ran; `kinds`, by `KINDS`; `kernels`, [name, calls per step, ms] each, the
+        longest first.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -48,7 +50,7 @@ def kernel_times(run: Callable[[int], object], steps: int, device: torch.device)
 
 
 def summed(ran: Iterable[tuple[str, float, float]], steps: int) -> dict:
-    """The sums of `kernel_times` over kernels that ran: name, start and end in microseconds."""
+    """The sums of `kernel_times`, from (name, start, end) in microseconds of every kernel that ran."""
     spent, calls, kinds = Counter(), Counter(), Counter()
     busy, until = 0.0, float("-inf")
     for name, start, end in sorted(ran, key=lambda kernel: kernel[1]):
@@ -57,7 +59,7 @@ def summed(ran: Iterable[tuple[str, float, float]], steps: int) -> dict:
         kinds[_kind(name)] += (end - start) / 1e3 / steps
         busy += max(0.0, end - max(start, until)) / 1e3 / steps
         until = max(until, end)
-    least = _LEAST_SHARE * sum(spent.values())
+    least = _LISTED_FROM * sum(spent.values())
     return {
         "busy_ms": busy,
         "kinds": dict(kinds.most_common()),

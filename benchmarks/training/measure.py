@@ -1,4 +1,4 @@
-"""One row of `benchmarks.train`: steps as the training loop takes them, timed and taken apart."""
+"""One row of `benchmarks.train`: the steps of the training loop, timed as a whole and part by part."""
 
 import dataclasses
 import itertools
@@ -24,13 +24,13 @@ from meloformer.training.prefetch import Prefetcher
 from meloformer.training.stepper import Stepper
 
 PARTS = ("data", "prepare", "forward", "backward", "optimizer")
-MOST_WARMUPS = 10  # times the steps that were asked for
-STEPS_IN_PARTS = 5  # at most: waiting after each part makes them slow
+MOST_WARMUPS = 10  # times `warmup`
+STEPS_IN_PARTS = 5  # at most: waiting for the device after each part is slow
 PROFILED_STEPS = 2
 
 
 class Run:
-    """One combination of settings: its steps, over batches without end."""
+    """One combination of settings and its training steps, over an endless stream of batches."""
 
     def __init__(self, config: TrainConfig, shards: ShardSet, job: Job):
         self.config, self.job = config, job
@@ -46,7 +46,7 @@ class Run:
         self.fed = Prefetcher(batches, self.stepper.prepare, job.device, self.meter)
 
     def _taken(self, number: int) -> Iterator[StepFigures]:
-        """The figures of so many steps, each when the next one has begun: as in training."""
+        """Runs `number` steps; the figures of each come after the next has been launched, as in training."""
         told = None
         for i in range(1, number * self.config.gradient_accumulation_steps + 1):
             last = i % self.config.gradient_accumulation_steps == 0
@@ -60,7 +60,7 @@ class Run:
         yield told()[0]
 
     def steps(self, number: int) -> dict:
-        """What the meter finds over so many steps, as if they were one."""
+        """Runs `number` steps; what the meter records of them, as if they were one."""
         self.meter.restart()
         figures = list(self._taken(number))
         whole = StepFigures(
@@ -74,7 +74,7 @@ class Run:
         return self.meter.step_record(number, 0, self.config.learning_rate, whole)
 
     def breakdown(self, number: int) -> dict[str, float]:
-        """Milliseconds of each of `PARTS` per step, each of them waited for, over so many steps."""
+        """Milliseconds per step of each of `PARTS`, the device waited for after each, over `number` steps."""
         spent = dict.fromkeys(PARTS, 0.0)
         since = self._now()
 
@@ -87,7 +87,7 @@ class Run:
         batches = full_batches(self.data, self.config.batch_size, self.job)
         for _ in range(number):
             for i in range(1, self.config.gradient_accumulation_steps + 1):
-                batch, _ = next(batches)  # made on the spot: this is all that the loader does
+                batch, _ = next(batches)  # not prefetched: this is all the work of the loader
                 done("data")
                 ready = self.stepper.prepare(batch)
                 ready.attention.settle()
@@ -104,10 +104,10 @@ class Run:
 
 
 def full_batches(data: PackedSongs, rows: int, job: Job) -> Iterator[tuple[Batch, State]]:
-    """Batches of `rows` rows of the first epoch for this process, over and over.
+    """Batches of `rows` rows for this process, from the rows of the first epoch in a cycle.
 
-    In training the last step of an epoch has rows of padding: of few songs they would be many, and more of
-    them with more processes.
+    In training the last step of an epoch is filled up with padding, which with few songs, and with several
+    processes, would be a large share of all.
     """
     of_epoch = data.rows_per_epoch(0)
     for first in itertools.count(0, job.world * rows):
@@ -116,8 +116,12 @@ def full_batches(data: PackedSongs, rows: int, job: Job) -> Iterator[tuple[Batch
 
 
 def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int) -> dict:
-    """The figures of one row, as JSON values. `warmup` steps in a row must have compiled nothing."""
-    torch._dynamo.reset()  # rows share code, and PyTorch keeps only so many versions of it
+    """The figures of one row, as JSON values.
+
+    Args:
+        warmup: the number of consecutive steps that must compile nothing before `steps` are measured.
+    """
+    torch._dynamo.reset()  # rows share code, and PyTorch limits its compiled versions
     free_memory()
     cuda = job.device.type == "cuda"
     if cuda:
@@ -138,7 +142,7 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
                 in_warmup = {what: count + new[what] for what, count in in_warmup.items()}
             found = run.steps(steps)
             if found.get("skipped"):
-                raise RuntimeError("a step was skipped, its loss or gradient is not finite: no figures of it")
+                raise RuntimeError("a step was skipped because its loss or gradient is not finite")
             later = _sum(job, compiled())
             gpu_time = kernel_times(run.steps, PROFILED_STEPS, job.device) if cuda else None
         finally:
@@ -171,13 +175,13 @@ def _sum(job: Job, counts: dict[str, int]) -> dict[str, int]:
 
 
 def attempt(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int) -> dict:
-    """The figures, or why there are none: one row that fails must not take the others along.
+    """The figures of `measure`, or the reason why it failed: the other rows go on.
 
-    What finds no memory is tried again with half the rows per batch, down to one.
+    When out of memory, it is tried again with half the rows per batch, down to one.
 
     Raises:
-        Exception: the row failed, and there are other processes. They would wait for this one, so that the
-            job as a whole must end.
+        Exception: the row failed and there are other processes, which would wait for this one forever: the
+            job must end.
     """
     while True:
         rows = {"rows_per_batch": config.batch_size}
@@ -191,7 +195,7 @@ def attempt(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
                 raise
             reason = "out of memory" if no_memory else one_line(error)
             if not no_memory and not isinstance(error, UserError):
-                traceback.print_exc()  # a fault of ours, whose place one line does not tell
+                traceback.print_exc()  # an unexpected error: one line does not locate it
         free_memory()
         if not no_memory or config.batch_size == 1:
             return rows | {"failed": reason}

@@ -1,4 +1,4 @@
-"""What `benchmarks.train` measured as a Markdown page, from results alone."""
+"""The page of `benchmarks.train` and the table of the README, from result files alone."""
 
 from collections.abc import Callable
 
@@ -9,39 +9,44 @@ from benchmarks.training.kernel_times import KINDS, OTHERS
 from meloformer.errors import UserError
 
 MEANINGS = """\
-- **Tokens/s** count real tokens: padding is none. They are of whole steps as training takes them, by the
-  clock, with the loader at work beside; with several GPUs, of all of them together.
-- **A word after the attention** is the kind rule (`--kind_rule`), where it is not the original one.
-- **Times dense, times flex**: its tokens/s over those of dense, and of flex by the same kind rule, with the
-  same size, length, GPUs and recomputation; if that was measured with several numbers of rows per batch,
-  over its fastest.
-- **Rows per batch** are those of each GPU. Where memory is short, half as many are tried, and so on.
-- **Computed again**: what the backward computes anew instead of keeping it (`--checkpoint_activations`).
-- **MFU**: useful operations (matrix products, visible pairs alone, forward and backward; no padding, nothing
-  that is computed twice) over the GPUs' peak; the formula is in `meloformer/training/flops.py`.
-- **Waiting**: share of the time in which process 0 waited for the loader.
+- **Tokens/s**: real tokens, without padding, per second of wall time of whole training steps, data loading
+  included; with several GPUs, of all of them together.
+- **A name after the attention** is the kind rule (`--kind_rule`), where it is not the original one, `alike`.
+- **Times dense, times flex**: tokens/s over those of dense, and of flex with the same kind rule, at the same
+  size, length, number of GPUs and recomputation; over the fastest of them if there are several batch sizes.
+- **Rows per batch** are per GPU. Where memory is short, half as many are tried, and so on.
+- **Recomputed**: what the backward pass computes again instead of keeping it (`--checkpoint_activations`).
+- **MFU**: useful operations (matrix products over visible pairs, forward and backward, without padding and
+  recomputation) over the peak of the GPUs; the formula is in `meloformer/training/flops.py`.
+- **Data wait**: share of the time in which process 0 waited for the loader.
 - **Memory**: peak of what PyTorch allocated on the GPU of process 0, weights and optimizer included.
-- **First step**: from nothing to the end of the first step; it holds the compilation, less what caches on
-  disk saved. **Warm-up** goes on until nothing new was compiled for some steps.
-- **Graphs, kernels**: how many were compiled, over all processes, before and during the steps that were
-  measured: graphs by PyTorch, anew for each row; kernels (the attention's) by Triton, for later rows too.
-- **Step by parts**: measured apart from the above, with the device waited for after each part: *data* is all
-  that the loader does, *prepare* the copies to the device and the plan of the attention. In training both are
-  hidden behind the parts that follow, so the sum is more than the step.
-- **GPU time**: by the profiler over a few steps more; *in all* counts once what ran side by side.
-  *Beside attention* is what would be left if attention took no time: no attention can make a step faster.
-  The JSON files have every kernel of more than half a per cent.
-- **dense** is a plain causal Transformer without summaries, of as many parameters; its MFU counts its own
-  operations, of which it has more.
-- Batches are full: the rows of one epoch over and over. In training the last step of an epoch has padding.
+- **First step**: from building the model to the end of the first step. It includes compilation, as far as
+  caches on disk did not save it. **Warm-up** ends when nothing new was compiled for some steps.
+- **Graphs, kernels**: how many were compiled, over all processes, in the warm-up and in the measured steps.
+  PyTorch compiles its graphs for each row of the table; kernels of attention, once compiled by Triton, serve
+  later rows too.
+- **Step by part**: measured separately, waiting for the device after each part. *Data* is all that the loader
+  does, *prepare* the copies to the device and the plan of the attention. Training overlaps both with the
+  other parts, so the sum exceeds a step.
+- **GPU time**: by the profiler over a few further steps. *Total* counts the time of parallel kernels once.
+  *Without attention* is what remains if attention takes no time: a bound for every attention. The JSON
+  files list each kernel of more than half a per cent.
+- **dense**: a plain causal Transformer without summary tokens, of the same number of parameters; its MFU
+  counts its own, larger number of operations.
+- Batches are full: the rows of one epoch, repeated. In training the last step of an epoch has padding.
 """
-COMMON = ("data", "precision", "compile", "gradient_accumulation_steps")  # settings of all files of a page
+# Settings that all files of a page share.
+COMMON = ("data", "precision", "compile", "gradient_accumulation_steps")
 KEYS = ("size", "attention", "tokens_per_row", "checkpoint_activations", "gpus", "rows_per_batch")
-NAMES = ["size", "attention", "tokens per row", "computed again", "GPUs", "rows per batch"]
+NAMES = ["size", "attention", "tokens per row", "recomputed", "GPUs", "rows per batch"]
 
 
 def joined(results: list[dict], sources: list[str]) -> list[dict]:
-    """The rows of all results; of equal ones the last counts. `sources` are the names of their files.
+    """The rows of all results. Of rows with equal `KEYS` the last is kept, and a failed one is dropped if a
+    later one differs from it only in the rows per batch.
+
+    Args:
+        sources: names of the files, for messages.
 
     Raises:
         UserError: they were measured on different GPUs, or with different settings or data.
@@ -65,12 +70,12 @@ def measured_rows(rows: list[dict]) -> list[dict]:
 
 
 def page(results: list[dict], sources: list[str], picture: str | None = None) -> str:
-    """The report, see `joined`, with a picture of that name."""
+    """The Markdown page of all results, see `joined`, with a chart of the file name `picture`."""
     settings, machine = results[0]["settings"], results[0]["machine"]
     rows = joined(results, sources)
     measured = measured_rows(rows)
     parts = [
-        "# Training, measured\n",
+        "# Speed and memory of training\n",
         f"![Tokens per second by size]({picture})\n" if picture else "",
         f"{machine['gpu'] or 'CPU'}; steps of {settings['gradient_accumulation_steps']} batch(es) of "
         f"{settings['data']}; layers {_compiled(settings['compile'])}.\n",
@@ -81,7 +86,7 @@ def page(results: list[dict], sources: list[str], picture: str | None = None) ->
         _parts(measured),
         _gpu_time(measured),
         _failed(rows),
-        "## What is what\n",
+        "## How to read the tables\n",
         MEANINGS,
         *(_made(result, source) for result, source in zip(results, sources)),
     ]
@@ -89,7 +94,7 @@ def page(results: list[dict], sources: list[str], picture: str | None = None) ->
 
 
 def readme_body(results: list[dict], sources: list[str], page_path: str, picture: str | None) -> str:
-    """The picture and a table for a README; paths as seen from it. Dense rows are what others are beside."""
+    """Chart and table for the README, with paths relative to it. Dense rows appear only as a ratio."""
     every = measured_rows(joined(results, sources))
     plain = [row for row in every if row["checkpoint_activations"] == "none"]
     rows = [row for row in plain if row["attention"] != "dense"]
@@ -114,21 +119,21 @@ def readme_body(results: list[dict], sources: list[str], page_path: str, picture
 
 
 def _named(row: dict) -> dict:
-    """The row with the name of its attention, which says what "auto" was."""
+    """The row with the label of the attention that "auto" chose."""
     used = row | {"attention": row.get("attention_used", row["attention"])}
     return used | {"attention": attention_label(used)}
 
 
 def _compiled(flag: bool | None) -> str:
     if flag is None:
-        return "compiled where training does by default"
+        return "compiled where training compiles by default"
     return "compiled" if flag else "not compiled"
 
 
 def _made(result: dict, source: str) -> str:
     settings = result["settings"]
     return (
-        f"`{source}`: {settings['steps']} steps measured after a warm-up of {settings['warmup']} or more, by "
+        f"`{source}`: {settings['steps']} steps measured after {settings['warmup']} or more of warm-up, by "
         f"`python -m benchmarks.train` on {provenance(result['machine'])}.\n"
     )
 
@@ -136,7 +141,7 @@ def _made(result: dict, source: str) -> str:
 def _speed(rows: list[dict]) -> str:
     heads = [
         *NAMES, "parameters", "precision", "tokens/s", "times dense", "times flex", "MFU", "memory, GB",
-        "waiting", "step, ms",
+        "data wait", "step, ms",
     ]  # fmt: skip
     lines = [
         [
@@ -157,7 +162,7 @@ def _speed(rows: list[dict]) -> str:
 
 
 def _memory(rows: list[dict]) -> str:
-    """Rows that were measured with more than one kind of recomputation."""
+    """Configurations that were measured with more than one kind of recomputation."""
     lines = []
     for row in rows:
         others = _others(row, rows, free=("checkpoint_activations", "rows_per_batch"))
@@ -177,12 +182,12 @@ def _memory(rows: list[dict]) -> str:
                 cell(speed, "{:.0%}"),
             ]
         )
-    heads = [*NAMES, "memory, GB", "of that of none", "tokens/s", "of those of none"]
-    return "## Memory and speed by what is computed again\n\n" + _table(heads, lines) if lines else ""
+    heads = [*NAMES, "memory, GB", "relative to none", "tokens/s", "relative to none"]
+    return "## Memory and speed by recomputation\n\n" + _table(heads, lines) if lines else ""
 
 
 def _scaling(rows: list[dict]) -> str:
-    """Rows on several GPUs beside those that agree in everything else."""
+    """Rows on several GPUs, compared with one GPU at the same configuration."""
     lines = []
     for row in rows:
         single = [other for other in _others(row, rows, free=("gpus",)) if other["gpus"] == 1]
@@ -228,7 +233,7 @@ def _parts(rows: list[dict]) -> str:
     parts = list(rows[0]["breakdown_ms"])
     heads = [*NAMES, *(f"{part}, ms" for part in parts)]
     lines = [[*_names(row), *(f"{row['breakdown_ms'][part]:.1f}" for part in parts)] for row in rows]
-    return "## Step by parts\n\n" + _table(heads, lines)
+    return "## Step by part\n\n" + _table(heads, lines)
 
 
 def _gpu_time(rows: list[dict]) -> str:
@@ -239,15 +244,15 @@ def _gpu_time(rows: list[dict]) -> str:
             *_names(row),
             *(cell(row["gpu_time"]["kinds"].get(kind), "{:.1f}") for kind in kinds),
             f"{row['gpu_time']['busy_ms']:.1f}",
-            f"{_beside_attention(row['gpu_time']['kinds']):.1f}",
+            f"{_without_attention(row['gpu_time']['kinds']):.1f}",
         ]
         for row in rows
     ]
-    heads = [*NAMES, *kinds, "in all", "beside attention"]
+    heads = [*NAMES, *kinds, "total", "without attention"]
     return "## GPU time of a step, ms\n\n" + _table(heads, lines) if rows else ""
 
 
-def _beside_attention(kinds: dict[str, float]) -> float:
+def _without_attention(kinds: dict[str, float]) -> float:
     return sum(ms for kind, ms in kinds.items() if kind != "plan" and not kind.startswith("attention"))
 
 
@@ -257,7 +262,7 @@ def _failed(rows: list[dict]) -> str:
 
 
 def _repeated(row: dict, later: list[dict]) -> bool:
-    """Whether a later row is of the same, with however many rows per batch."""
+    """Whether a later row differs from it only in the rows per batch."""
     return bool(_others(row, later, free=("rows_per_batch",)))
 
 
@@ -266,19 +271,19 @@ def _names(row: dict) -> list[str]:
 
 
 def _others(row: dict, rows: list[dict], free: tuple[str, ...]) -> list[dict]:
-    """Rows that agree with it in all keys but those that are `free`, itself among them."""
+    """Rows equal to it in all of `KEYS` except those in `free`, itself included."""
     return [other for other in rows if all(other[key] == row[key] for key in KEYS if key not in free)]
 
 
 def _one(rows: list[dict], rows_per_batch: int) -> dict | None:
-    """That with so many rows per batch, else the fastest."""
+    """The row with `rows_per_batch` rows per batch, else the fastest."""
     return max(
         rows, key=lambda row: (row["rows_per_batch"] == rows_per_batch, row["tokens_per_s"]), default=None
     )
 
 
 def _times(row: dict, rows: list[dict], attention: str) -> float | None:
-    """Its speed over the best of those with `attention` that agree with it else."""
+    """Its tokens/s over the best of the rows with `attention` and an otherwise equal configuration."""
     others = _others(row, rows, free=("attention", "rows_per_batch"))
     speeds = [other["tokens_per_s"] for other in others if other["attention"] == attention]
     return row["tokens_per_s"] / max(speeds) if speeds else None

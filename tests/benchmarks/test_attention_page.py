@@ -25,7 +25,7 @@ class TestPage:
         expected = ["20,000", "1", "10.0%", "0.400", "0.80", "0.250 + 0.550", "2.00", "50%", "40", "10%"]
         assert first == ["A \\| song", *expected]
         speedups = [
-            cell.strip() for cell in table_cells(text, "Times as long as Triton, forward and backward")[0]
+            cell.strip() for cell in table_cells(text, "Time relative to Triton, forward and backward")[0]
         ]
         assert speedups == ["A \\| song", "5.0x", "10.0x", "50.0x", "-", "-"]
         assert "![a_rows](a_rows.png)" in text

@@ -44,7 +44,7 @@ OTHER_DATA = {"data": DATA | {"sha256": "def"}}
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"summary": OTHER_DATA}, r"b and a do not compare: they differ in data \("),
+        ({"summary": OTHER_DATA}, r"b and a cannot be compared: they differ in data \("),
         ({"summary": {"data": DATA | {"val_split": 0.2}}}, "differ in data"),
         ({"summary": {"device": "Other GPU"}}, r"differ in device \('Other GPU' and 'Test GPU'\)"),
         ({"summary": {"precision": "fp32"}}, "differ in precision"),

@@ -54,10 +54,10 @@ def test_of_a_step_that_was_logged_twice_the_last_record_counts(tmp_path):
 @pytest.mark.parametrize(
     "losses, summary, says",
     [
-        ({2: 3.0, 4: 2.0}, {"finished": False}, "is not through"),
+        ({2: 3.0, 4: 2.0}, {"finished": False}, "has not finished"),
         ({2: 3.0, 4: None}, {}, "step 4 is not finite"),
         ({4: 3.0}, {}, "two validations"),
-        ({2: 3.0, 4: 2.0}, {"steps": 5}, "every step of 1 to 5"),
+        ({2: 3.0, 4: 2.0}, {"steps": 5}, "lacks some of the steps 1 to 5"),
     ],
 )
 def test_a_run_that_cannot_be_compared_is_refused(tmp_path, losses, summary, says):
@@ -76,7 +76,7 @@ def test_a_run_that_did_not_note_its_data_is_refused(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     del summary["data"]
     (folder / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(UserError, match="train it anew"):
+    with pytest.raises(UserError, match="train it again"):
         read_run(folder)
 
 

@@ -69,7 +69,7 @@ def test_without_data_songs_are_composed(tmp_path, monkeypatch):
     assert [row["checkpoint_activations"] for row in rows] == ["none", "layer"]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
     text = target.read_text()
-    assert "2 composed songs" in text and "## Memory and speed by what is computed again" in text
+    assert "2 composed songs" in text and "## Memory and speed by recomputation" in text
 
     monkeypatch.setattr(compose, "compose", None)  # nothing is composed any more
     assert train.compose_shards(2, tmp_path / "kept") == tmp_path / "kept" / "shards"

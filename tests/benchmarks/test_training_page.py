@@ -59,7 +59,7 @@ def test_gpu_time_by_kinds_of_kernels():
     assert sparse == ["-", "13.0", "2.5", "158.0", "15.5 |"]
     assert dense == ["120.0", "-", "-", "236.0", "0.0 |"]
     unknown = row("base", "triton", 24576, 1.0) | {"gpu_time": None}
-    assert "GPU time of a step" not in page([of(unknown)], ["a.json"]).split("## What is what")[0]
+    assert "GPU time of a step" not in page([of(unknown)], ["a.json"]).split("## How to read the tables")[0]
 
 
 def test_a_later_row_of_the_same_replaces_a_failure():
@@ -113,7 +113,7 @@ def test_recomputation_is_set_beside_none():
         row("large", "triton", 24576, 200e3, 60.0, "ffn"),
     ]
     text = page([of(*base, *large, row("small", "triton", 24576, 1e6))], ["a.json"])
-    plain, layer, _, ffn = table_rows(text, "Memory and speed by what is computed again")
+    plain, layer, _, ffn = table_rows(text, "Memory and speed by recomputation")
     assert plain.endswith("| 80.0 | 100% | 600,000 | 100% |")
     assert layer.endswith("| layer | 1 | 4 | 20.0 | 25% | 450,000 | 75% |")
     assert ffn.endswith("| ffn | 1 | 4 | 60.0 | - | 200,000 | 67% |")
