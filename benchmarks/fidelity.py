@@ -1,6 +1,6 @@
 """`python -m benchmarks.fidelity FOLDER`: how well songs survive encoding and decoding.
 
-The readings of a song below share no code with the tokenizer.
+The functions that read a song here share no code with the tokenizer.
 """
 
 import time
@@ -30,10 +30,10 @@ def notes_by_key(midi: miditoolkit.MidiFile) -> dict[tuple[int, int], list[tuple
 
 
 def as_one_player(notes: dict) -> dict:
-    """What remains when all tracks of one program are played by one player.
+    """The notes that remain if all tracks of one program are played by one player.
 
-    Notes of one pitch that begin on the same step (1/24 quarter) sound as one, the longest; a note
-    that still sounds when its pitch is struck again ends there.
+    Of notes of one pitch that begin on the same step (1/24 quarter) the longest remains; a note that still
+    sounds when its pitch is struck again ends there.
     """
     result = {}
     for key, struck in notes.items():
@@ -100,7 +100,7 @@ def bar_lines(midi: miditoolkit.MidiFile, end: float) -> list[tuple[float, int, 
 
 
 def seconds_at(midi: miditoolkit.MidiFile, quarters: float) -> float:
-    """Time at which a position is played."""
+    """Playing time in seconds up to a position in quarters."""
     changes = {0: 120.0}
     for change in midi.tempo_changes:
         changes[change.time] = change.tempo
@@ -113,7 +113,7 @@ def seconds_at(midi: miditoolkit.MidiFile, quarters: float) -> float:
 
 
 def bar_tempi(midi: miditoolkit.MidiFile, lines: list[tuple[float, int, int]]) -> np.ndarray:
-    """Mean tempo of each bar in quarters a minute, by the time it lasts."""
+    """Mean tempo of each bar in quarters per minute, from its duration."""
     quarters = np.array([4 * n / d for _, n, d in lines])
     lasted = [seconds_at(midi, at + 4 * n / d) - seconds_at(midi, at) for at, n, d in lines]
     return 60 * quarters / np.array(lasted)
@@ -150,7 +150,7 @@ def measure(midi: miditoolkit.MidiFile) -> dict[str, float]:
     }
 
 
-# What each figure of a song says.
+# What each figure of a song is, as on the page.
 MEANINGS = {
     "tokens": "tokens per song",
     "onset_f1": "note F1, onset within 1/48 quarter",

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.loss_curves RUN RUN`: how far the losses of two training runs are apart.
+"""`python -m benchmarks.loss_curves RUN RUN`: the difference between the losses of two training runs.
 
-Reads `log.jsonl` of each run folder, and draws and writes down both curves and their difference: the same
-data and seed on two attention backends must follow each other within rounding.
+Reads `log.jsonl` of each run folder, and writes both curves and their difference as JSON and as a chart: two
+attention backends on the same data and seed must agree within rounding.
 """
 
 import json
@@ -26,7 +26,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def compare(first: dict[int, float], second: dict[int, float]) -> dict:
-    """Both curves over the steps they share, and their difference relative to the loss."""
+    """Both curves over the steps that both have, and their difference relative to the loss."""
     steps = sorted(first.keys() & second.keys())
     if not steps:
         raise UserError("the two runs share no step")
@@ -54,7 +54,7 @@ def draw(result: dict, names: list[str], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m benchmarks.loss_curves", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs=2, type=Path, help="folders of training runs")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; a picture goes beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; its chart goes beside it")
     arguments = parser.parse_args(argv)
     result = compare(*map(losses, arguments.runs))
     names = [run.name for run in arguments.runs]

@@ -1,4 +1,4 @@
-"""`python -m meloformer.compose`: a corpus of composed songs, as MIDI files."""
+"""`python -m meloformer.compose`: songs by the procedural composer, as MIDI files."""
 
 from pathlib import Path
 
@@ -8,10 +8,13 @@ from .errors import UserError
 
 
 def main() -> None:
-    parser = cli.Parser(prog="python -m meloformer.compose", description="Write songs as MIDI files.")
+    parser = cli.Parser(
+        prog="python -m meloformer.compose",
+        description="Compose songs by rules, without a model, and write them as MIDI files.",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the .mid files")
     parser.add_argument("--count", type=cli.positive_int, default=40, help="number of songs")
-    parser.add_argument("--seed", type=int, default=0, help="which songs")
+    parser.add_argument("--seed", type=int, default=0, help="random seed: another one gives other songs")
     args = parser.parse_args()
     try:
         paths = compose_corpus(args.output, args.count, args.seed)

@@ -1,6 +1,6 @@
-"""`python -m meloformer.demo`: the whole way from MIDI files to a new song, in a few minutes.
+"""`python -m meloformer.demo`: every step from MIDI files to a new song, in a few minutes.
 
-Every step is the command a user would type, and is printed as such.
+Each step runs the command that a user would type, and prints it.
 """
 
 import shlex
@@ -25,7 +25,7 @@ BARS = 8
 
 
 def step(title: str, command: Callable[[list[str]], int | None], args: dict[str, object]) -> None:
-    """Say and run `python -m <the command's module>` with `--key value` arguments."""
+    """Print and run `python -m <module of the command>` with `--key value` arguments."""
     words = [word for key, value in args.items() for word in (f"--{key}", str(value))]
     print(f"\n{title}\n$ {shlex.join(['python', '-m', command.__module__, *words])}")
     if code := command(words):
@@ -35,11 +35,13 @@ def step(title: str, command: Callable[[list[str]], int | None], args: dict[str,
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(
         prog="python -m meloformer.demo",
-        description="Compose songs, preprocess them, train a small model and let it write a song.",
+        description="Compose songs, preprocess them, train a small model and generate a song with it.",
     )
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all of it")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
     parser.add_argument("--steps", type=cli.positive_int, default=STEPS, help="optimizer steps to train")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier demo left there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the results of an earlier demo there"
+    )
     args = parser.parse_args(argv)
     try:
         demo(args.output, args.steps, args.overwrite)
@@ -47,8 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{error.filename or args.output}: {error.strerror or error}") from error
 
 
-def make_room(folder: Path, overwrite: bool) -> None:
-    """Leave `folder` empty but for the mark of a demo; only a demo's own folder is ever emptied."""
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Create `folder`, or delete the results of an earlier demo in it; it is marked as the folder of a demo.
+
+    Raises:
+        UserError: it is a file, has other content, or has results and `overwrite` is not set.
+    """
     mark = folder / ".meloformer-demo"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")
@@ -66,8 +72,8 @@ def make_room(folder: Path, overwrite: bool) -> None:
 
 
 def demo(folder: Path, steps: int, overwrite: bool) -> None:
-    """All of it, into `folder`."""
-    make_room(folder, overwrite)
+    """Run all steps, with all results in `folder`."""
+    prepare_folder(folder, overwrite)
     started = time.perf_counter()
 
     print(f"A real song, and {SONGS} songs by a small procedural composer")
@@ -117,7 +123,7 @@ def demo(folder: Path, steps: int, overwrite: bool) -> None:
         run / "checkpoints": "the checkpoint",
     }.items():
         print(f"  {path!s:32} {what}")
-    print(f"{steps} steps teach habits, not music: train longer, on your own MIDI files.")
+    print(f"{steps} steps teach a model little: train longer, and on your own MIDI files.")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ def test_only_a_demos_own_folder_is_emptied(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
     folder = tmp_path / "demo"
-    demo.make_room(folder, overwrite=False)
+    demo.prepare_folder(folder, overwrite=False)
     (folder / "run").mkdir()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="add --overwrite"):
-        demo.make_room(folder, overwrite=False)
-    demo.make_room(folder, overwrite=True)
+        demo.prepare_folder(folder, overwrite=False)
+    demo.prepare_folder(folder, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == [".meloformer-demo", "notes.txt"]
 
 

@@ -148,6 +148,19 @@ def test_nothing_is_left_where_the_work_fails(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_leaves_no_part_of_a_song(checkpoint, tmp_path, monkeypatch):
+    target = tmp_path / "songs" / "x.mid"
+    target.parent.mkdir()
+
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", fill)
+    with pytest.raises(UserError, match=r"cannot write .*x\.mid: No space left"):
+        module.main(["--checkpoint", str(checkpoint), "--output", str(target), "--max_tokens", "100"])
+    assert not list(target.parent.iterdir())
+
+
 @pytest.mark.parametrize(
     "data, reason", [(b"", "empty"), (b"no music", "not_midi"), (None, "unreadable")], ids=str
 )

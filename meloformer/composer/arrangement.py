@@ -1,4 +1,4 @@
-"""What a band knows: metres, chords, and the patterns each part plays. `compose` makes songs of it.
+"""The material of composed songs: metres, chords, and a pattern generator for each role of the band.
 
 A pattern is one to four bars of hits that name tones of the chord or the scale, not pitches; the
 chord of each bar turns them into notes. All times are steps of `vocab.STEPS_PER_QUARTER`.
@@ -16,7 +16,7 @@ _Item = TypeVar("_Item")
 
 
 class Dice:
-    """Random choices built on `Random.random` alone, the one method Python promises never to change."""
+    """Random choices by `Random.random` alone, whose sequence Python guarantees not to change."""
 
     def __init__(self, *seed: object):
         self.random = random.Random("/".join(map(str, seed))).random
@@ -34,7 +34,7 @@ class Dice:
 
 @dataclass(frozen=True)
 class Metre:
-    """A time signature and how a bar of it is felt: the length of each beat in steps."""
+    """A time signature and the length of each beat of a bar in steps."""
 
     signature: tuple[int, int]
     beats: tuple[int, ...]
@@ -80,7 +80,7 @@ METRES = {
         Metre((12, 8), (36, 36, 36, 36)),
     )
 }
-# Draw from these: each as often as it stands here.
+# Drawn uniformly: a signature listed twice is twice as likely.
 COMMON_SIGNATURES = ((4, 4),) * 6 + ((3, 4),) * 2 + ((6, 8),) * 2 + ((2, 4), (5, 4), (7, 8), (12, 8))
 
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
@@ -129,7 +129,7 @@ Pattern = list[list[Hit]]  # the hits of each bar
 
 @dataclass(frozen=True)
 class Harmony:
-    """What the tones of one bar mean."""
+    """What turns the tones of a bar's hits into pitches."""
 
     chord: Chord
     following: Chord

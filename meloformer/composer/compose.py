@@ -1,7 +1,7 @@
 """A procedural composer: multi-instrument songs with real form, for the demo, tests and benchmarks.
 
-A song is a chain of sections (intro, verse, chorus, bridge, ...). A section that returns brings back
-its chords and patterns with small variations, so a model has something to find many bars back.
+A song is a sequence of sections (intro, verse, chorus, bridge, ...). A section that returns repeats its
+chords and patterns with small variations, so that a model can learn from what lies many bars back.
 """
 
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def compose(
     signature: tuple[int, int] | None = None,
     tempo: float | None = None,
 ) -> MidiFile:
-    """Write one song.
+    """Compose one song.
 
     The same arguments give the same song on every platform and Python version. Consecutive seeds
     spread evenly over the lengths, from 4 bars to more than 20,000 tokens.
@@ -99,7 +99,7 @@ def compose(
 
 
 def _draw_bars(seed: int, parts: int, metre: Metre) -> int:
-    """A length that aims at a number of tokens, log-uniform over consecutive seeds."""
+    """A number of bars for a number of tokens that is log-uniform over consecutive seeds."""
     spread = seed * 2654435769 % 2**32 / 2**32  # multiples of the golden ratio fill [0, 1) evenly
     tokens = 300 * 75**spread
     tokens_per_bar = 24 * parts * metre.steps / (4 * STEPS_PER_QUARTER)  # as dense songs come out
@@ -120,7 +120,7 @@ def _announce(midi: MidiFile, section: "Section", start: int) -> None:
 
 @dataclass(frozen=True)
 class Section:
-    """A stretch of the form. Sections of equal `theme` and metre share their material."""
+    """A section of the form. Sections of equal `theme` and metre share chords and patterns."""
 
     name: str
     theme: str
@@ -166,7 +166,7 @@ class _Theme:
 
 
 class _Band:
-    """The players of one song: they keep the themes they know and the notes they have played."""
+    """The instruments of one song, the themes invented so far, and the notes played so far."""
 
     def __init__(self, seed: int):
         dice = Dice(seed, "band")
@@ -184,7 +184,7 @@ class _Band:
         self.notes: dict[str, list[Note]] = {}
 
     def begin(self, section: Section) -> None:
-        """Settle what this section plays: its theme, new or varied, and who rests."""
+        """Choose what this section plays: a new theme or a variation of a known one, and which roles rest."""
         key = (section.theme, section.metre)
         returning = key in self.themes
         if not returning:
@@ -220,7 +220,7 @@ class _Band:
             self._play("drums", start, hit, hit.tone, loudness)
 
     def play_last_bar(self, start: int, section: Section) -> None:
-        """Everyone holds the tonic."""
+        """All roles hold the tonic chord."""
         tonic = Chord(section.tonic, QUALITIES["maj" if self.mode == "major" else "min"])
         harmony = Harmony(tonic, tonic, self._scale(section))
         for role in self.programs:
@@ -231,7 +231,7 @@ class _Band:
             self._play("drums", start, Hit(0, STEPS_PER_QUARTER, drum, 1.0), drum, 72)
 
     def instruments(self) -> list[Instrument]:
-        """All that was played, one part per program, notes by onset and pitch."""
+        """The tracks, one per program, notes sorted by onset and pitch."""
         return [
             Instrument(
                 self.programs.get(part, 0),
@@ -251,7 +251,7 @@ class _Band:
         )
 
     def _vary(self, pattern: Pattern) -> Pattern:
-        """The same but for a few notes moved or left out."""
+        """A copy with a few notes moved or left out."""
         dice = self.dice
         return [
             [

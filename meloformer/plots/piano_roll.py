@@ -20,7 +20,7 @@ from .style import COLOURS, DPI, FAINT, GREY, INK, LINE, save_figure
 
 _DRUM_COLOUR = "#4a4f5c"
 
-# Piano roll, in inches.
+# In inches.
 _WIDTH, _LEFT, _RIGHT, _ROW_GAP = 16.0, 0.75, 0.3, 0.62
 _MAX_ROWS = 5
 _BARS_PER_ROW = (16, 24, 32, 48, 64, 96, 128)
@@ -42,20 +42,20 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
     """Draw a song as a PNG file.
 
     Bars run from left to right, wrapped into at most five rows; bar lines follow the time signatures.
-    Each program has a colour, louder notes are darker, and drums have a lane of their own.
-    Markers (chord labels, for one) stand above the notes if they fit.
+    Each program has a colour, louder notes are darker, and drums are drawn below the pitches. Markers, such
+    as chord labels, are written above the notes if they fit.
 
     Args:
         midi: the song; it may be empty.
         path: the file to write.
-        title: a line above the picture.
+        title: text above the picture; "Piano roll" if empty.
 
     Raises:
         UserError: the file cannot be written.
     """
     parts = _parts(midi)
-    lines = _bar_lines(midi, max((int(part.notes[:, 1].max()) for part in parts), default=0))
-    rows = _rows(lines)
+    bar_lines = _bar_lines(midi, max((int(part.notes[:, 1].max()) for part in parts), default=0))
+    rows = _rows(bar_lines)
     melodic = [part for part in parts if not part.is_drum]
     drums = [part for part in parts if part.is_drum]
     pitches = np.concatenate([part.notes[:, 2] for part in melodic]) if melodic else np.array([60, 72])
@@ -67,18 +67,18 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
     head = 0.75 + 0.24 * legend_rows
     height = head + len(rows) * (roll + lane + _ROW_GAP)
     figure = Figure(figsize=(_WIDTH, height), dpi=DPI, facecolor="white")
-    longest = max(lines[stop] - lines[start] for start, stop in rows)
+    longest = max(bar_lines[stop] - bar_lines[start] for start, stop in rows)
     ticks_per_inch = longest / (_WIDTH - _LEFT - _RIGHT)
-    markers = _fitting_markers(midi, lines, rows, ticks_per_inch)
+    markers = _fitting_markers(midi, bar_lines, rows, ticks_per_inch)
 
     for index, (start, stop) in enumerate(rows):
         top = height - head - index * (roll + lane + _ROW_GAP)
-        width = (lines[stop] - lines[start]) / ticks_per_inch
+        width = (bar_lines[stop] - bar_lines[start]) / ticks_per_inch
 
         def add_axes(bottom: float, tall: float, width: float = width, start=start, stop=stop) -> Axes:
             box = (_LEFT / _WIDTH, bottom / height, width / _WIDTH, tall / height)
-            axes = figure.add_axes(box, xlim=(lines[start], lines[stop]))
-            _bar_grid(axes, lines[start : stop + 1])
+            axes = figure.add_axes(box, xlim=(bar_lines[start], bar_lines[stop]))
+            _bar_grid(axes, bar_lines[start : stop + 1])
             return axes
 
         axes = add_axes(top - roll, roll)
@@ -87,14 +87,14 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
         if drums:
             axes = add_axes(top - roll - lane, lane)
             _draw_drums(axes, drums, ticks_per_inch)
-        _number_bars(axes, lines, start, stop, ticks_per_inch)
+        _number_bars(axes, bar_lines, start, stop, ticks_per_inch)
 
     x = _LEFT / _WIDTH
     figure.text(x, 1 - 0.22 / height, title or "Piano roll", color=INK, size=13, weight="bold", va="top")
     figure.text(
         1 - _RIGHT / _WIDTH,
         1 - 0.25 / height,
-        _summary(midi, lines),
+        _summary(midi, bar_lines),
         color=GREY,
         size=9,
         ha="right",
@@ -145,26 +145,26 @@ def _bar_lines(midi: MidiFile, end: int) -> list[int]:
     ]
     if not changes or changes[0][0] > 0:
         changes.insert(0, (0, 4, 4))
-    lines, last_bar = [0], 4 * midi.ticks_per_beat
+    bar_lines, last_bar = [0], 4 * midi.ticks_per_beat
     for (tick, numerator, denominator), after in zip(changes, [*(c[0] for c in changes[1:]), end]):
         bar = max(numerator * 4 * midi.ticks_per_beat // denominator, 1)
         starts = range(tick, min(after, end), bar)
         if starts or tick == 0:
-            lines, last_bar = [*lines[: None if tick else 0], *(starts or [0])], bar
-    return [*lines, lines[-1] + last_bar]
+            bar_lines, last_bar = [*bar_lines[: None if tick else 0], *(starts or [0])], bar
+    return [*bar_lines, bar_lines[-1] + last_bar]
 
 
-def _rows(lines: Sequence[int]) -> list[tuple[int, int]]:
+def _rows(bar_lines: Sequence[int]) -> list[tuple[int, int]]:
     """First bar and end of each row of the picture."""
-    bars = len(lines) - 1
+    bars = len(bar_lines) - 1
     if bars <= 24:
         return [(0, bars)]
     per_row = next((n for n in _BARS_PER_ROW if n * _MAX_ROWS >= bars), math.ceil(bars / _MAX_ROWS))
     return [(start, min(start + per_row, bars)) for start in range(0, bars, per_row)]
 
 
-def _bar_grid(axes: Axes, lines: Sequence[int]) -> None:
-    axes.vlines(lines, 0, 1, transform=axes.get_xaxis_transform(), color=LINE, linewidth=0.6, zorder=1)
+def _bar_grid(axes: Axes, bar_lines: Sequence[int]) -> None:
+    axes.vlines(bar_lines, 0, 1, transform=axes.get_xaxis_transform(), color=LINE, linewidth=0.6, zorder=1)
     axes.tick_params(length=0, labelsize=7.5, labelcolor=GREY, pad=3)
     axes.set_xticks([])
     for spine in axes.spines.values():
@@ -186,7 +186,7 @@ def _draw_melodic(axes: Axes, parts: list[_Part], low: int, high: int, ticks_per
         linewidth=0.5,
     )
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
-    # Sustained parts lie below quick ones and are drawn thicker: where two share a pitch, both show.
+    # Parts with long notes are drawn first and thicker: where two share a pitch, both remain visible.
     layers = sorted(parts, key=lambda part: -np.mean(part.notes[:, 1] - part.notes[:, 0]))
     for part, half in zip(layers, np.linspace(0.46, 0.3, len(layers))):
         start, end, pitch, velocity = part.notes.T
@@ -195,7 +195,7 @@ def _draw_melodic(axes: Axes, parts: list[_Part], low: int, high: int, ticks_per
 
 
 def _draw_drums(axes: Axes, parts: list[_Part], ticks_per_inch: float) -> None:
-    """One line for each part of the kit; a hit is a short stroke, for drums do not last."""
+    """A lane for each part of the kit. A hit is a short stroke: drums have no length."""
     keys = np.unique(np.concatenate([part.notes[:, 2] for part in parts]))
     group_of = {
         key: next((g for g, own in DRUM_GROUPS.items() if key in own), "other") for key in keys.tolist()
@@ -206,10 +206,10 @@ def _draw_drums(axes: Axes, parts: list[_Part], ticks_per_inch: float) -> None:
     axes.set_facecolor("#fafbfc")
     for part in parts:
         start, end, pitch, velocity = part.notes.T
-        line = np.array([shown.index(group_of[key]) for key in pitch.tolist()])
+        lane = np.array([shown.index(group_of[key]) for key in pitch.tolist()])
         end = np.minimum(end, start + 0.035 * ticks_per_inch)
         end = np.maximum(end, start + 0.012 * ticks_per_inch)
-        _draw_boxes(axes, start, end, line - 0.36, line + 0.36, velocity, part.colour)
+        _draw_boxes(axes, start, end, lane - 0.36, lane + 0.36, velocity, part.colour)
 
 
 def _draw_boxes(
@@ -221,11 +221,11 @@ def _draw_boxes(
     velocity: np.ndarray,
     colour: str,
 ) -> None:
-    """Draw the boxes that lie within the axes, quiet notes nearer to white."""
+    """Draw the boxes that lie within the axes; the quieter a note, the closer to white."""
     low, high = axes.get_xlim()
     seen = (right > low) & (left < high)
     corners = np.stack([left, bottom, left, top, right, top, right, bottom], axis=1)[seen].reshape(-1, 4, 2)
-    # Mixed with white, not transparent: see-through colours would add up to ones the legend lacks.
+    # Mixed with white, not transparent: overlapping notes would blend into colours not in the legend.
     strength = 0.3 + 0.7 * velocity[seen, None] / 127
     colours = 1 - strength * (1 - np.array(to_rgb(colour)))
     axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0, zorder=2), autolim=False)
@@ -246,23 +246,23 @@ def _label_top(axes: Axes, midi: MidiFile, markers: list[tuple[int, str]], roll:
             axes.axvline(change.time, color=GREY, linewidth=1.0, zorder=1)
 
 
-def _number_bars(axes: Axes, lines: Sequence[int], start: int, stop: int, ticks_per_inch: float) -> None:
-    """Bar numbers under the row, from 1, as many as are easy to read."""
-    bar_width = (lines[stop] - lines[start]) / (stop - start) / ticks_per_inch
+def _number_bars(axes: Axes, bar_lines: Sequence[int], start: int, stop: int, ticks_per_inch: float) -> None:
+    """Number the bars below the row, from 1, leaving some out where they would be too close."""
+    bar_width = (bar_lines[stop] - bar_lines[start]) / (stop - start) / ticks_per_inch
     step = next((n for n in (1, 2, 4, 8, 16, 32, 64) if n * bar_width >= 0.4), 128)
     numbered = range(start, stop, step)
-    axes.set_xticks([lines[bar] for bar in numbered], [str(bar + 1) for bar in numbered], ha="left")
+    axes.set_xticks([bar_lines[bar] for bar in numbered], [str(bar + 1) for bar in numbered], ha="left")
 
 
 def _fitting_markers(
-    midi: MidiFile, lines: Sequence[int], rows: list[tuple[int, int]], ticks_per_inch: float
+    midi: MidiFile, bar_lines: Sequence[int], rows: list[tuple[int, int]], ticks_per_inch: float
 ) -> list[tuple[int, str]]:
-    """Markers as (tick, text), repeated ones once; none at all if they would run into each other."""
+    """Markers as (tick, text), consecutive equal ones once; none at all if many would overlap."""
     markers: list[tuple[int, str]] = []
-    starts = {lines[start] for start, _ in rows}
+    starts = {bar_lines[start] for start, _ in rows}
     for marker in sorted(midi.markers, key=lambda marker: marker.time):
         text = _short_chord(" ".join(marker.text.split()))
-        if text and (not markers or markers[-1][1] != text) and marker.time < lines[-1]:
+        if text and (not markers or markers[-1][1] != text) and marker.time < bar_lines[-1]:
             markers.append((marker.time, text[:24]))
     crowded = sum(
         len(text) * 0.068 + 0.06 > (after - tick) / ticks_per_inch
@@ -273,7 +273,7 @@ def _fitting_markers(
 
 
 def _short_chord(text: str) -> str:
-    """`A:min7` as musicians write it, `Am7`, and `N`, no chord, `N.C.`; any other text as it is."""
+    """A chord label in lead-sheet notation: `A:min7` -> `Am7`, `N` -> `N.C.`; other text unchanged."""
     if text == "N":
         return "N.C."
     root, colon, quality = text.partition(":")
@@ -282,16 +282,16 @@ def _short_chord(text: str) -> str:
     return root.replace("#", "♯") + _QUALITY_SIGNS.get(quality, quality)
 
 
-def _summary(midi: MidiFile, lines: Sequence[int]) -> str:
+def _summary(midi: MidiFile, bar_lines: Sequence[int]) -> str:
     """Bars, tempo range and playing time."""
     tempi = sorted((change.time, change.tempo) for change in midi.tempo_changes if change.tempo > 0)
     if not tempi or tempi[0][0] > 0:
         tempi.insert(0, (0, 120.0))
     seconds = sum(
-        max(min(after, lines[-1]) - tick, 0) / midi.ticks_per_beat * 60 / tempo
-        for (tick, tempo), after in zip(tempi, [*(tick for tick, _ in tempi[1:]), lines[-1]])
+        max(min(after, bar_lines[-1]) - tick, 0) / midi.ticks_per_beat * 60 / tempo
+        for (tick, tempo), after in zip(tempi, [*(tick for tick, _ in tempi[1:]), bar_lines[-1]])
     )
     slow, fast = (round(choose(tempo for _, tempo in tempi)) for choose in (min, max))
     bpm = f"{slow} BPM" if slow == fast else f"{slow} to {fast} BPM"
-    bars = len(lines) - 1
+    bars = len(bar_lines) - 1
     return f"{bars:,} bar{'s' * (bars > 1)}   ·   {bpm}   ·   {int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,9 +1,11 @@
-"""What all pictures share: colours, plain axes, PNG files.
+"""What all pictures share: colours, the style of axes, writing PNG files.
 
-Figures are built without pyplot, so that drawing touches no global state and needs no display.
+Figures are built without pyplot: no global state, and no display needed.
 """
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ COLOURS = (
 
 
 def style_axes(axes: Axes) -> None:
-    """A faint grid behind the curves, lines at the left and below, grey figures without ticks."""
+    """A faint grid behind the data, spines at the left and bottom only, grey labels without tick marks."""
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=GREY)
@@ -28,8 +30,17 @@ def style_axes(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a PNG file, the same bytes for the same figure. Raises UserError if it cannot be written."""
-    try:  # the default metadata names the version of matplotlib
-        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    """Write a PNG file, whole or not at all, and reproducible to the byte.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:  # the default metadata contains the version of matplotlib
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None
