@@ -1,10 +1,5 @@
 """The figures of one column of the attention report, on CPU."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +14,6 @@ from meloformer.kernels import make_attention
 from helpers.attention_cases import PHASES, case
 
 TINY = Shape(heads=2, dim=8, dtype=torch.float32)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class TestMeasure:
@@ -99,28 +93,3 @@ class TestMeasure:
         monkeypatch.setattr(measure, "sparse_errors", lambda *_: {"update o": 2.5})
         with pytest.raises(WrongResult, match=r"errs 2\.50"):
             self.of("triton")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure at full length")
-def test_pytest_benchmarks_run_on_cpu():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks",
-        "--benchmark-only",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-    ]
-    # A test process is a worker of pytest-xdist: the new one is not.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [*command, "-k", "small-256-batch1 or base-2048"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b7 passed, 35 skipped", done.stdout), done.stdout
-    assert "needs a CUDA device" in done.stdout
-    measured = set(re.findall(r"^(test_\w+)\[", done.stdout, re.M))
-    assert measured == {"test_plan", "test_forward", "test_backward", "test_forward_and_backward"}
