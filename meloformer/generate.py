@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from . import cli
 from .errors import MidiError, UserError
+from .files import temporary_of
 from .generation.constraints import Constraints
 from .generation.load import load_model
 from .generation.loop import DEFAULT_MAX_TOKENS, generate
@@ -87,9 +88,11 @@ def require_writable(flag: str, path: str) -> None:
         if target.exists() and not stat.S_ISREG(target.stat().st_mode):
             raise UserError(f"{flag} {path}: exists and is not a regular file")
         # Files are written under a longer name beside the target and then renamed: try one like it.
-        probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        probe = temporary_of(target)
+        was_there = probe.exists()
         probe.touch()
-        probe.unlink()
+        if not was_there:
+            probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{flag} {path!r}: cannot be written ({reason})") from None

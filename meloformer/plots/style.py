@@ -4,13 +4,12 @@ Figures are built without pyplot: no global state, and no display needed.
 """
 
 import os
-from contextlib import suppress
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import UserError
+from ..files import atomic_writer
 
 DPI = 150
 INK, GREY, LINE, FAINT = "#1f2430", "#5b6270", "#c9cdd6", "#edeff3"
@@ -35,12 +34,8 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:  # the default metadata contains the version of matplotlib
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-        os.replace(temporary, path)
+    try:
+        with atomic_writer(path) as file:  # the default metadata contains the version of matplotlib
+            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from None

@@ -53,7 +53,7 @@ def test_batches_are_full_and_dealt_out_as_in_training(data):
     both = [train_run.full_batches(packed, 2, Job(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
     for step in range(of_epoch):
         group = [(4 * step + i) % of_epoch for i in range(4)]
-        for batches, rows in zip(both, packed.dealt(0, group, 2)):
+        for batches, rows in zip(both, packed.rows_by_rank(0, group, 2)):
             assert torch.equal(next(batches)[0].ids, torch.cat([expected[row] for row in rows]))
 
 

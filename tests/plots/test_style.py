@@ -13,8 +13,8 @@ def test_a_full_disk_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypat
     path.write_bytes(b"old")
 
     def fill(figure, target, **_):
-        target.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        target.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Figure, "savefig", fill)
     with pytest.raises(UserError, match=r"cannot write the picture .*a\.png: No space left"):
