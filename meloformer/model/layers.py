@@ -4,7 +4,7 @@ Shape suffixes: B rows, N regular tokens, M summary tokens, H heads, D = E / H c
 E model width. `s_` and `r_` are the summary and the regular stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,15 @@ class Rotary:
     the tables are rounded to `dtype`, once for all layers.
     """
 
-    def __init__(self, position_BN: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-        channel = torch.arange(0, head_dim, 2, device=position_BN.device, dtype=torch.float32)
-        frequency = theta ** (-channel / head_dim)
-        angle_BND = position_BN[..., None].float() * frequency
-        angle_BND = torch.cat([angle_BND, angle_BND], dim=-1)
+    def __init__(self, clocks: Sequence[tuple[Tensor, int, float]], dtype: torch.dtype):
+        """`clocks`: (position [B, N], how many pairs of channels it rotates, base of their frequencies)."""
+        angles = []
+        for position_BN, pairs, theta in clocks:
+            frequency = theta ** (
+                -torch.arange(pairs, device=position_BN.device, dtype=torch.float32) / pairs
+            )
+            angles.append(position_BN[..., None].float() * frequency)
+        angle_BND = torch.cat([*angles, *angles], dim=-1)
         self.cos_BND, self.sin_BND = angle_BND.cos().to(dtype), angle_BND.sin().to(dtype)
 
 

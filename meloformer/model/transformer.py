@@ -17,6 +17,7 @@ from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
 from ..tokens import vocab
+from .inputs import TABLE_SIZES, InputFeatures, input_features
 from .layers import DenseLayer, Embedding, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
@@ -28,6 +29,12 @@ class ModelConfig:
     """The shape of a model. `ffn` is the inner width of SwiGLU; `near_bars`, `kind_rule`: see `Structure`.
 
     A `dense` model has no summaries: it attends to all earlier tokens of the document, of whatever kind.
+
+    Attributes:
+        rope_theta, time_theta: bases of RoPE's frequencies for the token index and for musical time.
+        time_fraction: part of a head's pairs of channels that musical time rotates; the token index rotates
+            the others.
+        features: names of the `InputFeatures` whose embeddings are added to the input.
     """
 
     layers: int
@@ -40,9 +47,17 @@ class ModelConfig:
     size: str = "custom"  # the name of a preset
     dense: bool = False
     kind_rule: str = KIND_RULE
+    time_fraction: float = 0.75
+    time_theta: float = 500_000.0
+    features: tuple[str, ...] = InputFeatures._fields
 
     def __post_init__(self):
-        object.__setattr__(self, "near_bars", tuple(self.near_bars))  # a list when read from JSON
+        for name in ("near_bars", "features"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list when read from JSON
+        if unknown := set(self.features) - set(InputFeatures._fields):
+            raise ValueError(f"there are no input features {sorted(unknown)}")
+        if not 0 <= self.time_fraction <= 1:
+            raise ValueError(f"time_fraction must be in 0..1, got {self.time_fraction}")
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} is not a multiple of 2 x heads ({self.heads})")
         check_kind_rule(self.kind_rule)
@@ -52,6 +67,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def time_pairs(self) -> int:
+        """Pairs of a head's channels that musical time rotates."""
+        return round(self.time_fraction * self.head_dim / 2)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -64,8 +84,8 @@ class ModelConfig:
 
 
 SIZES: dict[str, ModelConfig] = {
-    "small": ModelConfig(size="small", layers=6, dim=256, heads=4, ffn=2752),  # 17M parameters
-    "base": ModelConfig(size="base", layers=12, dim=512, heads=8, ffn=2880),  # 85M
+    "small": ModelConfig(size="small", layers=6, dim=256, heads=4, ffn=2496),  # 17M parameters
+    "base": ModelConfig(size="base", layers=12, dim=512, heads=8, ffn=2752),  # 85M
     "large": ModelConfig(size="large", layers=16, dim=768, heads=12, ffn=2816),  # 200M
     "xlarge": ModelConfig(size="xlarge", layers=24, dim=1024, heads=16, ffn=2688),  # 450M
 }
@@ -92,6 +112,9 @@ class MeloFormer(nn.Module):
         self.config, self.recompute = config, recompute
         self.token_embedding = Embedding(config.padded_vocab_size, config.dim)
         self.instrument_embedding = Embedding(NO_INSTRUMENT + 1, config.dim)
+        self.feature_embeddings = nn.ModuleDict(
+            {name: Embedding(getattr(TABLE_SIZES, name), config.dim) for name in config.features}
+        )
         shape = config.dim, config.heads, config.ffn
         if config.dense:
             self.layers = nn.ModuleList(DenseLayer(*shape) for _ in range(config.layers))
@@ -171,23 +194,33 @@ class MeloFormer(nn.Module):
         # Streams are in the dtype that products are computed in: between layers nothing is done but to add
         # and to norm, both bound by memory.
         dtype = self._compute_dtype()
+        features = input_features(ids_BN, structure)
         r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(structure.inst, dtype)
+        for name, embedding in self.feature_embeddings.items():
+            r_BNE = r_BNE + embedding(getattr(features, name), dtype)
         recomputes = self.recompute == "layer" and torch.is_grad_enabled()
         run = recomputed if recomputes else _run
-        rotary_r = self._rotary(structure.position)
+        # Where a token sounds, in steps, as if every bar were as long as a bar can be: what repeats from bar
+        # to bar repeats at the same distance in this time, which a token index cannot express.
+        onset_BN = (features.onset - 1).clamp(min=0)
+        rotary_r = self._rotary(structure.position, structure.bar * vocab.MAX_BAR_STEPS + onset_BN)
         if self.config.dense:
             for layer in self.layers:
                 r_BNE = run(layer, r_BNE, attention, rotary_r)
         else:
             s_BME = self.summary_embedding.to(r_BNE.dtype)
             s_BME = s_BME.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
-            rotary_s = self._rotary(structure.summary_position)
+            bar_end_BM = (structure.summary_bar + 1) * vocab.MAX_BAR_STEPS
+            rotary_s = self._rotary(structure.summary_position, bar_end_BM)
             for layer in self.layers:
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
         return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
 
-    def _rotary(self, position_BN: Tensor) -> Rotary:
-        return Rotary(position_BN, self.config.head_dim, self.config.rope_theta, self._compute_dtype())
+    def _rotary(self, position_BN: Tensor, time_BN: Tensor) -> Rotary:
+        config = self.config
+        by_index = config.head_dim // 2 - config.time_pairs
+        clocks = [(position_BN, by_index, config.rope_theta), (time_BN, config.time_pairs, config.time_theta)]
+        return Rotary([clock for clock in clocks if clock[1]], self._compute_dtype())
 
     def _compute_dtype(self) -> torch.dtype:
         device = self.device.type

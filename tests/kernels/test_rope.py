@@ -15,7 +15,8 @@ def inputs(parts, dim, dtype, heads_first=False, twice=False):
     """A projection, tables, and gradients, which attention lays out in either order; with `twice`, of keys
     and values once more."""
     generator = torch.Generator().manual_seed(parts + dim)
-    rotary = Rotary(torch.randint(2000, (B, N), generator=generator), dim, 10000.0, torch.float64)
+    position = torch.randint(2000, (B, N), generator=generator)
+    rotary = Rotary([(position, dim // 2, 10000.0)], torch.float64)
     x = torch.randn(B, N, parts, H, dim, generator=generator, dtype=torch.float64)
     number = parts + 2 * twice
     order = (number, B, H, N, dim) if heads_first else (number, B, N, H, dim)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from meloformer.kernels import make_attention
 from meloformer.kernels.rope import turn
+from meloformer.model.inputs import input_features
 from meloformer.model.layers import Embedding, Rotary
 from meloformer.model.loss import IGNORE, next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer, ModelConfig
@@ -58,6 +59,9 @@ def design_written_out(model, ids, batch) -> torch.Tensor:
     position_r = torch.tensor([i for _, i, _ in tokens])
     last = {(doc, token.bar): i for doc, i, token in tokens}
     position_s = torch.tensor([last[bar] for bar in sorted(last)])
+    features = input_features(ids, structure(batch))
+    time_r = torch.tensor([192 * token.bar for *_, token in tokens]) + (features.onset[0] - 1).clamp(min=0)
+    time_s = torch.tensor([192 * (bar + 1) for _, bar in sorted(last)])
     summary_mask, regular_mask = oracle_masks(batch)
 
     def norm(x, name):
@@ -67,9 +71,16 @@ def design_written_out(model, ids, batch) -> torch.Tensor:
         parts = (x @ weights[name].T).chunk(parts, dim=-1)
         return [part.unflatten(-1, (config.heads, -1)).transpose(0, 1) for part in parts]  # [H, length, D]
 
-    def rotate(x, position):
+    def rotate(x, position, time):
         half = config.head_dim // 2
-        angle = position[:, None] * config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        by_time = round(0.75 * half)
+        angle = torch.cat(
+            [
+                clock[:, None] * theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+                for clock, pairs, theta in ((position, half - by_time, 1e4), (time, by_time, 5e5))
+            ],
+            dim=-1,
+        )
         turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)
         return torch.cat([turned.real, turned.imag], dim=-1)
 
@@ -78,16 +89,18 @@ def design_written_out(model, ids, batch) -> torch.Tensor:
 
     r = weights["token_embedding.weight"][ids[0]]
     r = r + weights["instrument_embedding.weight"][[token.inst for *_, token in tokens]]
+    for name, values in features._asdict().items():
+        r = r + weights[f"feature_embeddings.{name}.weight"][values[0]]
     s = weights["summary_embedding"].repeat(len(last), 1)
     for i in range(config.layers):
         layer = f"layers.{i}."
         q_s, k_s, v_s = project(norm(s, layer + "norm_s.weight"), layer + "qkv_s.weight", 3)
         q_r, k_r, v_r = project(norm(r, layer + "norm_r.weight"), layer + "qkv_r.weight", 3)
-        q_s, k_s = rotate(q_s, position_s), rotate(k_s, position_s)
-        q_r, k_r = rotate(q_r, position_r), rotate(k_r, position_r)
+        q_s, k_s = rotate(q_s, position_s, time_s), rotate(k_s, position_s, time_s)
+        q_r, k_r = rotate(q_r, position_r, time_r), rotate(k_r, position_r, time_r)
         o_s = attend(q_s, torch.cat([k_s, k_r], 1), torch.cat([v_s, v_r], 1), summary_mask)
         k2, v2 = project(o_s, layer + "kv2.weight", 2)
-        k2 = rotate(k2, position_s)
+        k2 = rotate(k2, position_s, time_s)
         o_r = attend(q_r, torch.cat([k2, k_r], 1), torch.cat([v2, v_r], 1), regular_mask)
         streams = [r + o_r @ weights[layer + "out_r.weight"].T]
         if i < config.layers - 1:
@@ -247,7 +260,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 
     def product(position_q, position_k):
         at = [
-            Rotary(torch.tensor([[position]]), 64, 10000.0, torch.float64)
+            Rotary([(torch.tensor([[position]]), 32, 10000.0)], torch.float64)
             for position in (position_q, position_k)
         ]
         q_turned, k_turned = (turn(x[None], r.cos_BND, r.sin_BND) for x, r in zip((q, k), at))
@@ -287,6 +300,10 @@ def test_config_normalises_and_refuses():
     assert ModelConfig(1, 32, 2, 48, vocab_size=128).padded_vocab_size == 128
     with pytest.raises(ValueError, match="multiple"):
         ModelConfig(1, 30, 4, 48)
+    with pytest.raises(ValueError, match="no input features"):
+        replace(TINY, features=("onset", "mood"))
+    with pytest.raises(ValueError, match="time_fraction"):
+        replace(TINY, time_fraction=1.5)
     with pytest.raises(ValueError, match="unknown kind_rule 'other'"):
         replace(TINY, kind_rule="other")
     for rule in NEW_RULES:

@@ -1,0 +1,156 @@
+"""What the model reads of a token besides its id and instrument: functions of the tokens up to it alone.
+
+HID leaves out what does not change, and music repeats itself. So the input of a token also says which onset,
+length, velocity and chord are in force; which token of its family came before; and what followed when the
+same token stood at the same place of an earlier bar. Attention could find each of these, but a small model
+needs many more songs to learn to.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.structure import NO_INSTRUMENT, Structure
+from ..tokens import vocab
+
+BAR_ENDS = len(vocab.INST) + 1  # in place of an instrument: the bar ended after this one
+
+
+class InputFeatures(NamedTuple):
+    """Indices into tables of embeddings, int64 [B, N] each; 0 stands for "none".
+
+    onset, length, velocity: 1 + the value of the T, L or V token in force, in a group of notes.
+    chord: 1 + the label of the bar.
+    previous: id of the previous token of the same family; of T, P, L and V within the group, of INST within
+        the bar.
+    repeat: id of the token that followed when this token, with the same onset and instrument, stood in the
+        document the last time.
+    next_instrument: 1 + the rank of the instrument that followed the present one in the last bar that had it,
+        or `BAR_ENDS`; before the first group of a bar, the one that began the bar before.
+    """
+
+    onset: Tensor
+    length: Tensor
+    velocity: Tensor
+    chord: Tensor
+    previous: Tensor
+    repeat: Tensor
+    next_instrument: Tensor
+
+
+TABLE_SIZES = InputFeatures(
+    onset=len(vocab.T) + 1,
+    length=len(vocab.L) + 1,
+    velocity=len(vocab.V) + 1,
+    chord=len(vocab.CHORD) + 1,
+    previous=vocab.VOCAB_SIZE,
+    repeat=vocab.VOCAB_SIZE,
+    next_instrument=BAR_ENDS + 1,
+)
+
+_NOTE_FAMILIES = (vocab.T, vocab.P, vocab.L, vocab.V)
+_SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
+
+
+@torch.no_grad()
+def input_features(ids_BN: Tensor, structure: Structure) -> InputFeatures:
+    """The features of packed rows, on the device of `ids_BN`; it never synchronizes with the host.
+
+    Args:
+        ids_BN: token ids, integer [B, N].
+        structure: of the same tokens; of it the documents, positions and instruments count.
+
+    What a token says follows from the tokens of its document up to it, so packing and padding change nothing.
+    """
+    scan = _Scan(ids_BN.long(), structure)
+    onset = scan.in_force(vocab.T)
+    return InputFeatures(
+        onset=onset,
+        length=scan.in_force(vocab.L),
+        velocity=scan.in_force(vocab.V),
+        chord=scan.value_at(scan.last_of(vocab.CHORD), vocab.CHORD, scan.start),
+        previous=scan.previous_of_family(),
+        repeat=scan.repeat(onset),
+        next_instrument=scan.next_instrument(),
+    )
+
+
+class _Scan:
+    """Scans along rows; every index tensor is [B, N] and holds -1 for "there is none"."""
+
+    def __init__(self, ids: Tensor, structure: Structure):
+        self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
+        self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.start = self.index - structure.position  # the document's first token; padding is its own
+        self.bar = self.last_of(vocab.CHORD)
+        in_note = _any(self.is_of(family) for family in _NOTE_FAMILIES)
+        self.group = torch.maximum(self.last(~in_note), self.start - 1)  # notes of a group come after this
+
+    def is_of(self, family: vocab.Family) -> Tensor:
+        return (self.ids >= family.start) & (self.ids < family.stop)
+
+    def last(self, marks: Tensor) -> Tensor:
+        """The last index at or before each token where `marks` holds."""
+        return torch.where(marks, self.index, -1).cummax(dim=1).values
+
+    def last_of(self, family: vocab.Family) -> Tensor:
+        return self.last(self.is_of(family))
+
+    def value_at(self, at: Tensor, family: vocab.Family, first: Tensor) -> Tensor:
+        """1 + the value of the family's token at index `at`, 0 where that is before `first`."""
+        value = self.ids.gather(1, at.clamp(min=0)) - family.start + 1
+        return torch.where(at >= first, value, 0)
+
+    def in_force(self, family: vocab.Family) -> Tensor:
+        return self.value_at(self.last_of(family), family, self.group + 1)
+
+    def previous_of_family(self) -> Tensor:
+        previous = torch.zeros_like(self.ids)
+        for family in vocab.FAMILIES:
+            if family in _SPECIAL:
+                continue
+            mine = self.is_of(family)
+            before = torch.nn.functional.pad(self.last(mine), (1, -1), value=-1)
+            if family in _NOTE_FAMILIES:
+                first = self.group + 1
+            else:
+                first = torch.maximum(self.bar, self.start) if family is vocab.INST else self.start
+            found = mine & (before >= first)
+            previous = torch.where(found, self.ids.gather(1, before.clamp(min=0)), previous)
+        return previous
+
+    def repeat(self, onset: Tensor) -> Tensor:
+        place = (self.doc + 1) * (NO_INSTRUMENT + 1) + self.inst
+        key = (place * (len(vocab.T) + 1) + onset) * vocab.VOCAB_SIZE + self.ids
+        earlier = self._last_with_same(key)
+        return torch.where(earlier >= 0, self.ids.gather(1, earlier + 1), 0)
+
+    def next_instrument(self) -> Tensor:
+        is_inst = self.is_of(vocab.INST)
+        heads = is_inst | self.is_of(vocab.CHORD)  # where groups begin, and bars
+        rank = torch.where(is_inst, self.ids - vocab.INST.start + 1, 0)
+        # The head after each head; past the last one in the row an index that is never asked for.
+        ahead = torch.where(heads, self.index, self.ids.shape[1] - 1).flip(1).cummin(dim=1).values.flip(1)
+        ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=self.ids.shape[1] - 1)
+        follower = torch.where(is_inst.gather(1, ahead), rank.gather(1, ahead), BAR_ENDS)
+        key = (self.doc + 1) * BAR_ENDS + rank
+        earlier = self._last_with_same(torch.where(heads, key, -1 - self.index))
+        followed = torch.where(earlier >= 0, follower.gather(1, earlier.clamp(min=0)), 0)
+        head = self.last(heads)
+        return torch.where(head >= self.start, followed.gather(1, head.clamp(min=0)), 0)
+
+    def _last_with_same(self, key: Tensor) -> Tensor:
+        """Index of the last earlier token of the same key, -1 if there is none."""
+        key, order = key.sort(dim=1, stable=True)
+        same = torch.nn.functional.pad(key[:, 1:] == key[:, :-1], (1, 0))
+        before = torch.where(same, torch.nn.functional.pad(order[:, :-1], (1, 0)), -1)
+        return torch.empty_like(before).scatter_(1, order, before)
+
+
+def _any(marks: Iterable[Tensor]) -> Tensor:
+    first, *others = marks
+    for other in others:
+        first = first | other
+    return first

@@ -1,0 +1,110 @@
+"""The input features against a reader that goes token by token, and what they may not depend on."""
+
+import numpy as np
+import pytest
+import torch
+
+from meloformer.kernels.structure import Structure
+from meloformer.model.inputs import BAR_ENDS, TABLE_SIZES, InputFeatures, input_features
+from meloformer.tokens import attributes, vocab
+from meloformer.tokens.vocab import CHORD, INST, L, P, T, V
+
+
+def packed(documents: list[np.ndarray], padding: int = 0):
+    """ids [1, N] and the structure of documents in one row."""
+    row = np.concatenate(documents)
+    lengths = [len(document) for document in documents]
+    scanned = attributes.scan(row, starts=np.cumsum(lengths) - lengths)
+    doc = np.repeat(np.arange(len(documents)), lengths)
+
+    def tensor(values, fill):
+        return torch.from_numpy(np.pad(values.astype(np.int64), (0, padding), constant_values=fill))[None]
+
+    fields = [scanned.bar, scanned.inst, scanned.kind, scanned.onset]
+    return tensor(row, vocab.PAD), Structure.build(tensor(doc, -1), *(tensor(field, 0) for field in fields))
+
+
+def read_token_by_token(ids: np.ndarray) -> InputFeatures:
+    """The features of one document, with what a musician would keep in mind: dictionaries."""
+    rows, seen, followers, last_of_family = [], {}, {}, {}
+    force, chord, head, inst = {}, 0, None, vocab.NO_INSTRUMENT
+    pending = None  # the place of the token before this one
+    for token in ids.tolist():
+        family = vocab.family_of(token)
+        if pending is not None:
+            seen[pending] = token
+        if family in (INST, CHORD):
+            rank = token - INST.start + 1 if family is INST else 0
+            if head is not None:
+                followers[head] = rank or BAR_ENDS
+            head = rank
+        if family is CHORD:
+            chord = token - CHORD.start + 1
+            last_of_family.pop("INST", None)
+        if family not in (T, P, L, V):
+            force = {}
+            for name in "TPLV":
+                last_of_family.pop(name, None)
+            inst = vocab.INSTRUMENTS[token - INST.start] if family is INST else vocab.NO_INSTRUMENT
+        elif family is not P:
+            force[family.name] = token - family.start + 1
+        previous = last_of_family.get(family.name, 0)
+        if family.name not in ("PAD", "BOS", "EOS"):
+            last_of_family[family.name] = token
+        pending = (inst, force.get("T", 0), token)
+        rows.append(
+            (
+                *(force.get(name, 0) for name in "TLV"),
+                chord,
+                previous,
+                seen.get(pending, 0),
+                followers.get(head, 0) if head is not None else 0,
+            )
+        )
+    return InputFeatures(*np.array(rows).T)
+
+
+def test_features_are_what_a_reader_notes(songs):
+    documents = songs[:6]
+    features = input_features(*packed(documents, padding=7))
+    start = 0
+    for document in documents:
+        expected = read_token_by_token(document)
+        for name, got, want in zip(InputFeatures._fields, features, expected):
+            np.testing.assert_array_equal(got[0, start : start + len(document)].numpy(), want, name)
+        start += len(document)
+    for name, values, size in zip(InputFeatures._fields, features, TABLE_SIZES):
+        assert values.min() >= 0 and values.max() < size, name
+        assert values.unique().numel() > 3, name  # it says something in these songs
+
+
+def test_features_do_not_depend_on_later_tokens(songs):
+    ids = songs[3]
+    whole = input_features(*packed([ids]))
+    for length in (1, 2, 17, len(ids) // 2, len(ids) - 1):
+        prefix = input_features(*packed([ids[:length]]))
+        for name, part, full in zip(InputFeatures._fields, prefix, whole):
+            assert torch.equal(part, full[:, :length]), (name, length)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_ids_give_indices_of_the_tables(seed):
+    """Ids that follow no grammar, with a structure that does not belong to them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab.VOCAB_SIZE, (2, 400), generator=generator)
+    doc = torch.tensor([[0] * 150 + [1] * 250, [0] * 390 + [-1] * 10])
+    zeros = torch.zeros_like(ids)
+    inst = torch.randint(0, 130, ids.shape, generator=generator)
+    structure = Structure.build(doc, zeros, inst, zeros, zeros)
+    for name, values, size in zip(InputFeatures._fields, input_features(ids, structure), TABLE_SIZES):
+        assert values.shape == ids.shape and values.min() >= 0 and values.max() < size, name
+
+
+def test_what_repeats_is_foreseen():
+    """A bar played twice: from its second token on, `repeat` names the next token."""
+    bar = [INST.start + 3, T.start, P.start + 60, L.start + 5, V.start + 9, T.start + 24, P.start + 62]
+    ids = np.array([vocab.BOS, CHORD.start, vocab.TS.start, vocab.BPM.start, *bar, CHORD.start + 1, *bar])
+    features = input_features(*packed([ids]))
+    second = slice(len(ids) - len(bar), len(ids) - 1)
+    np.testing.assert_array_equal(features.repeat[0, second].numpy(), ids[len(ids) - len(bar) + 1 :])
+    assert features.next_instrument[0, -1] == BAR_ENDS
