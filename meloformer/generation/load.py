@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.store import find_checkpoint, load_checkpoint
+from ..errors import UserError
 from ..model.transformer import MeloFormer, ModelConfig
 
 
@@ -15,9 +16,14 @@ def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, int]:
         folder: a checkpoint, or the output folder of a training run.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: there is no checkpoint, it is damaged, or it is of an older model.
     """
     checkpoint = load_checkpoint(find_checkpoint(folder))
+    if "features" not in checkpoint.config:
+        raise UserError(
+            f"{checkpoint.path}: its model is of an older version, without input features: train it again, "
+            "or use the version that wrote it"
+        )
     model = MeloFormer(ModelConfig(**checkpoint.config))
     model.load_state_dict(checkpoint.weights)
     return model.to(device).eval(), checkpoint.max_seq_len
