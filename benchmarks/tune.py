@@ -1,9 +1,9 @@
 """`python -m benchmarks.tune`: search how to launch the update kernels on this GPU; write the table.
 
-Tries rows x columns x warps x stages for every kernel and pass, on the songs given, and takes what is
-fastest over all of them. Compiles in several processes first, then times one by one. With --write, what
-was found replaces the entry of this GPU, head_dim and size of dtype in kernels/tuned.py; --json keeps
-all times. Every entry is a correctness case of tests/kernels/test_triton.py.
+Tries tiles (block_m x block_n), warps, stages and register limits for every kernel and pass on the given
+songs, and takes what is fastest in total. Candidates are compiled in several processes first, then timed one
+by one. With --write the result replaces the entry of this GPU, head_dim and dtype size in kernels/tuned.py;
+--json keeps all times. Every entry is a correctness case of tests/kernels/test_triton.py.
 """
 
 import json
@@ -27,21 +27,23 @@ from benchmarks.songs.structures import pack
 from meloformer import cli
 from meloformer.errors import UserError
 from meloformer.kernels import Structure, ops
-from meloformer.kernels.launch import Entry, Launch, Launches
+from meloformer.kernels.launch import TABLE, Entry, Launch, Launches, override
 from meloformer.kernels.plan import Plan
-from meloformer.kernels.tuned import TABLE
-from meloformer.kernels.tuning import override
 
 KERNELS = tuple(field.name for field in fields(Launches))
-ROWS, COLUMNS, WARPS, STAGES, REGISTERS = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4), (None, 128, 168)
-QUICK = (64,), COLUMNS, WARPS, (2, 3), (None,)
-FP32 = ROWS, (32, 64), (4, 8, 16), (1, 2), (None,)
+BLOCK_M, BLOCK_N, WARPS, STAGES, REGISTERS = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4), (None, 128, 168)
+FULL = BLOCK_M, BLOCK_N, WARPS, STAGES, REGISTERS
+QUICK = (64,), BLOCK_N, WARPS, (2, 3), (None,)
+FP32 = BLOCK_M, (32, 64), (4, 8, 16), (1, 2), (None,)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TUNED = Path(ops.__file__).with_name("tuned.py")
+HEADER = (
+    "Launches measured by `python -m benchmarks.tune --write`, which writes this file. See `launch.Entry`."
+)
 
 
 def candidates(dtype: torch.dtype, quick: bool) -> list[Launch]:
-    space = FP32 if dtype == torch.float32 else QUICK if quick else (ROWS, COLUMNS, WARPS, STAGES, REGISTERS)
+    space = FP32 if dtype == torch.float32 else QUICK if quick else FULL
     return [Launch(*values) for values in product(*space)]
 
 
@@ -56,25 +58,25 @@ class Row:
             x = torch.randn(1, length, heads, dim, device="cuda", generator=generator)
             return x.to(dtype).transpose(1, 2)
 
-        self.plan = Plan(structure.to("cuda")).settle().tensors
+        self.plan = Plan(structure.to("cuda")).finalize().tensors
         self.inputs = [draw(n), draw(m), draw(m), draw(n), draw(n)]
         self.do = draw(n)
-        with override(Launches.all(Launch(rows=32, columns=32, stages=1))):
+        with override(Launches.all(Launch(block_m=32, block_n=32, num_stages=1))):
             self.o, self.lse = ops.update(*self.inputs, *self.plan)
             self.stats = self.lse.new_empty(*self.lse.shape, 2)
             self.gradients = [torch.zeros_like(x) for x in self.inputs]
-            self.run("dq_near")
+            self.run("dq_local")
 
     def run(self, kernel: str) -> None:
         """The kernel `kernel`, a field of `Launches`, once."""
-        name, far = kernel.split("_")[0], kernel.endswith("far")
+        name, same_inst = kernel.split("_")[0], kernel.endswith("same_inst")
         update = ops.Update(self.inputs, self.plan, kernels=1)
         if name == "forward":
-            update.forward(self.o, self.lse, far)
+            update.forward(self.o, self.lse, same_inst)
         elif name == "dq":
-            update.query_gradient(self.gradients[0], self.o, self.lse, self.do, self.stats, far)
+            update.query_gradient(self.gradients[0], self.o, self.lse, self.do, self.stats, same_inst)
         else:
-            update.key_gradients(self.gradients[1:], self.do, self.stats, far)
+            update.key_gradients(self.gradients[1:], self.do, self.stats, same_inst)
 
 
 _rows: list[Row] = []  # of a process that compiles
@@ -149,6 +151,11 @@ def best(results: list[dict], kernel: str) -> tuple[Launch, float]:
     return Launch(**launch), ms
 
 
+def _quoted(value) -> str:
+    """As Python source, strings as the formatter writes them."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
 def write_table(entry: Entry, path: Path = TUNED) -> None:
     """Put `entry` into the generated module `path`, in the place of one for the same GPU and operands."""
 
@@ -156,20 +163,15 @@ def write_table(entry: Entry, path: Path = TUNED) -> None:
         return e.capability, e.head_dim, e.itemsize
 
     entries = sorted([e for e in TABLE if key(e) != key(entry)] + [entry], key=key)
-    lines = [
-        '"""Launches measured by `python -m benchmarks.tune --write`, which writes this file."""',
-        "",
-        "from .launch import Entry, Launch, Launches",
-        "",
-        "TABLE = (",
-    ]
+    lines = [f'"""{HEADER}"""', "", "ENTRIES = ("]
     for e in entries:
-        lines += ["    Entry(", f"        capability={e.capability},", f"        head_dim={e.head_dim},"]
-        lines += [f"        itemsize={e.itemsize},", "        launches=Launches("]
+        fields = {name: value for name, value in vars(e).items() if name != "launches"}
+        lines += ["    {", *(f"        {_quoted(name)}: {_quoted(value)}," for name, value in fields.items())]
+        lines += ['        "launches": {']
         for name in KERNELS:
-            launch = getattr(e.launches, name)
-            lines.append(f"            {name}={launch!r},")
-        lines += ["        ),", f'        gpu="{e.gpu}",', f'        date="{e.date}",', "    ),"]
+            launch = repr(getattr(e.launches, name)).removeprefix("Launch")
+            lines.append(f"            {_quoted(name)}: dict{launch},")
+        lines += ["        },", "    },"]
     path.write_text("\n".join([*lines, ")", ""]), encoding="utf-8")
 
 

@@ -34,7 +34,8 @@ PREFERRED_ELSEWHERE = ("reference",)
 class Backend(Protocol):
     """The attention of one batch. All that depends on the structure alone is done once, on creation.
 
-    It may have a method `settle` and a flag `any_summaries`, see `Attention`. The others get what `Attention`
+    It may have a method `finalize` and a flag `any_summaries`, see `Attention`. The others get what
+    `Attention`
     has checked: one dtype, one device, scale 1/sqrt(D). A query that sees nothing yields exactly 0 and passes
     no gradient.
     """
@@ -104,14 +105,14 @@ class Attention:
         """Whether what is compiled with this attention may serve any number M of summaries, settled once."""
         return getattr(self._implementation, "any_summaries", False)
 
-    def settle(self) -> "Attention":
+    def finalize(self) -> "Attention":
         """Finish what was begun on creation, if anything was: before a compiled model takes it.
 
         On CUDA that may wait for the device, but not if it was created while there was other work to do.
         """
-        settle = getattr(self._implementation, "settle", None)
-        if settle is not None:
-            settle()
+        finalize = getattr(self._implementation, "finalize", None)
+        if finalize is not None:
+            finalize()
         return self
 
     def _check(self, query: Tensor, summaries: tuple[Tensor, ...], tokens: tuple[Tensor, ...]) -> None:

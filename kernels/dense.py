@@ -46,7 +46,7 @@ class CausalAttention:
         self._bounds = ends.to(device, non_blocking=True)
         self._varlen = _causal_varlen()
 
-    def settle(self) -> "CausalAttention":
+    def finalize(self) -> "CausalAttention":
         """Call it before a compiled model gets this, which then serves any number of documents."""
         torch._dynamo.maybe_mark_dynamic(self._bounds, 0)
         return self

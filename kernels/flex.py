@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from . import reference
-from .structure import Facts, Structure, regular_sees, summary_sees
+from .structure import Structure, TokenProperties, regular_sees, summary_sees
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -47,7 +47,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def summary_mask_mod(queries: Facts, keys: Facts) -> MaskMod:
+def summary_mask_mod(queries: TokenProperties, keys: TokenProperties) -> MaskMod:
     """Summaries [B, M] to all keys [B, M + N]."""
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -56,7 +56,9 @@ def summary_mask_mod(queries: Facts, keys: Facts) -> MaskMod:
     return mask_mod
 
 
-def regular_mask_mod(queries: Facts, keys: Facts, near_bars: tuple[int, ...], kind_rule: str) -> MaskMod:
+def regular_mask_mod(
+    queries: TokenProperties, keys: TokenProperties, near_bars: tuple[int, ...], kind_rule: str
+) -> MaskMod:
     """Regular tokens [B, N] to all keys [B, M + N]."""
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def regular_mask_mod(queries: Facts, keys: Facts, near_bars: tuple[int, ...], ki
 class _Phase:
     """Masked attention of one phase; the masks are made once per batch."""
 
-    def __init__(self, mask_mod: MaskMod, queries: Facts, keys: Facts):
+    def __init__(self, mask_mod: MaskMod, queries: TokenProperties, keys: TokenProperties):
         self._mask_mod = mask_mod
         self._shape = (*queries.doc.shape, keys.doc.shape[1])  # B, Q, K
         self._device = queries.doc.device

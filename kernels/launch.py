@@ -1,45 +1,62 @@
-"""What a launch of an update kernel is made of, and safe ones for GPUs that nobody measured."""
+"""How the update kernels are launched: as measured on this GPU, or by what fits its shared memory."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from .tuned import ENTRIES
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Rows of a line that a program takes, columns it takes at a time, warps, depth of the pipeline, and
-    the most registers a thread may have (fewer let more programs run at once), None to leave it open."""
+    """One kernel's tile and compiler options.
 
-    rows: int = 64
-    columns: int = 64
-    warps: int = 4
-    stages: int = 3
-    registers: int | None = None
+    Attributes:
+        block_m: tokens of its own block that a program takes.
+        block_n: gathered tokens that it takes at a time.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        maxnreg: limit of registers per thread (fewer let more programs run at once); None leaves it open.
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    maxnreg: int | None = None
 
     def __post_init__(self):
-        if self.rows not in (16, 32, 64):
-            raise ValueError(f"a program takes 16, 32 or 64 rows of a line, got {self.rows}")
-        if self.columns not in (32, 64, 128):
-            raise ValueError(f"a program takes 32, 64 or 128 columns at a time, got {self.columns}")
+        if self.block_m not in (16, 32, 64):
+            raise ValueError(f"block_m must be 16, 32 or 64, got {self.block_m}")
+        if self.block_n not in (32, 64, 128):
+            raise ValueError(f"block_n must be 32, 64 or 128, got {self.block_n}")
 
 
 @dataclass(frozen=True)
 class Launches:
-    """One launch for each kernel of the update phase and pass."""
+    """One launch for each kernel of the update phase and each pass, local and same-instrument."""
 
-    forward_near: Launch = Launch()
-    forward_far: Launch = Launch()
-    dq_near: Launch = Launch()
-    dq_far: Launch = Launch()
-    dkv_near: Launch = Launch()
-    dkv_far: Launch = Launch()
+    forward_local: Launch = Launch()
+    forward_same_inst: Launch = Launch()
+    dq_local: Launch = Launch()
+    dq_same_inst: Launch = Launch()
+    dkv_local: Launch = Launch()
+    dkv_same_inst: Launch = Launch()
 
     @classmethod
     def all(cls, launch: Launch) -> "Launches":
+        """The same launch for every kernel."""
         return cls(*[launch] * 6)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Launches measured on one family of GPUs, for one head_dim and size of the elements in bytes."""
+    """Launches measured on one family of GPUs, for one head_dim and size of the elements in bytes.
+
+    `gpu` and `date` (YYYY-MM-DD) say on what and when.
+    """
 
     capability: tuple[int, int]
     head_dim: int
@@ -49,10 +66,50 @@ class Entry:
     date: str
 
 
-def safe(head_dim: int, itemsize: int, shared_memory: int) -> Launches:
-    """Launches for a GPU that was never measured, chosen by the shared memory that they need.
+def read_entry(launches: dict[str, dict], **fields) -> Entry:
+    """An entry of `tuned.py`."""
+    return Entry(launches=Launches(**{name: Launch(**of) for name, of in launches.items()}), **fields)
+
+
+TABLE = tuple(read_entry(**entry) for entry in ENTRIES)
+
+
+def launches_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
+    """The launches of `TABLE` for this GPU; without an entry, those that fit its shared memory."""
+    return _override[-1] if _override else _chosen(device, dtype, head_dim)
+
+
+@contextmanager
+def override(launches: Launches):
+    """Launch like this inside the context, whatever the table says: for tests and the tuner."""
+    _override.append(launches)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+_override: list[Launches] = []
+
+
+@cache
+def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
+    if device.type != "cuda":
+        return Launches()
+    properties = torch.cuda.get_device_properties(device)
+    key = (properties.major, properties.minor), head_dim, dtype.itemsize
+    for entry in TABLE:
+        if (entry.capability, entry.head_dim, entry.itemsize) == key:
+            return entry.launches
+    return untuned(head_dim, dtype.itemsize, properties.shared_memory_per_block_optin)
+
+
+def untuned(head_dim: int, itemsize: int, shared_memory: int) -> Launches:
+    """Launches for a GPU that was never measured.
 
     Args:
+        head_dim: channels per head.
+        itemsize: bytes of an element.
         shared_memory: bytes a program may use.
     """
     forward = _fitting(head_dim, itemsize, shared_memory, resident=1)
@@ -61,17 +118,18 @@ def safe(head_dim: int, itemsize: int, shared_memory: int) -> Launches:
 
 
 def _fitting(head_dim: int, itemsize: int, limit: int, resident: int) -> Launch:
-    """The largest tile whose operands fit: `resident` rows x D for the program, two columns x D a stage.
+    """The largest tile whose operands fit: `resident` of block_m x D, and two of block_n x D per stage.
 
     In float32, whose products use no matrix units, the operands live in registers: more warps hold them.
     """
-    launch = Launch(warps=16 if itemsize == 4 else 4)
+    launch = Launch(num_warps=16 if itemsize == 4 else 4)
     vector = head_dim * itemsize
-    for side, stages in ((64, 3), (64, 2), (64, 1), (32, 2), (32, 1), (16, 1)):
-        columns = max(side, 32)
-        if (resident * side + 2 * stages * columns) * vector + _SPARE <= limit:
-            return replace(launch, rows=side, columns=columns, stages=1 if itemsize == 4 else stages)
-    return replace(launch, rows=16, columns=32, stages=1)
+    for block_m, stages in ((64, 3), (64, 2), (64, 1), (32, 2), (32, 1), (16, 1)):
+        block_n = max(block_m, 32)
+        if (resident * block_m + 2 * stages * block_n) * vector + _RESERVED <= limit:
+            stages = 1 if itemsize == 4 else stages
+            return replace(launch, block_m=block_m, block_n=block_n, num_stages=stages)
+    return replace(launch, block_m=16, block_n=32, num_stages=1)
 
 
-_SPARE = 8 * 1024  # for masks, statistics and the exchange of layouts
+_RESERVED = 8 * 1024  # bytes for masks, statistics and conversions of layout

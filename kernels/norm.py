@@ -1,21 +1,16 @@
-"""RMSNorm of residual streams as PyTorch operators: what is added to a stream, its norm, and the gradients.
+"""RMSNorm of residual streams as PyTorch operators: the residual addition, the norm, and their gradients.
 
-A layer reads its stream twice, as it is and normed. In the backward both gradients meet there, and what
-torch.compile writes for that takes half again as long as the memory would; here it is one pass. Streams that
-go through one network are normed into one tensor: then its matrix products are one, too.
+A layer reads its stream twice, as it is and normed. In the backward the gradients of both readers are added,
+for which the code of torch.compile takes half again as long as memory bandwidth demands; here it is one pass.
+Streams that go through one network are normed into one tensor, so that the matrix products are joint as well.
+
+Shape suffixes in comments: E channels, T rows of all streams together (tokens of all batch rows).
 """
 
 import torch
 from torch import Tensor
 
-from .gradients import refuse_second_gradients
-
-_library = torch.library.Library("meloformer", "FRAGMENT")
-_library.define("rms_norm(Tensor[] streams, Tensor[] added, Tensor gain, float eps) -> Tensor[]")
-_library.define(
-    "rms_norm_backward(Tensor of_normed, Tensor[] of_streams, Tensor[] streams, Tensor gain, float eps) "
-    "-> Tensor[]"
-)
+from .operators import refuse_second_gradients, register
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -28,7 +23,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
         gain: [E]
 
     Raises:
-        ValueError: shapes or dtypes do not belong together, eps is not positive, or float64 on CUDA.
+        ValueError: shapes or dtypes do not match, eps is not positive, or float64 on CUDA.
+        RuntimeError: in the backward, with create_graph.
     """
     _check(gain, eps, x, None)
     return _Norm.apply(x, None, None, None, gain, eps, False)[0].view(x.shape)
@@ -37,9 +33,14 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 def rms_norm_of_stream(
     x: Tensor, gain: Tensor, eps: float, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The stream x, [..., E], with what is `added` to it, if anything is; and its `rms_norm`, [T, E].
+    """x + added (or x), [..., E], and its `rms_norm` flattened to [T, E]. Errors are those of `rms_norm`.
 
-    What goes on with the stream must take it from here: then the backward adds up its gradients at once.
+    Use the returned stream in what follows, not x: then the backward adds the gradients of both results in
+    the kernel.
+
+    Args:
+        x, added: [..., E], of one shape and dtype
+        gain: [E]
     """
     _check(gain, eps, x, added)
     return _Norm.apply(x, added, None, None, gain, eps, True)
@@ -48,7 +49,10 @@ def rms_norm_of_stream(
 def rms_norm_of_streams(
     x: Tensor, added_to_x: Tensor, y: Tensor, added_to_y: Tensor, gain: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rms_norm_of_stream` of two, row after row in one norm: the rows of x come first."""
+    """x + added_to_x, y + added_to_y, and the `rms_norm` of both in one tensor [T, E], the rows of x first.
+
+    See `rms_norm_of_stream`.
+    """
     _check(gain, eps, x, added_to_x, y, added_to_y)
     return _Norm.apply(x, added_to_x, y, added_to_y, gain, eps, True)
 
@@ -76,7 +80,8 @@ def _check(gain: Tensor, eps: float, *streams: Tensor | None) -> None:
 
 
 class _Norm(torch.autograd.Function):
-    """Of one stream or two, `added` to both or to none. With `carries` it returns them, too."""
+    """Of one stream or two, with additions to both or to none. With `carries` it returns the streams as
+    well."""
 
     @staticmethod
     def forward(ctx, x, added_to_x, y, added_to_y, gain, eps: float, carries: bool):
@@ -92,45 +97,45 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         refuse_second_gradients("rms_norm")
-        *of_streams, of_normed = gradients
+        *d_streams, d_normed = gradients
         gain, *streams = ctx.saved_tensors
-        *of_streams, of_gain = torch.ops.meloformer.rms_norm_backward(
-            of_normed, of_streams, streams, gain, ctx.eps
+        *d_streams, d_gain = torch.ops.meloformer.rms_norm_backward(
+            d_normed, d_streams, streams, gain, ctx.eps
         )
-        of_x, of_y = of_streams if ctx.two else (*of_streams, None)
-        return of_x, of_x if ctx.adds else None, of_y, of_y if ctx.adds else None, of_gain, None, None
+        dx, dy = d_streams if ctx.two else (*d_streams, None)
+        return dx, dx if ctx.adds else None, dy, dy if ctx.adds else None, d_gain, None, None
 
 
 def _cpu(streams: list[Tensor], added: list[Tensor], gain: Tensor, eps: float) -> list[Tensor]:
-    """The sums, if anything is added, and the norm of all."""
+    """The sums, if anything is added, and the norm [T, E] of all streams."""
     sums = [x.contiguous() + more.contiguous() for x, more in zip(streams, added)]
     x = _joined(sums or streams)
     wide = x.to(gain.dtype)
-    return [*sums, (wide * _share(wide, eps) * gain).to(x.dtype)]
+    return [*sums, (wide * _rstd(wide, eps) * gain).to(x.dtype)]
 
 
 def _cpu_backward(
-    of_normed: Tensor, of_streams: list[Tensor], streams: list[Tensor], gain: Tensor, eps: float
+    d_normed: Tensor, d_streams: list[Tensor], streams: list[Tensor], gain: Tensor, eps: float
 ) -> list[Tensor]:
-    """The gradients of the streams, with those that they had, if any; and of the gain."""
+    """The gradients of the streams, `d_streams` added to them unless it is empty, and of the gain."""
     x = _joined(streams)
-    wide, of_normed = x.to(gain.dtype), of_normed.to(gain.dtype)
-    share = _share(wide, eps)
-    of_wide = of_normed * gain * share
-    of_wide = of_wide - wide * share.square() * (of_wide * wide).mean(-1, keepdim=True)
-    if of_streams:
-        of_wide = of_wide + _joined(of_streams).to(gain.dtype)
-    parts = of_wide.to(x.dtype).split([_rows(part) for part in streams])
+    wide, d_normed = x.to(gain.dtype), d_normed.to(gain.dtype)
+    rstd = _rstd(wide, eps)
+    d_wide = d_normed * gain * rstd
+    d_wide = d_wide - wide * rstd.square() * (d_wide * wide).mean(-1, keepdim=True)
+    if d_streams:
+        d_wide = d_wide + _joined(d_streams).to(gain.dtype)
+    parts = d_wide.to(x.dtype).split([_rows(part) for part in streams])
     # Copies, since an operator must not return views of one tensor.
-    of_x = [part.clone().view(like.shape) for part, like in zip(parts, streams)]
-    return [*of_x, (of_normed * wide * share).sum(0)]
+    dx = [part.clone().view(like.shape) for part, like in zip(parts, streams)]
+    return [*dx, (d_normed * wide * rstd).sum(0)]
 
 
 def _joined(streams: list[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in streams])
 
 
-def _share(wide: Tensor, eps: float) -> Tensor:
+def _rstd(wide: Tensor, eps: float) -> Tensor:
     return (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
@@ -141,11 +146,11 @@ def _cuda(streams: list[Tensor], added: list[Tensor], gain: Tensor, eps: float) 
 
 
 def _cuda_backward(
-    of_normed: Tensor, of_streams: list[Tensor], streams: list[Tensor], gain: Tensor, eps: float
+    d_normed: Tensor, d_streams: list[Tensor], streams: list[Tensor], gain: Tensor, eps: float
 ) -> list[Tensor]:
     from .norm_kernels import backward
 
-    return backward(of_normed, of_streams, streams, gain, eps)
+    return backward(d_normed, d_streams, streams, gain, eps)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -158,15 +163,17 @@ def _fake(streams: list[Tensor], added: list[Tensor], gain: Tensor, eps: float) 
 
 
 def _fake_backward(
-    of_normed: Tensor, of_streams: list[Tensor], streams: list[Tensor], gain: Tensor, eps: float
+    d_normed: Tensor, d_streams: list[Tensor], streams: list[Tensor], gain: Tensor, eps: float
 ) -> list[Tensor]:
     return [*map(_like, streams), _like(gain)]
 
 
-for _name, _on_cpu, _on_cuda, _on_fakes in (
-    ("rms_norm", _cpu, _cuda, _fake),
-    ("rms_norm_backward", _cpu_backward, _cuda_backward, _fake_backward),
-):
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _on_cuda, "CUDA")
-    torch.library.register_fake(f"meloformer::{_name}", _on_fakes, lib=_library)
+register(
+    "rms_norm(Tensor[] streams, Tensor[] added, Tensor gain, float eps) -> Tensor[]",
+    *(_fake, _cpu, _cuda),
+)
+register(
+    "rms_norm_backward(Tensor d_normed, Tensor[] d_streams, Tensor[] streams, Tensor gain, float eps) "
+    "-> Tensor[]",
+    *(_fake_backward, _cpu_backward, _cuda_backward),
+)

@@ -1,52 +1,49 @@
 """The two attention phases as PyTorch operators, with their gradients.
 
-`torch.ops.meloformer.summarize` and `update` are known to autograd and torch.compile. Inputs may have
-any strides; those whose channels are not contiguous, or whose heads span 2^31 elements and more, are
-copied. Results are transposes of contiguous [B, length, H, D], so that joining the heads is free. The
-same inputs always give the same bits, gradients included.
+`torch.ops.meloformer.summarize` and `update` work with autograd, once, and with torch.compile. Inputs may
+have any strides; those whose channels are not contiguous, or whose heads span 2^31 elements or more, are
+copied. Results are transposes of contiguous [B, length, H, D], so that merging the heads needs no copy. They
+are bitwise deterministic, gradients included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log2
 
 import torch
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, launches_for
 from .launch_cache import Launcher
-from .plan import LINE
+from .operators import register, register_gradient
+from .plan import BLOCK
 from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
-from .tuning import launches_for
 from .update_backward import key_gradient_kernel, query_gradient_kernel
 from .update_forward import forward_kernel
 
 _LOG2_E = log2(2.718281828459045)
-_SUMMARIES = 16  # that a program of the summarize phase takes
+_BLOCK_M = 16  # summaries of a program in the summarize phase
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
 _key_gradient = Launcher(key_gradient_kernel)
 _summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
 _token_gradient = Launcher(token_gradient_kernel)
 
-_INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
-_BARS = "Tensor bars, Tensor slot"
-_PLAN = "Tensor order, Tensor table, Tensor tokens, Tensor bits, Tensor items, Tensor needs"
-_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-
-_library = torch.library.Library("meloformer", "DEF")
-_library.define(f"summarize({_INPUTS}, {_BARS}) -> (Tensor, Tensor)")
-_library.define(f"summarize_backward({_INPUTS}, {_BARS}, Tensor o, Tensor lse, Tensor do) -> {_GRADIENTS}")
-_library.define(f"update({_INPUTS}, {_PLAN}) -> (Tensor, Tensor)")
-_library.define(f"update_backward({_INPUTS}, {_PLAN}, Tensor o, Tensor lse, Tensor do) -> {_GRADIENTS}")
-
 
 def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
-    """o [B, H, M, D] and its log-sum-exp in base 2, float32 [B, H, M]. See `summarize.bars_kernel`."""
-    _refuse_mixtures(q, k_s, v_s, k_r, v_r)
+    """o [B, H, M, D] and its log-sum-exp in base 2, float32 [B, H, M].
+
+    Args:
+        q, k_s, v_s: [B, H, M, D]. k_r, v_r: [B, H, N, D].
+        bars, slot: see `summarize.bars_kernel`.
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+    """
+    _check_inputs(q, k_s, v_s, k_r, v_r)
     q, k_s, v_s, k_r, v_r = map(_addressable, (q, k_s, v_s, k_r, v_r))
-    rows, heads, summaries, dim = q.shape
+    batch, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
     _summarize(
-        (-(-summaries // _SUMMARIES) * heads, rows),
+        (-(-summaries // _BLOCK_M) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * _LOG2_E, heads, summaries),
         **_summary_constants(q),
@@ -56,19 +53,19 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
 
 def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     q, k_s, v_s, k_r, v_r, do = map(_addressable, (q, k_s, v_s, k_r, v_r, do))
-    o, lse = _as_made(o, q), lse.contiguous()
-    rows, heads, summaries, dim = q.shape
-    regular, tokens = k_r.shape[2], 2048 // dim  # tokens of a program: what is fast, by trial
+    o, lse = _with_output_strides(o, q), lse.contiguous()
+    batch, heads, summaries, dim = q.shape
+    regular, tokens = k_r.shape[2], 2048 // dim  # tokens of a program: found fastest by trial
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
     scales = (dim**-0.5 * _LOG2_E, dim**-0.5, heads, summaries)
     _summary_gradient(
-        (2 * -(-summaries // _SUMMARIES) * heads, rows),
+        (2 * -(-summaries // _BLOCK_M) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales),
         **_summary_constants(q),
     )
     _token_gradient(
-        (-(-regular // tokens) * heads, rows),
+        (-(-regular // tokens) * heads, batch),
         (q, k_r, v_r, o, lse, do, dk_r, dv_r, slot),
         (*_strides(q, k_r, v_r, o, do, dk_r), *scales, regular),
         BN=tokens,
@@ -78,17 +75,25 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
 
 
 def _summary_constants(q: Tensor) -> dict:
-    # Tiles of 8 KiB for 64 channels, or 16 in float32 with 128.
-    columns = 64 if q.element_size() == 2 else 32
-    return {"BM": _SUMMARIES, "BN": columns, "D": q.shape[3], "PRECISION": "ieee"}
+    # Tiles of 8 KiB for 64 channels, of 16 KiB for 128 in float32.
+    block_n = 64 if q.element_size() == 2 else 32
+    return {"BM": _BLOCK_M, "BN": block_n, "D": q.shape[3], "PRECISION": "ieee"}
 
 
 def update(q, k_s, v_s, k_r, v_r, *plan):
-    """o [B, H, N, D] and its log-sum-exp in base 2, float32 [B, H, N]. See `plan.Plan`."""
+    """o [B, H, N, D] and its log-sum-exp in base 2, float32 [B, H, N].
+
+    Args:
+        q, k_r, v_r: [B, H, N, D]. k_s, v_s: [B, H, M, D].
+        plan: see `plan.Plan.tensors`.
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+    """
     run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=2)
     o, lse = _outputs(q)
-    run.forward(o, lse, far=False)
-    run.forward(o, lse, far=True)
+    run.forward(o, lse, same_inst=False)
+    run.forward(o, lse, same_inst=True)
     return o, lse
 
 
@@ -97,111 +102,123 @@ def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=4)
     gradients = tuple(map(_empty_like, run.inputs))
     do, stats = _addressable(do), lse.new_empty(*lse.shape, 2)
-    o, lse = _as_made(o, run.inputs[0]), lse.contiguous()
-    for far in (False, True):
-        run.query_gradient(gradients[0], o, lse, do, stats, far)
-        run.key_gradients(gradients[1:], do, stats, far)
+    o, lse = _with_output_strides(o, run.inputs[0]), lse.contiguous()
+    for same_inst in (False, True):
+        run.query_gradient(gradients[0], o, lse, do, stats, same_inst)
+        run.key_gradients(gradients[1:], do, stats, same_inst)
     return gradients
 
 
 class Update:
-    """The launches of the update phase on some inputs: what they have in common is found out once.
+    """The launches of the update phase on some inputs, with what they have in common.
 
-    Every launch writes in the near pass, and continues or adds in the far one.
+    Every kernel runs once for each pass: the local pass writes its results, the same-instrument pass
+    (`same_inst`) continues or adds to them.
     """
 
     def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor], kernels: int):
-        """`plan` as in `plan.Plan.tensors`; `kernels` is the number of launches to come."""
-        _refuse_mixtures(*inputs)
+        """
+        Args:
+            inputs: q [B, H, N, D], k_s and v_s [B, H, M, D], k_r and v_r [B, H, N, D].
+            plan: see `plan.Plan.tensors`.
+            kernels: the number of launches to come.
+        """
+        _check_inputs(*inputs)
         self.inputs = tuple(map(_addressable, inputs))
         q, k_s = self.inputs[:2]
         self.plan = tuple(plan)
-        self.rows, self.heads, self.queries, self.dim = q.shape
+        self.batch, self.heads, self.queries, self.dim = q.shape
         self.summaries = k_s.shape[2]
-        self.q_blocks = -(-self.queries // LINE)
-        self.k_blocks = self.q_blocks + -(-self.summaries // LINE)
+        self.q_blocks = -(-self.queries // BLOCK)
+        self.k_blocks = self.q_blocks + -(-self.summaries // BLOCK)
         self.items = plan[4].shape[1]
-        self.slots = self.items - self.rows * self.k_blocks
-        # Parts of split lines, dk and dv or less; and per launch a zero for each.
-        part = 2 * LINE * (self.dim + 2)
-        self.parts = q.new_empty((self.slots, self.heads, part), dtype=torch.float32)
-        self.counted = self.slots * self.heads * (LINE // 16)
-        self.counters = plan[4].new_zeros(kernels * self.counted)
+        self.slots = self.items - self.batch * self.k_blocks
+        # Partial results of split blocks, at most dk and dv; and a counter per launch, slot, head and
+        # program.
+        partial = 2 * BLOCK * (self.dim + 2)
+        self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
+        self.counters_per_launch = self.slots * self.heads * (BLOCK // 16)
+        self.counters = plan[4].new_zeros(kernels * self.counters_per_launch)
         self.launched = 0
         self.launches = launches_for(q.device, q.dtype, self.dim)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
 
-    def forward(self, o: Tensor, lse: Tensor, far: bool) -> None:
-        launch = self.launches.forward_far if far else self.launches.forward_near
-        programs, geometry = self._group(launch, far, by_keys=False)
+    def forward(self, o: Tensor, lse: Tensor, same_inst: bool) -> None:
+        launch = self.launches.forward_same_inst if same_inst else self.launches.forward_local
+        programs, geometry = self._group(launch, same_inst, by_keys=False)
         _forward(
             programs,
-            (*self.inputs, o, lse, self.parts, self.counters, *self.plan),
+            (*self.inputs, o, lse, self.partials, self.counters, *self.plan),
             (*self.strides, *_strides(o), self.scale * _LOG2_E, self.heads, self.queries, *geometry),
-            **_constants(launch, self.dim, not far),
+            **_constants(launch, self.dim, not same_inst),
         )
 
     def query_gradient(
-        self, dq: Tensor, o: Tensor, lse: Tensor, do: Tensor, stats: Tensor, far: bool
+        self, dq: Tensor, o: Tensor, lse: Tensor, do: Tensor, stats: Tensor, same_inst: bool
     ) -> None:
-        """The near pass also writes `stats`, float32 [B, H, N, 2], which all later launches need."""
-        launch = self.launches.dq_far if far else self.launches.dq_near
-        programs, geometry = self._group(launch, far, by_keys=False)
+        """The local pass also writes `stats`, float32 [B, H, N, 2], which all later launches read."""
+        launch = self.launches.dq_same_inst if same_inst else self.launches.dq_local
+        programs, geometry = self._group(launch, same_inst, by_keys=False)
         _query_gradient(
             programs,
-            (*self.inputs, o, lse, do, stats, dq, self.parts, self.counters, *self.plan),
+            (*self.inputs, o, lse, do, stats, dq, self.partials, self.counters, *self.plan),
             (
                 *self.strides,
                 *_strides(do, dq),
                 *(self.scale * _LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
-            **_constants(launch, self.dim, not far),
+            **_constants(launch, self.dim, not same_inst),
         )
 
-    def key_gradients(self, gradients: Sequence[Tensor], do: Tensor, stats: Tensor, far: bool) -> None:
-        """Of k_s, v_s, k_r and v_r."""
-        launch = self.launches.dkv_far if far else self.launches.dkv_near
-        programs, geometry = self._group(launch, far, by_keys=True)
+    def key_gradients(self, gradients: Sequence[Tensor], do: Tensor, stats: Tensor, same_inst: bool) -> None:
+        """`gradients` are those of k_s, v_s, k_r and v_r."""
+        launch = self.launches.dkv_same_inst if same_inst else self.launches.dkv_local
+        programs, geometry = self._group(launch, same_inst, by_keys=True)
         dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
         _key_gradient(
             programs,
-            (*self.inputs, do, stats, *gradients, self.parts, self.counters, *self.plan),
+            (*self.inputs, do, stats, *gradients, self.partials, self.counters, *self.plan),
             (
                 *self.strides,
                 *_strides(do, dk_s, dk_r),
                 *(self.scale * _LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
-            **_constants(launch, self.dim, not far),
+            **_constants(launch, self.dim, not same_inst),
         )
 
-    def _group(self, launch: Launch, far: bool, by_keys: bool) -> tuple[tuple[int], tuple[int, ...]]:
-        """The programs of a group, and its geometry as the kernels take it."""
-        rows, q_blocks, k_blocks = self.rows, self.q_blocks, self.k_blocks
-        blocks = k_blocks if by_keys and not far else q_blocks
-        if far:
-            first = rows * (q_blocks + k_blocks), rows * (2 * q_blocks + k_blocks if by_keys else q_blocks)
+    def _group(self, launch: Launch, same_inst: bool, by_keys: bool) -> tuple[tuple[int], tuple[int, ...]]:
+        """The grid for a group of a plan, and the kernels' arguments from `summaries` to `first_counter`."""
+        batch, q_blocks, k_blocks = self.batch, self.q_blocks, self.k_blocks
+        blocks = k_blocks if by_keys and not same_inst else q_blocks
+        if same_inst:
+            first_block = batch * (q_blocks + k_blocks)
+            first_list = batch * (2 * q_blocks + k_blocks if by_keys else q_blocks)
         else:
-            first = (rows * q_blocks, 2 * rows * q_blocks) if by_keys else (0, 0)
-        programs = (rows * blocks + self.slots) * (LINE // launch.rows) * self.heads
-        counter = self.launched * self.counted
+            first_block, first_list = (batch * q_blocks, 2 * batch * q_blocks) if by_keys else (0, 0)
+        programs = (batch * blocks + self.slots) * (BLOCK // launch.block_m) * self.heads
+        first_counter = self.launched * self.counters_per_launch
         self.launched += 1
-        return (programs,), (self.summaries, blocks, *first, 2 * by_keys + far, self.items, counter)
+        group = 2 * by_keys + same_inst
+        return (programs,), (
+            *(self.summaries, blocks, first_block, first_list),
+            *(group, self.items, first_counter),
+        )
 
 
 def _constants(launch: Launch, dim: int, first: bool) -> dict:
     constants = {
         "FIRST": first,
-        "BM": launch.rows,
-        "BN": launch.columns,
+        "BM": launch.block_m,
+        "BN": launch.block_n,
         "D": dim,
         "PRECISION": "ieee",
-        "STAGES": launch.stages,
-        "num_warps": launch.warps,
+        "STAGES": launch.num_stages,
+        "num_warps": launch.num_warps,
     }
-    return constants if launch.registers is None else constants | {"maxnreg": launch.registers}
+    return constants if launch.maxnreg is None else constants | {"maxnreg": launch.maxnreg}
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -212,23 +229,23 @@ def _addressable(x: Tensor) -> Tensor:
 
 def _empty_like(x: Tensor) -> Tensor:
     """[B, H, length, D] laid out as [B, length, H, D]."""
-    rows, heads, length, dim = x.shape
-    return x.new_empty(rows, length, heads, dim).transpose(1, 2)
+    batch, heads, length, dim = x.shape
+    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _as_made(o: Tensor, q: Tensor) -> Tensor:
-    """`o` in the strides that `_outputs` gave it, if someone has laid it out anew since."""
-    made = _empty_like(q)
-    return o if o.stride() == made.stride() else made.copy_(o)
+def _with_output_strides(o: Tensor, q: Tensor) -> Tensor:
+    """`o` in the strides of `_outputs`, which hooks on saved tensors may have changed."""
+    like = _empty_like(q)
+    return o if o.stride() == like.stride() else like.copy_(o)
 
 
-def _refuse_mixtures(q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> None:
-    """Raises ValueError for shapes or dtypes that do not belong together: kernels would read beyond them."""
-    rows, heads, _, dim = q.shape
+def _check_inputs(q: Tensor, k_s: Tensor, v_s: Tensor, k_r: Tensor, v_r: Tensor) -> None:
+    """Raises ValueError if shapes or dtypes do not match, with which kernels would read out of bounds."""
+    batch, heads, _, dim = q.shape
     for k, v in ((k_s, v_s), (k_r, v_r)):
-        if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (rows, heads, dim):
+        if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
             shapes = [list(x.shape) for x in (q, k, v)]
-            raise ValueError(f"queries, keys and values do not fit each other: {shapes}")
+            raise ValueError(f"shapes of queries, keys and values do not match: {shapes}")
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(
                 f"queries, keys and values must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -239,42 +256,44 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of row, head and token of each."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+def _strides(*tensors: Tensor) -> "list[tuple[int, ...]]":
+    """Strides of (batch, head, token) of each."""
+    return [x.stride()[:3] for x in tensors]
 
 
-def _refuse_second_gradients(ctx, *gradients):
-    raise RuntimeError("attention 'triton' can be differentiated once: take 'reference' for second gradients")
+_INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
+_BARS = "Tensor bars, Tensor slot"
+_PLAN = "Tensor order, Tensor table, Tensor gathered, Tensor bits, Tensor items, Tensor needs"
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-def _register(name: str, forward, backward) -> None:
-    """The operator `name` with its kernels, its shapes and its gradient."""
+def _register(name: str, structure: str, forward: Callable, backward: Callable) -> None:
+    """A phase and its gradient; `structure` are the tensors of the schema that come after the inputs."""
+    register(
+        f"{name}({_INPUTS}, {structure}) -> (Tensor, Tensor)", lambda q, *_: _outputs(q), forward, forward
+    )
+    register(
+        f"{name}_backward({_INPUTS}, {structure}, Tensor o, Tensor lse, Tensor do) -> {_GRADIENTS}",
+        lambda *x: tuple(map(_empty_like, x[:5])),
+        backward,
+        backward,
+    )
+    run_backward = getattr(torch.ops.meloformer, f"{name}_backward")
 
-    def save(ctx, inputs, output):
+    def setup_context(ctx, inputs, output):
         o, lse = output
         ctx.save_for_backward(*inputs, o, lse)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx, do, _):
+    def gradients(ctx, do, _):
         others = len(ctx.saved_tensors) - 7
         if do is None:
             return (None,) * (5 + others)
-        run = getattr(torch.ops.meloformer, f"{name}_backward")
-        return (*run(*ctx.saved_tensors, do), *[None] * others)
+        return (*run_backward(*ctx.saved_tensors, do), *[None] * others)
 
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, forward, device)
-        _library.impl(f"{name}_backward", backward, device)
-    qualified = f"meloformer::{name}"
-    torch.library.register_fake(qualified, lambda q, *_: _outputs(q), lib=_library)
-    torch.library.register_fake(
-        f"{qualified}_backward", lambda *x: tuple(map(_empty_like, x[:5])), lib=_library
-    )
-    torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=_library)
-    torch.library.register_autograd(f"{qualified}_backward", _refuse_second_gradients, lib=_library)
+    register_gradient(name, gradients, setup_context)
 
 
-_register("summarize", summarize, summarize_backward)
-_register("update", update, update_backward)
+_register("summarize", _BARS, summarize, summarize_backward)
+_register("update", _PLAN, update, update_backward)

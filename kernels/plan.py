@@ -15,7 +15,7 @@ The three layouts, all stable, by document first:
 With the kind rule "alike" the classes of the others are {T, P}, V, L in each.
 
 Everything is computed on the structure's device, in a fixed order: two plans of one structure are
-equal. Nothing waits for the device but `Plan.settle`, which is called before the plan is first used
+equal. Nothing waits for the device but `Plan.finalize`, which is called before the plan is first used
 and finds its answer ready if the plan was made ahead of time.
 
 Memory in bytes: 768 per tile with a mask and 256 per full one, by queries and by keys; the capacity
@@ -31,7 +31,9 @@ import triton
 from torch import Tensor
 
 from .plan_kernels import (
-    BLOCK,
+    BLOCK as _BLOCK,
+)
+from .plan_kernels import (
     CANDIDATES,
     MASKED,
     NEEDS,
@@ -48,7 +50,7 @@ from .plan_kernels import (
 )
 from .structure import Kind, Structure, kinds_seen
 
-LINE = BLOCK.value  # tokens of a line, and columns of a tile
+BLOCK = _BLOCK.value  # tokens of a block, and gathered tokens of a tile
 
 _NEVER = 2**30  # a distance between bars that does not occur
 _FIRST_GUESS = 4  # tiles per line, before anything is known: the first plan is made again anyway
@@ -114,8 +116,8 @@ class Plan:
         if self.rows > MOST_ROWS:
             raise ValueError(f"attention 'triton' takes at most {MOST_ROWS:,} rows, got {self.rows:,}")
         self.summaries = structure.summary_doc.shape[1]
-        self.q_blocks = triton.cdiv(self.regular, LINE)
-        self.s_blocks = triton.cdiv(self.summaries, LINE)
+        self.q_blocks = triton.cdiv(self.regular, BLOCK)
+        self.s_blocks = triton.cdiv(self.summaries, BLOCK)
         self.k_blocks = self.q_blocks + self.s_blocks
         self.lines = self.rows * (3 * self.q_blocks + self.k_blocks)
         self._key = (structure.device, self.rows, self.summaries, self.regular, split)
@@ -142,7 +144,7 @@ class Plan:
             facts, keys, rows, summaries, regular, KINDS_SEEN=kinds_seen(structure.kind_rule),
             QUERY_CLASS=query_class, KEY_CLASS=key_class, FAR_CLASS=far_class, SPAN=256,
         )  # fmt: skip
-        self.order, laid, ranges = empty(blocks * LINE), empty(6, blocks * LINE), empty(12, blocks)
+        self.order, laid, ranges = empty(blocks * BLOCK), empty(6, blocks * BLOCK), empty(12, blocks)
         layout_kernel[(blocks,)](
             keys.sort(stable=True).indices, facts, self.order, laid, ranges,
             rows, summaries, regular, q_blocks, self.s_blocks, blocks, num_warps=1,
@@ -152,7 +154,7 @@ class Plan:
         geometry = (rows, q_blocks, k_blocks, blocks)
         find = dict(CHUNK=128, num_warps=1, NEAR_BARS=near_bars)
         bits = sum(1 << distance for distance in near_bars) if near_bars[-1] < 31 else None
-        step = 8 if device.type == "cuda" else LINE // 2  # registers are few, interpreted steps are slow
+        step = 8 if device.type == "cuda" else BLOCK // 2  # registers are few, interpreted steps are slow
         look = dict(NEAR_BARS=near_bars, BITS=bits, STEP=step, num_warps=1)
         candidates_kernel[(lines,)](
             ranges, count, count, line, column, candidates, *geometry, FILL=False, **find
@@ -172,12 +174,12 @@ class Plan:
         count_kernel[(lines,)](number, count, end, sizes, lines, candidates, CHUNK=256, num_warps=1)
         ends = sizes[:2].cumsum(1, dtype=torch.int32)
         # One tile more than can be used: kernels may look at the columns one tile ahead.
-        self.table, self.tokens, tile_line = empty(lines, 4), empty((tiles + 1) * LINE), empty(masked)
+        self.table, self.tokens, tile_line = empty(lines, 4), empty((tiles + 1) * BLOCK), empty(masked)
         fill_kernel[(lines,)](
             self.order, column, some, every, count, end, sizes, ends, self.table, self.tokens, tile_line,
             lines, candidates, tiles, masked, rows, summaries, q_blocks, k_blocks, CHUNK=16,
         )  # fmt: skip
-        self.bits = empty(masked, 2, LINE)
+        self.bits = empty(masked, 2, BLOCK)
         bits_kernel[(masked,)](
             facts, laid, self.tokens, tile_line, sizes, ends, self.table, self.bits,
             lines, tiles, rows, summaries, regular, q_blocks, k_blocks, blocks, **look,
@@ -201,7 +203,7 @@ class Plan:
         else:
             self._answer, self._answered = self.needs, None
 
-    def settle(self) -> "Plan":
+    def finalize(self) -> "Plan":
         """Make sure that everything fitted; if not, make the plan again with enough room.
 
         The first call waits until the device has made the plan. Call it before a compiled model gets the
@@ -248,10 +250,10 @@ class Plan:
     def statistics(self) -> dict[str, int]:
         """Pairs of the update phase over all rows: `visible`, `computed`, those in `full` tiles; `tiles`
         by queries, and the `bytes` of the plan. Waits for the device."""
-        self.settle()
+        self.finalize()
         by_queries = self.table[: 2 * self.rows * self.q_blocks].long()
         masked, tiles = by_queries[:, 2].sum(), by_queries[:, 3].sum()
-        area, last = LINE * LINE, int(masked)
+        area, last = BLOCK * BLOCK, int(masked)
         bits = self.bits[:last]  # tiles by queries come first
         ones = sum(int(((bits >> i) & 1).sum()) for i in range(32))
         full = int(tiles - masked) * area - self._absent_in_full(by_queries)
@@ -265,9 +267,9 @@ class Plan:
 
     def _absent_in_full(self, by_queries: Tensor) -> int:
         """Pairs of full tiles whose query is no token."""
-        near, far = self.order.view(-1, LINE).split(
-            [self.rows * self.q_blocks, len(self.order) // LINE - self.rows * self.q_blocks]
+        near, far = self.order.view(-1, BLOCK).split(
+            [self.rows * self.q_blocks, len(self.order) // BLOCK - self.rows * self.q_blocks]
         )
         blocks = torch.cat([near, far[self.rows * self.k_blocks :]])
         absent = (blocks < 0).sum(1)
-        return int((absent * (by_queries[:, 3] - by_queries[:, 2]) * LINE).sum())
+        return int((absent * (by_queries[:, 3] - by_queries[:, 2]) * BLOCK).sum())

@@ -12,7 +12,7 @@ No kernel writes beyond what is allocated. `needs` says afterwards what would ha
 import triton
 import triton.language as tl
 
-from .update_forward import ITEMS, LINE
+from .tiles import BLOCK, ITEM_COUNTS
 from .visibility import (
     _NO_INSTRUMENT,
     _NO_ONSET,
@@ -26,12 +26,11 @@ from .visibility import (
     store_ranges,
 )
 
-BLOCK = LINE
 FULL_UNIT = tl.constexpr(128)  # full columns are taken by so many, the most that a kernel takes at once
 
 # Entries of `needs`.
 CANDIDATES, TILES, MASKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SLOTS = tl.constexpr(3)  # of the first group, and three others after it, as those of ITEMS
+SLOTS = tl.constexpr(3)  # of the first group, and three others after it, as those of ITEM_COUNTS
 NEEDS = 11
 
 LEAST_SPLIT = tl.constexpr(16)  # tiles: parts of fewer would cost more than the balance of work gains
@@ -43,7 +42,8 @@ def encode_kernel(
     facts_ptr, keys_ptr, rows, summaries, regular, KINDS_SEEN: tl.constexpr,
     QUERY_CLASS: tl.constexpr, KEY_CLASS: tl.constexpr, FAR_CLASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Facts of all tokens, int32 [6, B, M + N], and of regular ones their sort keys, int64 [3, B, N].
+    """TokenProperties of all tokens, int32 [6, B, M + N], and of regular ones their sort keys, int64 [3, B,
+    N].
 
     The keys order tokens by layout, row, document, and by what the layout groups them by: by the
     layout's class of each kind, 1 to 5, among others; equal keys stay in the order of the row. See
@@ -447,7 +447,7 @@ def work_kernel(
         tl.store(at + 5, parts, mask=keep)
     if chunk == 0:
         tl.store(needs_ptr + SLOTS + group, all_slots)
-        tl.store(needs_ptr + ITEMS + group, all_items)
+        tl.store(needs_ptr + ITEM_COUNTS + group, all_items)
         if group == 0:
             tl.store(needs_ptr + CANDIDATES, tl.load(end_ptr + lines - 1))
             tl.store(needs_ptr + TILES, tl.load(ends_ptr + lines - 1))

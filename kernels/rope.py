@@ -1,92 +1,97 @@
-"""Rotary positions: queries and keys of a joint projection split off and turned, and the gradient of that.
+"""RoPE: splits a joint projection into queries, keys and values and rotates queries and keys; its gradient.
 
-Shape suffixes: B rows, N tokens, P parts of a projection, H heads, D channels of a head.
+Shape suffixes: B batch rows, N tokens, P parts of a projection, H heads, D channels of a head.
 """
 
 import torch
 from torch import Tensor
 
-from .gradients import refuse_second_gradients
-
-_library = torch.library.Library("meloformer", "FRAGMENT")
-_library.define("unsplit(Tensor[] gradients, Tensor[] more, Tensor cos, Tensor sin) -> Tensor")
+from .operators import refuse_second_gradients, register
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors x [..., D] turned by the angles of these cosines and sines, [..., D], which broadcast to x.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (Su et al., 2021, arXiv:2104.09864) with channel i paired with i + D / 2: [..., D].
 
-    RoPE (Su et al., 2021, arXiv:2104.09864), channel i paired with i + D / 2.
+    Args:
+        x: [..., D].
+        cos, sin: of the angles, broadcastable to x.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def split(x_BNPHD: Tensor, cos_BND: Tensor, sin_BND: Tensor, twice: bool = False) -> tuple[Tensor, ...]:
-    """P = 2 or 3 vectors of tokens and heads, each as [B, H, N, D]; all but the last, the values, are turned.
+def split_and_rotate(
+    x_BNPHD: Tensor, cos_BND: Tensor, sin_BND: Tensor, duplicate_kv: bool = False
+) -> tuple[Tensor, ...]:
+    """The P = 2 or 3 parts of a projection, each [B, H, N, D]: (queries,) keys and values.
+
+    All but the values are rotated by `apply_rope`.
 
     Args:
-        twice: append keys and values again, for another reader: gradients of both readers are then added up
-            where they are turned back.
-
-    The halves of each cosine and sine [D] must be equal, as those of RoPE are.
+        x_BNPHD: the projection, any floating dtype (on CUDA not float64).
+        cos_BND, sin_BND: tables of RoPE; the halves of each [D] must be equal, as they are in RoPE.
+        duplicate_kv: return keys and values a second time, as views for another reader: the backward then
+            adds the gradients of both readers in the kernel.
 
     Raises:
-        ValueError: another number of parts, tables that do not belong to x, or float64 on CUDA.
+        ValueError: another number of parts, tables of another shape, or float64 on CUDA.
+        RuntimeError: in the backward, with create_graph.
     """
-    rows, tokens, parts, _, dim = x_BNPHD.shape
+    batch, tokens, parts, _, dim = x_BNPHD.shape
     if parts not in (2, 3):
         raise ValueError(f"a projection has 2 or 3 parts, got {parts}")
     for table in (cos_BND, sin_BND):
-        if table.shape != (rows, tokens, dim):
-            raise ValueError(f"expected tables [B, N, D] = {[rows, tokens, dim]}, got {list(table.shape)}")
+        if table.shape != (batch, tokens, dim):
+            raise ValueError(f"expected tables [B, N, D] = {[batch, tokens, dim]}, got {list(table.shape)}")
     if x_BNPHD.is_cuda and x_BNPHD.dtype == torch.float64:
-        raise ValueError("split computes in float32 on CUDA: float64 would not be what it says")
-    return _Split.apply(x_BNPHD, cos_BND, sin_BND, twice)
+        raise ValueError("split_and_rotate computes in float32 on CUDA: float64 would not be what it says")
+    return _Split.apply(x_BNPHD, cos_BND, sin_BND, duplicate_kv)
 
 
 class _Split(torch.autograd.Function):
-    """Left to itself, torch.compile writes the gradients of what was turned twice: before and after they are
-    laid beside those of the values. Told to do it at once, it reads them three times."""
+    """A function of its own since torch.compile would write the gradients of what was rotated twice, before
+    and after joining them with those of the values, or, told to do it at once, read them three times."""
 
     @staticmethod
-    def forward(ctx, x_BNPHD: Tensor, cos: Tensor, sin: Tensor, twice: bool) -> tuple[Tensor, ...]:
+    def forward(ctx, x_BNPHD: Tensor, cos: Tensor, sin: Tensor, duplicate_kv: bool) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.parts = x_BNPHD.shape[2]
-        # Turned at once, queries and keys are one kernel when compiled.
-        turned = turn(x_BNPHD[:, :, :-1], cos[:, :, None, None], sin[:, :, None, None])
-        parts = *turned.permute(2, 0, 3, 1, 4).unbind(0), x_BNPHD[:, :, -1].transpose(1, 2)
-        return *parts, *(part.view_as(part) for part in parts[-2:] if twice)
+        # Rotated at once, queries and keys are one kernel when compiled.
+        rotated = apply_rope(x_BNPHD[:, :, :-1], cos[:, :, None, None], sin[:, :, None, None])
+        parts = *rotated.permute(2, 0, 3, 1, 4).unbind(0), x_BNPHD[:, :, -1].transpose(1, 2)
+        return *parts, *(part.view_as(part) for part in parts[-2:] if duplicate_kv)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        refuse_second_gradients("split")
-        own, more = gradients[: ctx.parts], gradients[ctx.parts :]
-        return torch.ops.meloformer.unsplit(own, more, *ctx.saved_tensors), None, None, None
+        refuse_second_gradients("split_and_rotate")
+        own, duplicates = gradients[: ctx.parts], gradients[ctx.parts :]
+        return torch.ops.meloformer.split_backward(own, duplicates, *ctx.saved_tensors), None, None, None
 
 
-def _cpu(gradients: list[Tensor], more: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, N, P, H, D] of P gradients [B, H, N, D]: all but the last are turned back.
+def _cpu_backward(gradients: list[Tensor], duplicates: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient [B, N, P, H, D] from those of P parts, [B, H, N, D].
 
-    `more` is to be added to the last two, or nothing.
+    `duplicates` are those of the second keys and values, or none; they are added to the first.
     """
-    for part, other in enumerate(more, len(gradients) - 2):
+    for part, other in enumerate(duplicates, len(gradients) - 2):
         gradients[part] = gradients[part] + other
-    *turned, of_values = (gradient.transpose(1, 2) for gradient in gradients)
-    turned = (turn(part, cos[:, :, None], -sin[:, :, None]) for part in turned)
-    return torch.stack([*turned, of_values], dim=2)
+    *rotated, d_values = (gradient.transpose(1, 2) for gradient in gradients)
+    rotated = (apply_rope(part, cos[:, :, None], -sin[:, :, None]) for part in rotated)
+    return torch.stack([*rotated, d_values], dim=2)
 
 
-def _cuda(gradients: list[Tensor], more: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
-    from .rope_kernels import unsplit  # imports triton
+def _cuda_backward(gradients: list[Tensor], duplicates: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+    from .rope_kernels import split_backward  # imports triton
 
-    return unsplit(gradients, more, cos, sin)
-
-
-def _fake(gradients: list[Tensor], more: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
-    rows, heads, tokens, dim = gradients[0].shape
-    return gradients[0].new_empty(rows, tokens, len(gradients), heads, dim)
+    return split_backward(gradients, duplicates, cos, sin)
 
 
-_library.impl("unsplit", _cpu, "CPU")
-_library.impl("unsplit", _cuda, "CUDA")
-torch.library.register_fake("meloformer::unsplit", _fake, lib=_library)
+def _fake_backward(gradients: list[Tensor], duplicates: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+    batch, heads, tokens, dim = gradients[0].shape
+    return gradients[0].new_empty(batch, tokens, len(gradients), heads, dim)
+
+
+register(
+    "split_backward(Tensor[] gradients, Tensor[] duplicates, Tensor cos, Tensor sin) -> Tensor",
+    *(_fake_backward, _cpu_backward, _cuda_backward),
+)

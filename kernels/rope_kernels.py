@@ -1,4 +1,5 @@
-"""The Triton kernel of `rope.split`'s gradient: some heads of some tokens per program, in float32."""
+"""The Triton kernel of the gradient of `rope.split_and_rotate`: some (token, head) pairs per program, in
+float32."""
 
 import triton
 import triton.language as tl
@@ -6,83 +7,85 @@ from torch import Tensor
 
 from .launch_cache import Launcher
 
-_PAIRS, _WARPS = 32, 4  # of a token and a head
+_PAIRS, _WARPS = 32, 4  # pairs of a token and a head that a program takes
 
 
 @triton.jit
-def _sum(x_ptr, at, more_ptr, more_at, there, ADDS: tl.constexpr):
-    x = tl.load(x_ptr + at, mask=there, other=0).to(tl.float32)
+def _load_sum(x_ptr, offs, y_ptr, y_offs, mask, ADDS: tl.constexpr):
+    """x, or if ADDS x + y, [PAIRS, BLOCK] in float32."""
+    x = tl.load(x_ptr + offs, mask=mask, other=0).to(tl.float32)
     if ADDS:
-        x += tl.load(more_ptr + more_at, mask=there, other=0).to(tl.float32)
+        x += tl.load(y_ptr + y_offs, mask=mask, other=0).to(tl.float32)
     return x
 
 
 @triton.jit
-def _store_turned(out_ptr, first, second, cos, sin, there, HALF: tl.constexpr):
-    """Turned back, by which first and second half of the channels mix."""
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr, (first * cos + second * sin).to(dtype), mask=there)
-    tl.store(out_ptr + HALF, (second * cos - first * sin).to(dtype), mask=there)
+def _store_rotated_back(out_ptrs, first, second, cos, sin, mask, HALF: tl.constexpr):
+    """Stores the two halves of the channels, each [PAIRS, BLOCK], rotated by the negative angles."""
+    dtype = out_ptrs.dtype.element_ty
+    tl.store(out_ptrs, (first * cos + second * sin).to(dtype), mask=mask)
+    tl.store(out_ptrs + HALF, (second * cos - first * sin).to(dtype), mask=mask)
 
 
 @triton.jit
-def unsplit_kernel(
-    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, cos_ptr, sin_ptr, out_ptr,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, k2_b, k2_h, k2_n, v2_b, v2_h, v2_n, tokens, heads,
-    PARTS: tl.constexpr, TWICE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+def split_gradient_kernel(
+    dq_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, cos_ptr, sin_ptr, out_ptr,
+    dq_strides, dk_strides, dv_strides, dk2_strides, dv2_strides, tokens, heads,
+    PARTS: tl.constexpr, DUPLICATED: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK:
+    tl.constexpr,
 ):  # fmt: skip
-    """out [B, N, PARTS, H, D] of gradients of queries (if PARTS is 3), keys and values, by their strides;
-    k2 and v2 are added if TWICE.
+    """out [B, N, PARTS, H, D] from the gradients of queries (if PARTS is 3), keys and values.
 
-    cos, sin: [B, N, D], D = 2 HALF; their halves are equal.
+    Strides are those of (batch, head, token). dk2 and dv2 are added if DUPLICATED. cos, sin: [B, N, D],
+    D = 2 HALF, of equal halves. Tiles are [PAIRS, BLOCK], pairs of a token and a head by channels of one
+    half.
     """
-    row, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    b, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)[:, None]
-    token, head = pair // heads, pair % heads
-    there = (token < tokens) & (channel < HALF)
-    table = (row * tokens + token) * (2 * HALF) + channel
-    cos = tl.load(cos_ptr + table, mask=there, other=0).to(tl.float32)
-    sin = tl.load(sin_ptr + table, mask=there, other=0).to(tl.float32)
+    n, h = pair // heads, pair % heads
+    mask = (n < tokens) & (channel < HALF)
+    table_offs = (b * tokens + n) * (2 * HALF) + channel
+    cos = tl.load(cos_ptr + table_offs, mask=mask, other=0).to(tl.float32)
+    sin = tl.load(sin_ptr + table_offs, mask=mask, other=0).to(tl.float32)
     part = heads * (2 * HALF)
-    out_ptr += (row * tokens + token) * (PARTS * part) + head * (2 * HALF) + channel
+    out_ptrs = out_ptr + ((b * tokens + n) * (PARTS * part) + h * (2 * HALF) + channel)
     if PARTS == 3:
-        at = row * q_b + head * q_h + token * q_n + channel
-        first = _sum(q_ptr, at, q_ptr, at, there, False)
-        second = _sum(q_ptr, at + HALF, q_ptr, at, there, False)
-        _store_turned(out_ptr, first, second, cos, sin, there, HALF)
-        out_ptr += part
-    at = row * k_b + head * k_h + token * k_n + channel
-    more = row * k2_b + head * k2_h + token * k2_n + channel
-    first = _sum(k_ptr, at, k2_ptr, more, there, TWICE)
-    second = _sum(k_ptr, at + HALF, k2_ptr, more + HALF, there, TWICE)
-    _store_turned(out_ptr, first, second, cos, sin, there, HALF)
-    out_ptr += part
-    at = row * v_b + head * v_h + token * v_n + channel
-    more = row * v2_b + head * v2_h + token * v2_n + channel
+        offs = b * dq_strides[0] + h * dq_strides[1] + n * dq_strides[2] + channel
+        first = _load_sum(dq_ptr, offs, dq_ptr, offs, mask, False)
+        second = _load_sum(dq_ptr, offs + HALF, dq_ptr, offs, mask, False)
+        _store_rotated_back(out_ptrs, first, second, cos, sin, mask, HALF)
+        out_ptrs += part
+    offs = b * dk_strides[0] + h * dk_strides[1] + n * dk_strides[2] + channel
+    offs2 = b * dk2_strides[0] + h * dk2_strides[1] + n * dk2_strides[2] + channel
+    first = _load_sum(dk_ptr, offs, dk2_ptr, offs2, mask, DUPLICATED)
+    second = _load_sum(dk_ptr, offs + HALF, dk2_ptr, offs2 + HALF, mask, DUPLICATED)
+    _store_rotated_back(out_ptrs, first, second, cos, sin, mask, HALF)
+    out_ptrs += part
+    offs = b * dv_strides[0] + h * dv_strides[1] + n * dv_strides[2] + channel
+    offs2 = b * dv2_strides[0] + h * dv2_strides[1] + n * dv2_strides[2] + channel
     for half in tl.static_range(2):
-        v = _sum(v_ptr, at + half * HALF, v2_ptr, more + half * HALF, there, TWICE)
-        tl.store(out_ptr + half * HALF, v.to(out_ptr.dtype.element_ty), mask=there)
+        dv = _load_sum(dv_ptr, offs + half * HALF, dv2_ptr, offs2 + half * HALF, mask, DUPLICATED)
+        tl.store(out_ptrs + half * HALF, dv.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_launch = Launcher(unsplit_kernel)
+_split_gradient = Launcher(split_gradient_kernel)
 
 
-def unsplit(gradients: list[Tensor], more: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
-    """See `rope._cpu`."""
-    dtype = gradients[0].dtype  # launches are told apart by it
-    rows, heads, tokens, dim = gradients[0].shape
-    out = gradients[0].new_empty(rows, tokens, len(gradients), heads, dim)
+def split_backward(gradients: list[Tensor], duplicates: list[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+    """See `rope._cpu_backward`."""
+    dtype = gradients[0].dtype  # of all tensors: it is part of the launcher's key
+    batch, heads, tokens, dim = gradients[0].shape
+    out = gradients[0].new_empty(batch, tokens, len(gradients), heads, dim)
     if not out.numel():
         return out
-    tensors = gradients[0], *gradients[-2:], *(more or gradients[-2:])
+    tensors = gradients[0], *gradients[-2:], *(duplicates or gradients[-2:])
     tensors = [x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in tensors]
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
     tables = [table.to(dtype).contiguous() for table in (cos, sin)]
-    _launch(
-        (triton.cdiv(tokens * heads, _PAIRS), rows),
+    _split_gradient(
+        (triton.cdiv(tokens * heads, _PAIRS), batch),
         (*tensors, *tables, out),
-        (*strides, tokens, heads),
-        PARTS=len(gradients), TWICE=bool(more), HALF=dim // 2, PAIRS=_PAIRS,
+        (*(x.stride()[:3] for x in tensors), tokens, heads),
+        PARTS=len(gradients), DUPLICATED=bool(duplicates), HALF=dim // 2, PAIRS=_PAIRS,
         BLOCK=triton.next_power_of_2(dim // 2), num_warps=_WARPS,
     )  # fmt: skip
     return out

@@ -57,7 +57,7 @@ KIND_RULES: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
 SUMMARY = -1  # stands in the place of a Kind in the facts of a summary token
 
 
-class Facts(NamedTuple):
+class TokenProperties(NamedTuple):
     """What the rule knows of some tokens: integer tensors of one shape.
 
     A document of -1 marks padding. A summary token has kind `SUMMARY`, and of the rest only `doc`,
@@ -71,19 +71,21 @@ class Facts(NamedTuple):
     onset: Tensor
     position: Tensor
 
-    def at(self, *index) -> "Facts":
+    def at(self, *index) -> "TokenProperties":
         """The facts of the tokens picked by indexing every tensor with `index`."""
-        return Facts(*(fact[index] for fact in self))
+        return TokenProperties(*(fact[index] for fact in self))
 
 
-def summary_sees(s: Facts, u: Facts) -> Tensor:
+def summary_sees(s: TokenProperties, u: TokenProperties) -> Tensor:
     """Whether summary token `s` attends to `u`, a summary (SS) or a regular token (SR)."""
     ss = u.bar <= s.bar
     sr = u.bar == s.bar
     return _same_document(s, u) & torch.where(u.kind == SUMMARY, ss, sr)
 
 
-def regular_sees(t: Facts, u: Facts, near_bars: tuple[int, ...], kind_rule: str) -> Tensor:
+def regular_sees(
+    t: TokenProperties, u: TokenProperties, near_bars: tuple[int, ...], kind_rule: str
+) -> Tensor:
     """Whether regular token `t` attends to `u`, a summary (RS) or a regular token (RR).
 
     `near_bars` and `kind_rule` are those of `Structure`.
@@ -93,34 +95,34 @@ def regular_sees(t: Facts, u: Facts, near_bars: tuple[int, ...], kind_rule: str)
     return _same_document(t, u) & torch.where(u.kind == SUMMARY, rs, rr)
 
 
-def _same_document(t: Facts, u: Facts) -> Tensor:
+def _same_document(t: TokenProperties, u: TokenProperties) -> Tensor:
     return (t.doc == u.doc) & (u.doc >= 0)
 
 
-def _bar_rule(t: Facts, u: Facts, near_bars: tuple[int, ...]) -> Tensor:
+def _bar_rule(t: TokenProperties, u: TokenProperties, near_bars: tuple[int, ...]) -> Tensor:
     visible = is_global(u) | (t.inst == u.inst)
     for distance in near_bars:
         visible = visible | (t.bar - u.bar == distance)
     return visible
 
 
-def _kind_rule(t: Facts, u: Facts, name: str) -> Tensor:
+def _kind_rule(t: TokenProperties, u: TokenProperties, name: str) -> Tensor:
     visible = _is_structural(t) | _is_structural(u) | (t.onset == u.onset)
     for queries, keys in KIND_RULES[name]:
         visible = visible | (_is_any(t, queries) & _is_any(u, keys))
     return visible
 
 
-def is_global(u: Facts) -> Tensor:
+def is_global(u: TokenProperties) -> Tensor:
     """Structural without an instrument: every structural token but INST."""
     return _is_structural(u) & (u.inst == NO_INSTRUMENT)
 
 
-def _is_structural(u: Facts) -> Tensor:
+def _is_structural(u: TokenProperties) -> Tensor:
     return u.kind == _STRUCTURAL
 
 
-def _is_any(u: Facts, kinds: tuple[int, ...]) -> Tensor:
+def _is_any(u: TokenProperties, kinds: tuple[int, ...]) -> Tensor:
     first, *others = kinds
     found = u.kind == first
     for kind in others:
@@ -248,15 +250,15 @@ class Structure:
         return self.doc.device
 
     @property
-    def tokens(self) -> Facts:
-        """Facts of the regular tokens, [B, N]."""
-        return Facts(self.doc, self.bar, self.inst, self.kind, self.onset, self.position)
+    def tokens(self) -> TokenProperties:
+        """TokenProperties of the regular tokens, [B, N]."""
+        return TokenProperties(self.doc, self.bar, self.inst, self.kind, self.onset, self.position)
 
     @property
-    def summaries(self) -> Facts:
-        """Facts of the summary tokens, [B, M]."""
+    def summaries(self) -> TokenProperties:
+        """TokenProperties of the summary tokens, [B, M]."""
         doc = self.summary_doc
-        return Facts(
+        return TokenProperties(
             doc=doc,
             bar=self.summary_bar,
             inst=torch.full_like(doc, NO_INSTRUMENT),
@@ -266,9 +268,10 @@ class Structure:
         )
 
     @property
-    def keys(self) -> Facts:
-        """Facts of what both phases attend to, [B, M + N]: the summaries, then the regular tokens."""
-        return Facts(*(torch.cat(pair, dim=1) for pair in zip(self.summaries, self.tokens)))
+    def keys(self) -> TokenProperties:
+        """TokenProperties of what both phases attend to, [B, M + N]: the summaries, then the regular
+        tokens."""
+        return TokenProperties(*(torch.cat(pair, dim=1) for pair in zip(self.summaries, self.tokens)))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Structure":
         """This structure on another device."""

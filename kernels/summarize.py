@@ -1,9 +1,9 @@
-"""The summarize phase: each summary attends to the summaries before it and to the tokens of its bar.
+"""The summarize phase: each summary attends to the summaries up to itself and to the tokens of its bar.
 
-Both are contiguous in a row, so that four numbers per summary say all: no plan, and masks by comparison.
-A program takes 16 summaries, the fewest that matrix units multiply; what the first of them sees and the
-last does not, or the other way round, costs little beside. Every regular token is seen by exactly one
-summary: its gradients need no sum, and no matrix unit. Names are those of `forward.py`.
+Both are contiguous in a row, so that four numbers per summary define the mask: it needs no plan. A program
+takes 16 summaries, the fewest that a matrix instruction multiplies, and the keys that any of them sees; few
+of these pairs are masked. Every regular token is seen by exactly one summary: its gradients need no reduction
+and no matrix instruction. Names and shapes are those of `tiles`.
 """
 
 import torch
@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .structure import Structure
+from .tiles import LOWEST, head_ptr
 
 _BLOCK = 128
 
-_LOWEST = tl.constexpr(-1e30)
 _BEHIND_ALL = tl.constexpr(2**31 - 1)
 
 
@@ -73,202 +73,211 @@ def bars_kernel(
 
 @triton.jit
 def _span(lower, upper):
-    """From the first to the last of what several ranges hold, some of which may be empty."""
-    some = upper > lower
-    return tl.min(tl.where(some, lower, _BEHIND_ALL), 0), tl.max(tl.where(some, upper, 0), 0)
+    """The smallest range around several ranges [BM], some of which may be empty."""
+    nonempty = upper > lower
+    return tl.min(tl.where(nonempty, lower, _BEHIND_ALL), 0), tl.max(tl.where(nonempty, upper, 0), 0)
 
 
 @triton.jit
 def _attend(
-    acc, top, total, q, k_ptr, v_ptr, k_n, v_n, lower, upper, scale, offs_n, offs_d, PRECISION: tl.constexpr
+    acc, m_i, l_i, q, k_ptr, v_ptr, k_n, v_n, lower, upper, scale, offs_n, offs_d, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Takes into acc [BM, D], top and total [BM] the keys from `lower` up to `upper` of each query."""
+    """Takes the keys from `lower` up to `upper` of each query into acc [BM, D], m_i and l_i [BM]."""
     first, end = _span(lower, upper)
     for start in tl.range(first, end, offs_n.shape[0], num_stages=2):
-        key = start + offs_n
-        there = (key < end)[:, None]
-        k = tl.load(k_ptr + key[:, None] * k_n + offs_d[None, :], mask=there, other=0)  # [BN, D]
-        v = tl.load(v_ptr + key[:, None] * v_n + offs_d[None, :], mask=there, other=0)  # [BN, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BM, BN]
-        seen = (key[None, :] >= lower[:, None]) & (key[None, :] < upper[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-    return acc, top, total
+        key = start + offs_n  # [BN]
+        n_mask = (key < end)[:, None]  # [BN, 1]
+        k = tl.load(k_ptr + key[:, None] * k_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
+        v = tl.load(v_ptr + key[:, None] * v_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BM, BN]
+        mask = (key[None, :] >= lower[:, None]) & (key[None, :] < upper[:, None])  # [BM, BN]
+        qk = tl.where(mask, qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))  # [BM]
+        p = tl.exp2(qk - m_new[:, None])  # [BM, BN]
+        alpha = tl.exp2(m_i - m_new)  # [BM]
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BM, D]
+        m_i = m_new
+    return acc, m_i, l_i
 
 
 @triton.jit
-def _ranges(bars_ptr, summary, there):
-    """Of some summaries [BM]: the summaries and the tokens that each sees, as first and end; see `bars`."""
-    bars = bars_ptr + summary * 4
-    first_s, first_r = tl.load(bars, mask=there, other=0), tl.load(bars + 2, mask=there, other=0)
-    end_r = tl.load(bars + 3, mask=there, other=0)
-    end_s = tl.where(end_r > first_r, summary + 1, first_s)  # a summary that is none sees nothing
+def _load_ranges(bars_ptr, summary, m_mask):
+    """The summaries and the regular tokens that some summaries [BM] see, as first and end; see
+    `bars_kernel`."""
+    bar_ptrs = bars_ptr + summary * 4  # [BM]
+    first_s, first_r = tl.load(bar_ptrs, mask=m_mask, other=0), tl.load(bar_ptrs + 2, mask=m_mask, other=0)
+    end_r = tl.load(bar_ptrs + 3, mask=m_mask, other=0)
+    end_s = tl.where(end_r > first_r, summary + 1, first_s)  # padding sees nothing
     return first_s, end_s, first_r, end_r
 
 
 @triton.jit(do_not_specialize=["heads", "summaries"])
 def summarize_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, bars_ptr,
-    q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
-    o_b, o_h, o_n, scale, heads, summaries, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
+    scale, heads, summaries, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; 0 and -inf if blind."""
+    """BM summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; padding gets 0 and
+    -inf."""
     head, row = tl.program_id(0) % heads, tl.program_id(1)
-    summary = tl.program_id(0) // heads * BM + tl.arange(0, BM)
-    there = summary < summaries
-    first_s, end_s, first_r, end_r = _ranges(bars_ptr + row * summaries * 4, summary, there)
+    summary = tl.program_id(0) // heads * BM + tl.arange(0, BM)  # [BM]
+    m_mask = summary < summaries
+    first_s, end_s, first_r, end_r = _load_ranges(bars_ptr + row * summaries * 4, summary, m_mask)
     b, h = row.to(tl.int64), head.to(tl.int64)
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
-    q_ptrs = q_ptr + b * q_b + h * q_h + summary[:, None] * q_n + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=there[:, None], other=0)  # [BM, D]
+    q_ptrs = head_ptr(q_ptr, q_strides, b, h) + summary[:, None] * q_strides[2] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=m_mask[:, None], other=0)  # [BM, D]
     acc = tl.zeros([BM, D], tl.float32)
-    top, total = tl.full([BM], _LOWEST, tl.float32), tl.zeros([BM], tl.float32)
-    acc, top, total = _attend(
-        acc, top, total, q, k_s_ptr + b * k_s_b + h * k_s_h, v_s_ptr + b * v_s_b + h * v_s_h,
-        k_s_n, v_s_n, first_s, end_s, scale, offs_n, offs_d, PRECISION,
+    m_i, l_i = tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
+    acc, m_i, l_i = _attend(
+        acc, m_i, l_i, q, head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
+        k_s_strides[2], v_s_strides[2], first_s, end_s, scale, offs_n, offs_d, PRECISION,
     )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, q, k_r_ptr + b * k_r_b + h * k_r_h, v_r_ptr + b * v_r_b + h * v_r_h,
-        k_r_n, v_r_n, first_r, end_r, scale, offs_n, offs_d, PRECISION,
+    acc, m_i, l_i = _attend(
+        acc, m_i, l_i, q, head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
+        k_r_strides[2], v_r_strides[2], first_r, end_r, scale, offs_n, offs_d, PRECISION,
     )  # fmt: skip
-    blind = total == 0
-    total = tl.where(blind, 1.0, total)
-    o = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + b * o_b + h * o_h + summary[:, None] * o_n + offs_d[None, :], o, mask=there[:, None])
-    lse = tl.where(blind, float("-inf"), top + tl.log2(total))
-    tl.store(lse_ptr + (b * heads + h) * summaries + summary, lse, mask=there)
+    fully_masked = l_i == 0
+    l_i = tl.where(fully_masked, 1.0, l_i)
+    o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)  # [BM, D]
+    o_ptrs = head_ptr(o_ptr, o_strides, b, h) + summary[:, None] * o_strides[2] + offs_d[None, :]
+    tl.store(o_ptrs, o, mask=m_mask[:, None])
+    lse = tl.where(fully_masked, float("-inf"), m_i + tl.log2(l_i))
+    tl.store(lse_ptr + (b * heads + h) * summaries + summary, lse, mask=m_mask)
 
 
 @triton.jit
-def _query_gradient(
+def _add_query_gradient(
     dq, q, do, lse, delta, k_ptr, v_ptr, k_n, v_n, lower, upper, scale, offs_n, offs_d,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from `lower` up to `upper` of each query to dq [BM, D], not yet scaled."""
     first, end = _span(lower, upper)
     for start in tl.range(first, end, offs_n.shape[0], num_stages=2):
-        key = start + offs_n
-        there = (key < end)[:, None]
-        k = tl.load(k_ptr + key[:, None] * k_n + offs_d[None, :], mask=there, other=0)  # [BN, D]
-        v = tl.load(v_ptr + key[:, None] * v_n + offs_d[None, :], mask=there, other=0)  # [BN, D]
-        seen = (key[None, :] >= lower[:, None]) & (key[None, :] < upper[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        p = tl.where(seen, tl.exp2(scores * scale - lse[:, None]), 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        key = start + offs_n  # [BN]
+        n_mask = (key < end)[:, None]  # [BN, 1]
+        k = tl.load(k_ptr + key[:, None] * k_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
+        v = tl.load(v_ptr + key[:, None] * v_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
+        mask = (key[None, :] >= lower[:, None]) & (key[None, :] < upper[:, None])  # [BM, BN]
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        p = tl.where(mask, tl.exp2(qk * scale - lse[:, None]), 0.0)  # [BM, BN]
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])  # [BM, BN]
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, D]
     return dq
 
 
 @triton.jit(do_not_specialize=["heads", "summaries"])
 def summary_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, bars_ptr,
-    q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
-    do_b, do_h, do_n, d_b, d_h, d_n, scale, softmax_scale, heads, summaries,
+    q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
+    scale, softmax_scale, heads, summaries,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of BM summaries of one head: dq in programs of even number; in the others dk and dv, as keys.
 
-    o, dq, dk and dv have the same strides.
+    o, dk and dv have the strides of dq.
     """
     head, work, row = tl.program_id(0) // 2 % heads, tl.program_id(0) // 2 // heads, tl.program_id(1)
     b, h = row.to(tl.int64), head.to(tl.int64)
     summary, offs_n, offs_d = work * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-    there = summary < summaries
-    q_ptr += b * q_b + h * q_h
-    do_ptr += b * do_b + h * do_h
-    o_ptr += b * d_b + h * d_h
-    k_s_ptr += b * k_s_b + h * k_s_h
-    v_s_ptr += b * v_s_b + h * v_s_h
+    m_mask = summary < summaries  # [BM]
+    q_ptr = head_ptr(q_ptr, q_strides, b, h)
+    do_ptr = head_ptr(do_ptr, do_strides, b, h)
+    o_ptr = head_ptr(o_ptr, dq_strides, b, h)
+    k_s_ptr = head_ptr(k_s_ptr, k_s_strides, b, h)
+    v_s_ptr = head_ptr(v_s_ptr, v_s_strides, b, h)
     lse_ptr += (b * heads + h) * summaries
     bars_ptr += row * summaries * 4
-    own = summary[:, None] * d_n + offs_d[None, :]
-    out = b * d_b + h * d_h + own
+    o_offs = summary[:, None] * dq_strides[2] + offs_d[None, :]  # [BM, D], from o_ptr on
+    out_offs = b * dq_strides[0] + h * dq_strides[1] + o_offs
 
     if tl.program_id(0) % 2 == 0:
-        first_s, end_s, first_r, end_r = _ranges(bars_ptr, summary, there)
-        q = tl.load(q_ptr + summary[:, None] * q_n + offs_d[None, :], mask=there[:, None], other=0)
-        do = tl.load(do_ptr + summary[:, None] * do_n + offs_d[None, :], mask=there[:, None], other=0)
-        o = tl.load(o_ptr + own, mask=there[:, None], other=0)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + summary, mask=there, other=0)
+        first_s, end_s, first_r, end_r = _load_ranges(bars_ptr, summary, m_mask)
+        q = tl.load(q_ptr + summary[:, None] * q_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0)
+        do = tl.load(
+            do_ptr + summary[:, None] * do_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0
+        )
+        o = tl.load(o_ptr + o_offs, mask=m_mask[:, None], other=0)  # [BM, D], as q and do
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
+        lse = tl.load(lse_ptr + summary, mask=m_mask, other=0)  # [BM]
         dq = tl.zeros([BM, D], tl.float32)
-        dq = _query_gradient(
-            dq, q, do, lse, delta, k_s_ptr, v_s_ptr, k_s_n, v_s_n,
+        dq = _add_query_gradient(
+            dq, q, do, lse, delta, k_s_ptr, v_s_ptr, k_s_strides[2], v_s_strides[2],
             first_s, end_s, scale, offs_n, offs_d, PRECISION,
         )  # fmt: skip
-        dq = _query_gradient(
-            dq, q, do, lse, delta, k_r_ptr + b * k_r_b + h * k_r_h, v_r_ptr + b * v_r_b + h * v_r_h,
-            k_r_n, v_r_n, first_r, end_r, scale, offs_n, offs_d, PRECISION,
+        dq = _add_query_gradient(
+            dq, q, do, lse, delta, head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
+            k_r_strides[2], v_r_strides[2], first_r, end_r, scale, offs_n, offs_d, PRECISION,
         )  # fmt: skip
-        tl.store(dq_ptr + out, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=there[:, None])
+        tl.store(dq_ptr + out_offs, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
     else:
-        last_s = tl.load(bars_ptr + summary * 4 + 1, mask=there, other=0)
-        k = tl.load(k_s_ptr + summary[:, None] * k_s_n + offs_d[None, :], mask=there[:, None], other=0)
-        v = tl.load(v_s_ptr + summary[:, None] * v_s_n + offs_d[None, :], mask=there[:, None], other=0)
+        last_s = tl.load(bars_ptr + summary * 4 + 1, mask=m_mask, other=0)  # [BM]
+        k = tl.load(
+            k_s_ptr + summary[:, None] * k_s_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0
+        )
+        v = tl.load(
+            v_s_ptr + summary[:, None] * v_s_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0
+        )
         dk = tl.zeros([BM, D], tl.float32)
         dv = tl.zeros([BM, D], tl.float32)
         for start in tl.range(work * BM, tl.max(last_s, 0), BN, num_stages=2):
-            query = start + offs_n
-            real = query < summaries
-            at, mask = query[:, None], real[:, None]
-            q = tl.load(q_ptr + at * q_n + offs_d[None, :], mask=mask, other=0)  # [BN, D]
-            do = tl.load(do_ptr + at * do_n + offs_d[None, :], mask=mask, other=0)  # [BN, D]
-            o = tl.load(o_ptr + at * d_n + offs_d[None, :], mask=mask, other=0)  # [BN, D]
-            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-            lse = tl.load(lse_ptr + query, mask=real, other=float("-inf"))
-            seen = (query[None, :] >= summary[:, None]) & (query[None, :] < last_s[:, None])
-            seen &= (lse != float("-inf"))[None, :]  # a query that is none sees nothing
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
-            p = tl.where(seen, tl.exp2(scores * scale - lse[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        tl.store(dk_ptr + out, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=there[:, None])
-        tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=there[:, None])
+            query = start + offs_n  # [BN]
+            n_mask = query < summaries
+            at, at_mask = query[:, None], n_mask[:, None]  # [BN, 1]
+            q = tl.load(q_ptr + at * q_strides[2] + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
+            do = tl.load(do_ptr + at * do_strides[2] + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
+            o = tl.load(o_ptr + at * dq_strides[2] + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BN]
+            lse = tl.load(lse_ptr + query, mask=n_mask, other=float("-inf"))  # [BN]
+            mask = (query[None, :] >= summary[:, None]) & (query[None, :] < last_s[:, None])  # [BM, BN]
+            mask &= (lse != float("-inf"))[None, :]  # padding sees nothing
+            kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
+            p = tl.where(mask, tl.exp2(kq * scale - lse[None, :]), 0.0)  # [BM, BN]
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BM, D]
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])  # [BM, BN]
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, D]
+        tl.store(dk_ptr + out_offs, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=m_mask[:, None])
+        tl.store(dv_ptr + out_offs, dv.to(dv_ptr.dtype.element_ty), mask=m_mask[:, None])
 
 
 @triton.jit
-def _probabilities(q_ptr, do_ptr, o_ptr, lse_ptr, q_n, do_n, o_n, query, real, k, v, scale, offs_d):
-    """q and dO of some queries [BN, D], and P and dS of each with its key, k and v [1 or BN, D]: [BN]."""
-    at, mask = query[:, None], real[:, None]
-    q = tl.load(q_ptr + at * q_n + offs_d[None, :], mask=mask, other=0).to(tl.float32)
-    do = tl.load(do_ptr + at * do_n + offs_d[None, :], mask=mask, other=0).to(tl.float32)
-    o = tl.load(o_ptr + at * o_n + offs_d[None, :], mask=mask, other=0).to(tl.float32)
-    lse = tl.load(lse_ptr + query, mask=real, other=0)
-    p = tl.where(real, tl.exp2(tl.sum(q * k, 1) * scale - lse), 0.0)
-    ds = p * (tl.sum(do * v, 1) - tl.sum(do * o, 1))
+def _probabilities(q_ptr, do_ptr, o_ptr, lse_ptr, q_n, do_n, o_n, query, n_mask, k, v, scale, offs_d):
+    """Of pairs of a query [BN] and a key, k and v [BN, D]: q and dO [BN, D], P and dS [BN]."""
+    at, at_mask = query[:, None], n_mask[:, None]  # [BN, 1]
+    q = tl.load(q_ptr + at * q_n + offs_d[None, :], mask=at_mask, other=0).to(tl.float32)  # [BN, D]
+    do = tl.load(do_ptr + at * do_n + offs_d[None, :], mask=at_mask, other=0).to(tl.float32)  # [BN, D]
+    o = tl.load(o_ptr + at * o_n + offs_d[None, :], mask=at_mask, other=0).to(tl.float32)  # [BN, D]
+    lse = tl.load(lse_ptr + query, mask=n_mask, other=0)  # [BN]
+    p = tl.where(n_mask, tl.exp2(tl.sum(q * k, 1) * scale - lse), 0.0)  # [BN]
+    ds = p * (tl.sum(do * v, 1) - tl.sum(do * o, 1))  # [BN]
     return q, do, p, ds
 
 
 @triton.jit(do_not_specialize=["heads", "summaries", "regular"])
 def token_gradient_kernel(
     q_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr, slot_ptr,
-    q_b, q_h, q_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n, o_b, o_h, o_n, do_b, do_h, do_n, d_b, d_h, d_n,
+    q_strides, k_r_strides, v_r_strides, o_strides, do_strides, dk_strides,
     scale, softmax_scale, heads, summaries, regular, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN regular tokens of one head, each from the summary of its bar alone."""
     head, row = tl.program_id(0) % heads, tl.program_id(1)
     b, h = row.to(tl.int64), head.to(tl.int64)
-    token, offs_d = tl.program_id(0) // heads * BN + tl.arange(0, BN), tl.arange(0, D)
-    there = token < regular
-    slot = tl.load(slot_ptr + row * regular + token, mask=there, other=-1)
-    at, there, real = token[:, None], there[:, None], (slot >= 0)[:, None]
-    k = tl.load(k_r_ptr + b * k_r_b + h * k_r_h + at * k_r_n + offs_d[None, :], mask=real, other=0)
-    v = tl.load(v_r_ptr + b * v_r_b + h * v_r_h + at * v_r_n + offs_d[None, :], mask=real, other=0)
+    token, offs_d = tl.program_id(0) // heads * BN + tl.arange(0, BN), tl.arange(0, D)  # [BN], [D]
+    n_mask = token < regular
+    slot = tl.load(slot_ptr + row * regular + token, mask=n_mask, other=-1)  # [BN]
+    at, n_mask, real = token[:, None], n_mask[:, None], (slot >= 0)[:, None]  # [BN, 1]
+    k_ptrs = head_ptr(k_r_ptr, k_r_strides, b, h) + at * k_r_strides[2] + offs_d[None, :]
+    v_ptrs = head_ptr(v_r_ptr, v_r_strides, b, h) + at * v_r_strides[2] + offs_d[None, :]
+    k, v = tl.load(k_ptrs, mask=real, other=0), tl.load(v_ptrs, mask=real, other=0)  # [BN, D]
     q, do, p, ds = _probabilities(
-        q_ptr + b * q_b + h * q_h, do_ptr + b * do_b + h * do_h, o_ptr + b * o_b + h * o_h,
-        lse_ptr + (b * heads + h) * summaries, q_n, do_n, o_n, slot, slot >= 0,
+        head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h), head_ptr(o_ptr, o_strides, b,
+        h), lse_ptr + (b * heads + h) * summaries, q_strides[2], do_strides[2], o_strides[2], slot, slot >= 0,
         k.to(tl.float32), v.to(tl.float32), scale, offs_d,
     )  # fmt: skip
-    out = b * d_b + h * d_h + at * d_n + offs_d[None, :]
-    tl.store(dk_ptr + out, ((ds * softmax_scale)[:, None] * q).to(dk_ptr.dtype.element_ty), mask=there)
-    tl.store(dv_ptr + out, (p[:, None] * do).to(dv_ptr.dtype.element_ty), mask=there)
+    offs = b * dk_strides[0] + h * dk_strides[1] + at * dk_strides[2] + offs_d[None, :]  # [BN, D]
+    tl.store(dk_ptr + offs, ((ds * softmax_scale)[:, None] * q).to(dk_ptr.dtype.element_ty), mask=n_mask)
+    tl.store(dv_ptr + offs, (p[:, None] * do).to(dv_ptr.dtype.element_ty), mask=n_mask)
 
 
 def find_bars(structure: Structure) -> tuple[Tensor, Tensor]:

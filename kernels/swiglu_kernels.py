@@ -1,4 +1,4 @@
-"""The Triton kernels of `swiglu`: one row of tokens by a block of channels per program, in float32."""
+"""The Triton kernels of `swiglu`: one token by a block of channels per program, in float32."""
 
 import torch
 import triton
@@ -11,34 +11,35 @@ _BLOCK, _WARPS = 4096, 8
 
 
 @triton.jit
-def _load(pointer, there):
-    return tl.load(pointer, mask=there, other=0).to(tl.float32)
+def _load(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """out [T, F] of gate_up [T, 2 F]; `width` is F."""
+    """out [T, F] of gate_up [T, 2 F]; `width` is F. All tiles are [BLOCK]."""
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = channel < width
-    gates = gate_up_ptr + row * 2 * width + channel
-    gate, up = _load(gates, there), _load(gates + width, there)
+    mask = channel < width
+    gate_ptrs = gate_up_ptr + row * 2 * width + channel
+    gate, up = _load(gate_ptrs, mask), _load(gate_ptrs + width, mask)
     out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * width + channel, out, mask=there)
+    tl.store(out_ptr + row * width + channel, out, mask=mask)
 
 
 @triton.jit
 def swiglu_gradient_kernel(gate_up_ptr, gradient_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """The gradient [T, 2 F] of gate_up, by that of the result, [T, F]."""
+    """out, the gradient [T, 2 F] of gate_up, from `gradient` [T, F], that of the result. All tiles are
+    [BLOCK]."""
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = channel < width
-    gates = gate_up_ptr + row * 2 * width + channel
-    gate, up = _load(gates, there), _load(gates + width, there)
-    gradient = _load(gradient_ptr + row * width + channel, there)
-    share = tl.sigmoid(gate)
-    of_gate = gradient * up * share * (1 + gate * (1 - share))
-    outs = out_ptr + row * 2 * width + channel
-    tl.store(outs, of_gate.to(out_ptr.dtype.element_ty), mask=there)
-    tl.store(outs + width, (gradient * gate * share).to(out_ptr.dtype.element_ty), mask=there)
+    mask = channel < width
+    gate_ptrs = gate_up_ptr + row * 2 * width + channel
+    gate, up = _load(gate_ptrs, mask), _load(gate_ptrs + width, mask)
+    gradient = _load(gradient_ptr + row * width + channel, mask)
+    sigmoid = tl.sigmoid(gate)
+    d_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+    out_ptrs = out_ptr + row * 2 * width + channel
+    tl.store(out_ptrs, d_gate.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs + width, (gradient * gate * sigmoid).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 _forward, _backward = Launcher(swiglu_kernel), Launcher(swiglu_gradient_kernel)

@@ -62,8 +62,8 @@ class Backend:
         with on_device(structure.device):
             self.bars = find_bars(structure)
 
-    def settle(self) -> None:
-        self.plan.settle()
+    def finalize(self) -> None:
+        self.plan.finalize()
         for tensor in (self.bars[0], self.structure.summary_doc):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
@@ -73,7 +73,7 @@ class Backend:
 
     def update(self, q_r: Tensor, k_r: Tensor, v_r: Tensor, k_s: Tensor, v_s: Tensor) -> Tensor:
         _check(q_r)
-        return torch.ops.meloformer.update(q_r, k_s, v_s, k_r, v_r, *self.plan.settle().tensors)[0]
+        return torch.ops.meloformer.update(q_r, k_s, v_s, k_r, v_r, *self.plan.finalize().tensors)[0]
 
 
 def _check(q: Tensor) -> None:

@@ -1,21 +1,19 @@
-"""Launches measured by `python -m benchmarks.tune --write`, which writes this file."""
+"""Launches measured by `python -m benchmarks.tune --write`, which writes this file. See `launch.Entry`."""
 
-from .launch import Entry, Launch, Launches
-
-TABLE = (
-    Entry(
-        capability=(9, 0),
-        head_dim=64,
-        itemsize=2,
-        launches=Launches(
-            forward_near=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
-            forward_far=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
-            dq_near=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
-            dq_far=Launch(rows=64, columns=64, warps=4, stages=2, registers=128),
-            dkv_near=Launch(rows=64, columns=64, warps=4, stages=3, registers=None),
-            dkv_far=Launch(rows=64, columns=64, warps=4, stages=3, registers=None),
-        ),
-        gpu="NVIDIA H200",
-        date="2026-11-22",
-    ),
+ENTRIES = (
+    {
+        "capability": (9, 0),
+        "head_dim": 64,
+        "itemsize": 2,
+        "gpu": "NVIDIA H200",
+        "date": "2026-11-22",
+        "launches": {
+            "forward_local": dict(block_m=64, block_n=64, num_warps=4, num_stages=2, maxnreg=128),
+            "forward_same_inst": dict(block_m=64, block_n=64, num_warps=4, num_stages=2, maxnreg=128),
+            "dq_local": dict(block_m=64, block_n=64, num_warps=4, num_stages=2, maxnreg=128),
+            "dq_same_inst": dict(block_m=64, block_n=64, num_warps=4, num_stages=2, maxnreg=128),
+            "dkv_local": dict(block_m=64, block_n=64, num_warps=4, num_stages=3, maxnreg=None),
+            "dkv_same_inst": dict(block_m=64, block_n=64, num_warps=4, num_stages=3, maxnreg=None),
+        },
+    },
 )

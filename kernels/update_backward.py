@@ -1,244 +1,260 @@
-"""Backward tiles of the update phase. Names and offsets are those of `forward.py`.
+"""The backward kernels of the update phase. Names and shapes are those of `tiles`.
 
-With P = exp2(S - lse) and delta = rowsum(dO * O): dV = P^T dO, dS = P * (dO V^T - delta),
-dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D). Both passes use the lse of the whole row, so that their
-gradients simply add up. No gradient is added by atomics: a line of queries or of keys belongs to one
-program, or to several, the last of which sums their parts in the order of the line.
+With P = exp2(S - lse) and delta = rowsum(dO * O): dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K /
+sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, Dao et al., 2022, arXiv:2205.14135, appendix B). Both passes
+use the final lse of a query, so that their gradients add up. No gradient is added by atomics: a block of
+queries or of keys belongs to one program, or to several, of which the last to arrive adds up all partial sums
+in the order of the list.
 
-Tiles of the key side are computed transposed from the start, keys x queries: `tl.dot(tl.trans(x), ...)`
-with x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper.
+Tiles of the key side are computed transposed from the start, keys x queries: `tl.dot(tl.trans(x), ...)` with
+x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper.
 """
 
 import triton
 import triton.language as tl
 
-from .update_forward import GEOMETRY, ITEMS, LINE, all_parts_done, key_pointers, tile_mask
+from .tiles import (
+    BLOCK,
+    GEOMETRY,
+    ITEM_COUNTS,
+    head_ptr,
+    key_pointers,
+    last_to_arrive,
+    load_item,
+    load_split,
+    tile_mask,
+)
 
 
 @triton.jit
-def _query_gradient(
-    dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-    tokens_ptr, bits_ptr, tiles, summaries, scale, offs_row, offs_n, offs_d,
-    MASKED: tl.constexpr, SUMMARIES: tl.constexpr, BN: tl.constexpr,
+def _add_query_gradient(
+    dq, q, do, lse, delta, keys, key_strides,
+    gathered_ptr, bits_ptr, tiles, summaries, scale, offs_m, offs_n, offs_d,
+    MASKED: tl.constexpr, HAS_SUMMARIES: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the columns of some tiles to dq [BM, D], not yet scaled; see `forward._attend`."""
-    last = tl.maximum(tiles * LINE - 1, 0)
-    token = tl.load(tokens_ptr + tl.minimum(offs_n, last))  # [BN]
-    for i in tl.range(0, (tiles * LINE + BN - 1) // BN, num_stages=STAGES):
-        k_ptrs, v_ptrs = key_pointers(
-            token, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n, summaries, SUMMARIES
-        )
+    """Adds the keys of some tiles to dq [BM, D], not yet scaled; see `update_forward._attend`."""
+    last = tl.maximum(tiles * BLOCK - 1, 0)
+    token = tl.load(gathered_ptr + tl.minimum(offs_n, last))  # [BN]
+    for i in tl.range(0, (tiles * BLOCK + BN - 1) // BN, num_stages=STAGES):
+        k_ptrs, v_ptrs = key_pointers(token, keys, key_strides, summaries, HAS_SUMMARIES)  # [BN, 1]
         k = tl.load(k_ptrs + offs_d[None, :])  # [BN, D]
         v = tl.load(v_ptrs + offs_d[None, :])  # [BN, D]
-        token = tl.load(tokens_ptr + tl.minimum((i + 1) * BN + offs_n, last))
+        token = tl.load(gathered_ptr + tl.minimum((i + 1) * BN + offs_n, last))  # [BN]
 
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        p = tl.exp2(scores * scale - lse[:, None])
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        p = tl.exp2(qk * scale - lse[:, None])  # [BM, BN]
         if MASKED:
-            p = tl.where(tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_row, offs_n, BN), p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            mask = tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_m, offs_n, BN)  # [BM, BN]
+            p = tl.where(mask, p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+        ds = p * (dp - delta[:, None])  # [BM, BN]
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, D]
     return dq
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
 def query_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr,
-    parts_ptr, counters_ptr, order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needs_ptr,
-    q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
-    do_b, do_h, do_n, dq_b, dq_h, dq_n,
-    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_line,
-    group, items, first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    partials_ptr, counters_ptr, order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
+    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
+    first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM queries of one line of one head; see `forward.forward_kernel`. o has the strides of dq.
+    """dq of BM queries of one work item of one head; see `update_forward.forward_kernel`. o has dq's strides.
 
-    The near pass also writes down lse and delta = rowsum(dO * O) side by side, float32 [B, H, N, 2]. As a
-    pair the other kernels load them by tiles of twice the rows, which Triton (3.6) copies once per
-    program; a vector shorter than the program's threads it would load once in every thread that needs it.
+    The first pass also stores lse and delta side by side, float32 [B, H, N, 2]. As a pair the other kernels
+    load them by tiles of twice the rows, which Triton (3.6) copies once per program; a vector shorter than
+    the program's threads it would load once in every thread that needs it. `partials` is float32
+    [slots, H, 64, D].
     """
-    SUBS: tl.constexpr = LINE // BM
+    SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
     sub = work % SUBS
-    if work // SUBS < tl.load(needs_ptr + ITEMS + group):
-        item = items_ptr + (group * items + work // SUBS) * 8
-        line, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-        table = table_ptr + (first_line + line) * 4
-        first, first_masked, masked = tl.load(table), tl.load(table + 1), tl.load(table + 2)
-        if FIRST or tl.load(table + 3) > 0:
-            row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
-            offs_row, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-            query = tl.load(order_ptr + (first_block + line) * LINE + offs_row)  # [BM]
-            there = query >= 0
+    if work // SUBS < tl.load(needs_ptr + ITEM_COUNTS + group):
+        item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
+            items_ptr, table_ptr, first_list, group, items, work // SUBS
+        )
+        if FIRST or num_tiles > 0:
+            b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
+            offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+            query = tl.load(order_ptr + (first_block + block) * BLOCK + offs_m)  # [BM]
+            m_mask = query >= 0
             query = tl.maximum(query - summaries, 0)
-            q = tl.load(q_ptr + row * q_b + h * q_h + query[:, None] * q_n + offs_d[None, :])  # [BM, D]
-            do = tl.load(do_ptr + row * do_b + h * do_h + query[:, None] * do_n + offs_d[None, :])  # [BM, D]
-            dq_at = row * dq_b + h * dq_h + query[:, None] * dq_n + offs_d[None, :]
-            stats = (row * heads + h) * queries + query
+            q_ptrs = head_ptr(q_ptr, q_strides, b, h) + query[:, None] * q_strides[2] + offs_d[None, :]
+            q = tl.load(q_ptrs)  # [BM, D]
+            do_ptrs = head_ptr(do_ptr, do_strides, b, h) + query[:, None] * do_strides[2] + offs_d[None, :]
+            do = tl.load(do_ptrs)  # [BM, D]
+            dq_offs = b * dq_strides[0] + h * dq_strides[1] + query[:, None] * dq_strides[2] + offs_d[None, :]
+            stats_offs = (b * heads + h) * queries + query  # [BM]
             if FIRST:
-                lse = tl.load(lse_ptr + stats)
-                delta = tl.sum(tl.load(o_ptr + dq_at).to(tl.float32) * do.to(tl.float32), 1)
+                lse = tl.load(lse_ptr + stats_offs)  # [BM]
+                delta = tl.sum(tl.load(o_ptr + dq_offs).to(tl.float32) * do.to(tl.float32), 1)  # [BM]
                 if begin == 0:
-                    tl.store(stats_ptr + stats * 2, lse, mask=there)
-                    tl.store(stats_ptr + stats * 2 + 1, delta, mask=there)
+                    tl.store(stats_ptr + stats_offs * 2, lse, mask=m_mask)
+                    tl.store(stats_ptr + stats_offs * 2 + 1, delta, mask=m_mask)
             else:
-                lse, delta = tl.load(stats_ptr + stats * 2), tl.load(stats_ptr + stats * 2 + 1)
+                lse, delta = tl.load(stats_ptr + stats_offs * 2), tl.load(stats_ptr + stats_offs * 2 + 1)
 
-            k_s, v_s = k_s_ptr + row * k_s_b + h * k_s_h, v_s_ptr + row * v_s_b + h * v_s_h
-            k_r, v_r = k_r_ptr + row * k_r_b + h * k_r_h, v_r_ptr + row * v_r_b + h * v_r_h
-            border = tl.minimum(tl.maximum(masked, begin), end)
+            keys = (
+                head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
+                head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
+            )  # fmt: skip
+            key_strides = (k_s_strides[2], v_s_strides[2], k_r_strides[2], v_r_strides[2])
+            border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
             dq = tl.zeros([BM, D], tl.float32)
-            dq = _query_gradient(
-                dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-                tokens_ptr + (first + begin) * LINE, bits_ptr + (first_masked + begin) * (2 * LINE),
-                border - begin, summaries, scale, offs_row, offs_n, offs_d,
+            dq = _add_query_gradient(
+                dq, q, do, lse, delta, keys, key_strides,
+                gathered_ptr + (first + begin) * BLOCK, bits_ptr + (first_masked + begin) * (2 * BLOCK),
+                border - begin, summaries, scale, offs_m, offs_n, offs_d,
                 True, FIRST, BN, PRECISION, STAGES,
             )  # fmt: skip
-            dq = _query_gradient(
-                dq, q, do, lse, delta, k_s, v_s, k_r, v_r, k_s_n, v_s_n, k_r_n, v_r_n,
-                tokens_ptr + (first + border) * LINE, bits_ptr,
-                end - border, summaries, scale, offs_row, offs_n, offs_d,
+            dq = _add_query_gradient(
+                dq, q, do, lse, delta, keys, key_strides,
+                gathered_ptr + (first + border) * BLOCK, bits_ptr,
+                end - border, summaries, scale, offs_m, offs_n, offs_d,
                 False, FIRST, BN, PRECISION, STAGES,
             )  # fmt: skip
             dq *= softmax_scale
-            done = slot < 0
+            complete = slot < 0
             if slot >= 0:
-                part = parts_ptr + (slot.to(tl.int64) * heads + h) * (LINE * D)
-                at = offs_row[:, None] * D + offs_d[None, :]
-                tl.store(part + at, dq)
-                first_slot, parts = tl.load(item + 4), tl.load(item + 5)
-                done = all_parts_done(counters_ptr + first_counter, first_slot, parts, heads, head, sub, SUBS)
-                if done:
+                partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (BLOCK * D)
+                offs_md = offs_m[:, None] * D + offs_d[None, :]  # [BM, D]
+                tl.store(partial_ptr + offs_md, dq)
+                first_slot, splits = load_split(item_ptr)
+                complete = last_to_arrive(
+                    counters_ptr + first_counter, first_slot, splits, heads, head, sub, SUBS
+                )
+                if complete:
                     dq = tl.zeros([BM, D], tl.float32)
-                    part = parts_ptr + (first_slot.to(tl.int64) * heads + h) * (LINE * D)
-                    for _ in range(0, parts):
-                        dq += tl.load(part + at, cache_modifier=".cg")
-                        part += heads * (LINE * D)
-            if done:
+                    partial_ptr = partials_ptr + (first_slot.to(tl.int64) * heads + h) * (BLOCK * D)
+                    for _ in range(0, splits):
+                        dq += tl.load(partial_ptr + offs_md, cache_modifier=".cg")
+                        partial_ptr += heads * (BLOCK * D)
+            if complete:
                 if not FIRST:
-                    dq += tl.load(dq_ptr + dq_at).to(tl.float32)
-                tl.store(dq_ptr + dq_at, dq.to(dq_ptr.dtype.element_ty), mask=there[:, None])
+                    dq += tl.load(dq_ptr + dq_offs).to(tl.float32)
+                tl.store(dq_ptr + dq_offs, dq.to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
 
 
 @triton.jit
-def _key_gradient(
+def _add_key_gradients(
     dk, dv, k, v, q_ptr, do_ptr, q_n, do_n, stats_ptr,
-    tokens_ptr, bits_ptr, tiles, scale, offs_row, offs_n, offs_d,
+    gathered_ptr, bits_ptr, tiles, scale, offs_m, offs_n, offs_d,
     MASKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the columns, queries, of some tiles to dk (not yet scaled) and dv, [BM, D]."""
-    last = tl.maximum(tiles * LINE - 1, 0)
-    query = tl.load(tokens_ptr + tl.minimum(offs_n, last))  # [BN]
-    for i in tl.range(0, (tiles * LINE + BN - 1) // BN, num_stages=STAGES):
+    """Adds the queries of some tiles to dk (not yet scaled) and dv, [BM, D]; q_n and do_n are token
+    strides."""
+    last = tl.maximum(tiles * BLOCK - 1, 0)
+    query = tl.load(gathered_ptr + tl.minimum(offs_n, last))  # [BN]
+    for i in tl.range(0, (tiles * BLOCK + BN - 1) // BN, num_stages=STAGES):
         q = tl.load(q_ptr + query[:, None] * q_n + offs_d[None, :])  # [BN, D]
         do = tl.load(do_ptr + query[:, None] * do_n + offs_d[None, :])  # [BN, D]
-        pair = tl.load(stats_ptr + query[:, None] * 2 + tl.arange(0, 2)[None, :])  # [BN, 2]
-        query = tl.load(tokens_ptr + tl.minimum((i + 1) * BN + offs_n, last))
-        lse, delta = tl.split(pair)
+        stats = tl.load(stats_ptr + query[:, None] * 2 + tl.arange(0, 2)[None, :])  # [BN, 2]
+        query = tl.load(gathered_ptr + tl.minimum((i + 1) * BN + offs_n, last))  # [BN]
+        lse, delta = tl.split(stats)  # [BN] each
 
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
-        p = tl.exp2(scores * scale - lse[None, :])
+        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
+        p = tl.exp2(kq * scale - lse[None, :])  # [BM, BN]
         if MASKED:
-            p = tl.where(tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_row, offs_n, BN), p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            mask = tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_m, offs_n, BN)  # [BM, BN]
+            p = tl.where(mask, p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BM, D]
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BM, BN]
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])  # [BM, BN]
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, D]
     return dk, dv
 
 
 @triton.jit
-def _store_key_gradients(
-    dk, dv, dk_ptr, dv_ptr, at, there, offs_d, FIRST: tl.constexpr
-):  # fmt: skip
-    """dk and dv [BM, D], float32, to rows at offsets [BM, 1]: written, or added to what is there."""
-    at += offs_d[None, :]
-    there = there[:, None]
+def _store_key_gradients(dk, dv, dk_ptr, dv_ptr, offs, m_mask, FIRST: tl.constexpr):
+    """Stores dk and dv [BM, D], or adds them to what the first pass stored, at the offsets [BM, D]."""
     if not FIRST:
-        dk += tl.load(dk_ptr + at, mask=there, other=0).to(tl.float32)
-        dv += tl.load(dv_ptr + at, mask=there, other=0).to(tl.float32)
-    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=there)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
+        dk += tl.load(dk_ptr + offs, mask=m_mask, other=0).to(tl.float32)
+        dv += tl.load(dv_ptr + offs, mask=m_mask, other=0).to(tl.float32)
+    tl.store(dk_ptr + offs, dk.to(dk_ptr.dtype.element_ty), mask=m_mask)
+    tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=m_mask)
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
 def key_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr,
-    dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, parts_ptr, counters_ptr,
-    order_ptr, table_ptr, tokens_ptr, bits_ptr, items_ptr, needs_ptr,
-    q_b, q_h, q_n, k_s_b, k_s_h, k_s_n, v_s_b, v_s_h, v_s_n, k_r_b, k_r_h, k_r_n, v_r_b, v_r_h, v_r_n,
-    do_b, do_h, do_n, d_s_b, d_s_h, d_s_n, d_r_b, d_r_h, d_r_n,
-    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_line,
-    group, items, first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, partials_ptr, counters_ptr,
+    order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dk_s_strides, dk_r_strides,
+    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
+    first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BM keys of one item of one head. `parts` is float32 [slots, H, 2, 64, D]: dk, then dv.
+    """dk and dv of BM keys of one work item of one head; dv has the strides of dk.
 
-    `needs` says how many items there are.
+    See `update_forward.forward_kernel`. `partials` is float32 [slots, H, 2, 64, D]: dk, then dv.
     """
-    SUBS: tl.constexpr = LINE // BM
+    SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
     sub = work % SUBS
-    if work // SUBS < tl.load(needs_ptr + ITEMS + group):
-        item = items_ptr + (group * items + work // SUBS) * 8
-        line, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-        table = table_ptr + (first_line + line) * 4
-        first, first_masked, masked = tl.load(table), tl.load(table + 1), tl.load(table + 2)
-        if FIRST or tl.load(table + 3) > 0:
-            row, h = (line // blocks).to(tl.int64), head.to(tl.int64)
-            offs_row, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-            slots = order_ptr + (first_block + line) * LINE
-            token = tl.load(slots + offs_row)  # [BM]
-            in_s = tl.load(slots) < summaries  # a line is of one stream
-            at = tl.maximum(tl.where(in_s, token, token - summaries), 0)[:, None]
-            if in_s:
-                k = tl.load(k_s_ptr + row * k_s_b + h * k_s_h + at * k_s_n + offs_d[None, :])  # [BM, D]
-                v = tl.load(v_s_ptr + row * v_s_b + h * v_s_h + at * v_s_n + offs_d[None, :])  # [BM, D]
+    if work // SUBS < tl.load(needs_ptr + ITEM_COUNTS + group):
+        item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
+            items_ptr, table_ptr, first_list, group, items, work // SUBS
+        )
+        if FIRST or num_tiles > 0:
+            b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
+            offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+            slots_ptr = order_ptr + (first_block + block) * BLOCK
+            token = tl.load(slots_ptr + offs_m)  # [BM]
+            is_summary = tl.load(slots_ptr) < summaries  # a block is of one stream
+            key = tl.maximum(tl.where(is_summary, token, token - summaries), 0)[:, None]  # [BM, 1]
+            if is_summary:
+                k_ptrs = head_ptr(k_s_ptr, k_s_strides, b, h) + key * k_s_strides[2] + offs_d[None, :]
+                v_ptrs = head_ptr(v_s_ptr, v_s_strides, b, h) + key * v_s_strides[2] + offs_d[None, :]
+                k, v = tl.load(k_ptrs), tl.load(v_ptrs)  # [BM, D]
             else:
-                k = tl.load(k_r_ptr + row * k_r_b + h * k_r_h + at * k_r_n + offs_d[None, :])
-                v = tl.load(v_r_ptr + row * v_r_b + h * v_r_h + at * v_r_n + offs_d[None, :])
+                k_ptrs = head_ptr(k_r_ptr, k_r_strides, b, h) + key * k_r_strides[2] + offs_d[None, :]
+                v_ptrs = head_ptr(v_r_ptr, v_r_strides, b, h) + key * v_r_strides[2] + offs_d[None, :]
+                k, v = tl.load(k_ptrs), tl.load(v_ptrs)  # [BM, D]
 
-            q, do = q_ptr + row * q_b + h * q_h, do_ptr + row * do_b + h * do_h
-            stats = stats_ptr + (row * heads + h) * queries * 2
-            border = tl.minimum(tl.maximum(masked, begin), end)
+            q_head_ptr, do_head_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
+            stats_head_ptr = stats_ptr + (b * heads + h) * queries * 2
+            border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
             dk = tl.zeros([BM, D], tl.float32)
             dv = tl.zeros([BM, D], tl.float32)
-            dk, dv = _key_gradient(
-                dk, dv, k, v, q, do, q_n, do_n, stats,
-                tokens_ptr + (first + begin) * LINE, bits_ptr + (first_masked + begin) * (2 * LINE),
-                border - begin, scale, offs_row, offs_n, offs_d, True, BN, PRECISION, STAGES,
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v, q_head_ptr, do_head_ptr, q_strides[2], do_strides[2], stats_head_ptr,
+                gathered_ptr + (first + begin) * BLOCK, bits_ptr + (first_masked + begin) * (2 * BLOCK),
+                border - begin, scale, offs_m, offs_n, offs_d, True, BN, PRECISION, STAGES,
             )  # fmt: skip
-            dk, dv = _key_gradient(
-                dk, dv, k, v, q, do, q_n, do_n, stats,
-                tokens_ptr + (first + border) * LINE, bits_ptr,
-                end - border, scale, offs_row, offs_n, offs_d, False, BN, PRECISION, STAGES,
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v, q_head_ptr, do_head_ptr, q_strides[2], do_strides[2], stats_head_ptr,
+                gathered_ptr + (first + border) * BLOCK, bits_ptr,
+                end - border, scale, offs_m, offs_n, offs_d, False, BN, PRECISION, STAGES,
             )  # fmt: skip
             dk *= softmax_scale
-            there = token >= 0
-            done = slot < 0
+            m_mask = (token >= 0)[:, None]
+            complete = slot < 0
             if slot >= 0:
-                part = parts_ptr + (slot.to(tl.int64) * heads + h) * (2 * LINE * D)
-                offs = offs_row[:, None] * D + offs_d[None, :]
-                tl.store(part + offs, dk)
-                tl.store(part + LINE * D + offs, dv)
-                first_slot, parts = tl.load(item + 4), tl.load(item + 5)
-                done = all_parts_done(counters_ptr + first_counter, first_slot, parts, heads, head, sub, SUBS)
-                if done:
+                partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
+                offs_md = offs_m[:, None] * D + offs_d[None, :]  # [BM, D]
+                tl.store(partial_ptr + offs_md, dk)
+                tl.store(partial_ptr + BLOCK * D + offs_md, dv)
+                first_slot, splits = load_split(item_ptr)
+                complete = last_to_arrive(
+                    counters_ptr + first_counter, first_slot, splits, heads, head, sub, SUBS
+                )
+                if complete:
                     dk = tl.zeros([BM, D], tl.float32)
                     dv = tl.zeros([BM, D], tl.float32)
-                    part = parts_ptr + (first_slot.to(tl.int64) * heads + h) * (2 * LINE * D)
-                    for _ in range(0, parts):
-                        dk += tl.load(part + offs, cache_modifier=".cg")
-                        dv += tl.load(part + LINE * D + offs, cache_modifier=".cg")
-                        part += heads * (2 * LINE * D)
-            if done:
-                if in_s:
-                    base = row * d_s_b + h * d_s_h
-                    _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, base + at * d_s_n, there, offs_d, FIRST)
+                    partial_ptr = partials_ptr + (first_slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
+                    for _ in range(0, splits):
+                        dk += tl.load(partial_ptr + offs_md, cache_modifier=".cg")
+                        dv += tl.load(partial_ptr + BLOCK * D + offs_md, cache_modifier=".cg")
+                        partial_ptr += heads * (2 * BLOCK * D)
+            if complete:
+                if is_summary:
+                    offs = b * dk_s_strides[0] + h * dk_s_strides[1] + key * dk_s_strides[2] + offs_d[None, :]
+                    _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, offs, m_mask, FIRST)
                 else:
-                    base = row * d_r_b + h * d_r_h
-                    _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, base + at * d_r_n, there, offs_d, FIRST)
+                    offs = b * dk_r_strides[0] + h * dk_r_strides[1] + key * dk_r_strides[2] + offs_d[None, :]
+                    _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, offs, m_mask, FIRST)

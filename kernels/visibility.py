@@ -9,6 +9,8 @@ its high bits which kinds a regular token sees as a query, so that any kind rule
 import triton
 import triton.language as tl
 
+from .structure import NO_INSTRUMENT
+
 ABSENT = tl.constexpr(-2)  # the document of a slot without a token
 
 # What a token is, as a key: `1 << kind` if it is regular, and ...
@@ -20,7 +22,7 @@ _KEY_BITS = tl.constexpr(7)
 # ... shifted by this, which kinds it sees as a query whatever the onset.
 _SEES = tl.constexpr(8)
 
-_NO_INSTRUMENT = tl.constexpr(129)
+_NO_INSTRUMENT = tl.constexpr(NO_INSTRUMENT)
 _NO_ONSET = tl.constexpr(-2)  # of summaries: no token has it
 _BIG = tl.constexpr(2**30)
 
@@ -55,7 +57,8 @@ def _is_near(distance, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def sees(x, y, x_is_query, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
-    """Facts of BX and of BY tokens -> bool [BX, BY]: visible, and the near (or `far`) pass's own pair.
+    """TokenProperties of BX and of BY tokens -> bool [BX, BY]: visible, and the near (or `far`) pass's own
+    pair.
 
     The queries are x or y, as told by the scalar `x_is_query`; the other are the keys.
     """

@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from meloformer.kernels import Structure
-from meloformer.kernels.structure import KIND_RULE, NEAR_BARS, Facts, Kind, regular_sees, summary_room
+from meloformer.kernels.structure import (
+    KIND_RULE,
+    NEAR_BARS,
+    Kind,
+    TokenProperties,
+    regular_sees,
+    summary_room,
+)
 from meloformer.tokens import attributes
 
 _PAIRS_AT_ONCE = 2**25
@@ -22,20 +29,22 @@ def pack(songs: list[np.ndarray], length: int | None = None, rows: int = 1) -> S
     """
     length = length or sum(map(len, songs))
     packed = [_row(songs[i % len(songs) :] + songs[: i % len(songs)], length) for i in range(rows)]
-    return _build(Facts(*(torch.stack(fact) for fact in zip(*packed))))
+    return _build(TokenProperties(*(torch.stack(fact) for fact in zip(*packed))))
 
 
-def _row(songs: list[np.ndarray], length: int) -> Facts:
+def _row(songs: list[np.ndarray], length: int) -> TokenProperties:
     """The per-token attributes of one row, int64 [length] each; positions are not filled in."""
     songs = songs * -(-length // sum(map(len, songs)))
     lengths = np.array([len(song) for song in songs])
     scanned = attributes.scan(np.concatenate(songs), starts=np.cumsum(lengths) - lengths)
     doc = np.repeat(np.arange(len(songs)), lengths)
     columns = (doc, scanned.bar, scanned.inst, scanned.kind, scanned.onset, doc)
-    return Facts(*(torch.from_numpy(column[:length].astype(np.int64)) for column in columns))
+    return TokenProperties(*(torch.from_numpy(column[:length].astype(np.int64)) for column in columns))
 
 
-def _build(tokens: Facts, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = KIND_RULE) -> Structure:
+def _build(
+    tokens: TokenProperties, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = KIND_RULE
+) -> Structure:
     """The structure of rows; its number of summaries is rounded up to one of a few sizes, as in training."""
     bars = 1
     for doc, bar in zip(tokens.doc, tokens.bar):
@@ -81,7 +90,7 @@ def reordered(structure: Structure, order: Tensor) -> Structure:
     Documents and bars need not ascend in it, unlike in what `Structure.build` returns: it is only for
     backends that evaluate the mask for each pair, `reference` and `flex`.
     """
-    moved = Facts(*(fact.gather(1, order) for fact in structure.tokens))
+    moved = TokenProperties(*(fact.gather(1, order) for fact in structure.tokens))
     return replace(structure, **moved._asdict())
 
 

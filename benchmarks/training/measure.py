@@ -90,7 +90,7 @@ class Run:
                 batch, _ = next(batches)  # not prefetched: this is all the work of the loader
                 done("data")
                 ready = self.stepper.prepare(batch)
-                ready.attention.settle()
+                ready.attention.finalize()
                 done("prepare")
                 self.stepper.accumulate(ready, i == self.config.gradient_accumulation_steps, done)
             self.stepper.update(self.config.learning_rate)()

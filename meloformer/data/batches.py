@@ -20,8 +20,6 @@ from .packing import find_samples, rows_of_epoch
 from .pairs import Counts, count_documents
 from .shards import ShardSet
 
-IGNORED = -100  # the target of a token that predicts nothing; cross_entropy's ignore_index
-
 _Item = TypeVar("_Item")
 
 
@@ -145,7 +143,7 @@ class PackedSongs:
         _, of_epoch, most_of_epoch = self._of(epoch)
         shape = (len(rows), self.max_seq_len)
         ids = np.full(shape, vocab.PAD, np.int64)
-        targets = np.full(shape, IGNORED, np.int64)
+        targets = np.full(shape, vocab.IGNORE_INDEX, np.int64)
         doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
         most_bars = num_targets = 0
         counts = np.zeros(self._counts.shape[1], np.int64)
@@ -160,7 +158,7 @@ class PackedSongs:
             scanned = attributes.scan(row, starts=ends - lengths)
             ids[b, :n] = row
             targets[b, : n - 1] = row[1:]
-            targets[b, ends - 1] = IGNORED
+            targets[b, ends - 1] = vocab.IGNORE_INDEX
             doc[b, :n] = np.repeat(np.arange(len(documents)), lengths)
             bar[b, :n], inst[b, :n] = scanned.bar, scanned.inst
             kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset

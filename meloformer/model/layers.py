@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..kernels.norm import rms_norm, rms_norm_of_stream, rms_norm_of_streams
-from ..kernels.rope import split
+from ..kernels.operators import refuse_second_gradients
+from ..kernels.rope import split_and_rotate
 from ..kernels.swiglu import swiglu
 
 
 class Rotary:
-    """The tables of RoPE (`kernels.rope.turn`) at given positions.
+    """The tables of RoPE (`kernels.rope.apply_rope`) at given positions.
 
     Angles are float32 whatever the model computes in, since bfloat16 cannot tell distant positions apart;
     the tables are rounded to `dtype`, once for all layers.
@@ -56,8 +56,8 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, table.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_gradients("Embedding")
         (ids,) = ctx.saved_tensors
         gradient = gradient.to(ctx.dtype)
         return torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.rows, -1, False), None, None
@@ -161,7 +161,9 @@ class Layer(_FeedsForward):
         r_BNE, normed_r = self.norm_r.of_stream(r_BNE)
         q_s, k_s, v_s = _split(self.qkv_s(normed_s), s_BME, 3, self.heads, rotary_s)  # [B, H, M, D]
         # Keys and values have two readers: [B, H, N, D]
-        q_r, k_r, v_r, k_r2, v_r2 = _split(self.qkv_r(normed_r), r_BNE, 3, self.heads, rotary_r, twice=True)
+        q_r, k_r, v_r, k_r2, v_r2 = _split(
+            self.qkv_r(normed_r), r_BNE, 3, self.heads, rotary_r, duplicate_kv=True
+        )
         o_s = _join(attention.summarize(q_s, k_s, v_s, k_r, v_r))
         k2_s, v2_s = _split(self.kv2(o_s), s_BME, 2, self.heads, rotary_s)
         o_r = _join(attention.update(q_r, k_r2, v_r2, k2_s, v2_s))
@@ -201,12 +203,12 @@ class DenseLayer(_FeedsForward):
 
 
 def _split(
-    x: Tensor, stream: Tensor, parts: int, heads: int, rotary: Rotary, twice: bool = False
+    x: Tensor, stream: Tensor, parts: int, heads: int, rotary: Rotary, duplicate_kv: bool = False
 ) -> tuple[Tensor, ...]:
     """What is projected of a `stream` [B, length, E], P x E channels a token, as P of [B, H, length, D]; see
-    `kernels.rope.split`."""
+    `kernels.rope.split_and_rotate`."""
     x_BNPHD = x.view(*stream.shape[:2], parts, heads, -1)
-    return split(x_BNPHD, rotary.cos_BND, rotary.sin_BND, twice)
+    return split_and_rotate(x_BNPHD, rotary.cos_BND, rotary.sin_BND, duplicate_kv)
 
 
 def _join(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ MIN_BPM, MAX_BPM = 10, 300  # ritardandi of real songs go below 20
 VELOCITY_BINS = 32
 DRUMS = 128  # the instrument number of drums; 0..127 are General MIDI programs
 NO_INSTRUMENT = 129
+IGNORE_INDEX = -100  # the target of a token that predicts nothing, as PyTorch's cross entropy has it
 
 PITCH_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 

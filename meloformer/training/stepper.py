@@ -129,7 +129,7 @@ class Stepper:
         batch, attention, ready = prepared
         if ready is not None:
             torch.cuda.current_stream(self._job.device).wait_event(ready)
-        attention.settle()  # may synchronize, which compiled code cannot
+        attention.finalize()  # may synchronize, which compiled code cannot
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
             return model(batch.ids, batch.structure, attention)

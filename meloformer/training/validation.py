@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..data.batches import IGNORED, PackedSongs, State, prefetch
+from ..data.batches import PackedSongs, State, prefetch
 from ..model.loss import next_token_loss
-from ..tokens import attributes
+from ..tokens import attributes, vocab
 from .distributed import Job
 from .metrics import finite
 from .stepper import Stepper
@@ -70,7 +70,7 @@ def _add_up(
         logits = stepper.logits(batch)
         kinds = kind_of[batch.targets.clamp(min=0)]
         for column, kind in enumerate(KINDS.values()):
-            nats, count = next_token_loss(logits, batch.targets.where(kinds == kind, IGNORED))
+            nats, count = next_token_loss(logits, batch.targets.where(kinds == kind, vocab.IGNORE_INDEX))
             sums[0, column] += nats
             sums[1, column] += count
         if job.any(stops()):

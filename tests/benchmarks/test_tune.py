@@ -1,7 +1,7 @@
 """The tuner, as far as it goes without a GPU: what it searches, what it takes, what it writes."""
 
+import runpy
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import tune
 from meloformer.errors import UserError
-from meloformer.kernels.launch import Entry, Launch, Launches
+from meloformer.kernels.launch import TABLE, Entry, Launch, Launches, read_entry
 
 
 @pytest.mark.parametrize(("dtype", "quick"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
@@ -19,10 +19,10 @@ def test_candidates_are_launches_without_repeats(dtype, quick):
 
 
 def test_search_times_what_compiles(monkeypatch):
-    """The compiler refuses 128 columns here, and time falls with the number of warps."""
+    """The compiler refuses block_n 128 here, and time falls with the number of warps."""
 
     def compile_(ids, length, shape, kernel, launch):
-        return "too many registers" if launch.columns == 128 else None
+        return "too many registers" if launch.block_n == 128 else None
 
     class Row:
         def __init__(self, structure, *shape):
@@ -37,20 +37,20 @@ def test_search_times_what_compiles(monkeypatch):
     monkeypatch.setattr(tune, "Row", Row)
     monkeypatch.setattr(tune, "_median_ms", lambda run, repeats: now[-1])
     monkeypatch.setattr(tune, "override", lambda launches: _Noting(now, launches))
-    tries = [("dq_far", Launch(columns=c, warps=w)) for c in (64, 128) for w in (4, 8)]
+    tries = [("dq_same_inst", Launch(block_n=c, num_warps=w)) for c in (64, 128) for w in (4, 8)]
     rows = {"a": ([np.arange(3)], 8), "b": ([np.arange(5)], 8)}
     monkeypatch.setattr(tune, "pack", lambda ids, length: None)
     results = tune.search(rows, tries, (1, 64, torch.bfloat16), 1, 2)
     assert [("failed" in r) for r in results] == [False, False, True, True]
-    launch, ms = tune.best(results, "dq_far")
-    assert launch == Launch(columns=64, warps=8) and ms == pytest.approx(2 / 8)
-    with pytest.raises(UserError, match="no launch of dkv_near"):
-        tune.best(results, "dkv_near")
+    launch, ms = tune.best(results, "dq_same_inst")
+    assert launch == Launch(block_n=64, num_warps=8) and ms == pytest.approx(2 / 8)
+    with pytest.raises(UserError, match="no launch of dkv_local"):
+        tune.best(results, "dkv_local")
 
 
 class _Noting:
     def __init__(self, now, launches):
-        now.append(1 / launches.dq_far.warps)
+        now.append(1 / launches.dq_same_inst.num_warps)
 
     def __enter__(self):
         return self
@@ -66,10 +66,13 @@ def test_the_table_it_writes_can_be_read(tmp_path, monkeypatch):
     new = Entry((9, 0), 64, 2, Launches.all(Launch(64, 128, 8, 2, 168)), "a GPU", "2026-02-02")
     path = tmp_path / "tuned.py"
     tune.write_table(new, path)
-    spec = spec_from_file_location("meloformer.kernels.tuned_for_test", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.TABLE == (old, new)
+    written = runpy.run_path(str(path))["ENTRIES"]
+    assert [read_entry(**entry) for entry in written] == [old, new]
+
+
+def test_the_table_is_as_the_tuner_writes_it(tmp_path):
+    tune.write_table(TABLE[0], tmp_path / "tuned.py")
+    assert (tmp_path / "tuned.py").read_text() == tune.TUNED.read_text()
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from meloformer.data import batches as data
-from meloformer.data.batches import IGNORED, State, prefetch
+from meloformer.data.batches import State, prefetch
 from meloformer.data.pairs import count_documents
 from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
 from meloformer.kernels.structure import summary_room
 from meloformer.tokens import attributes, vocab
+from meloformer.tokens.vocab import IGNORE_INDEX
 
 from helpers.attention_cases import count_pairs
 from helpers.folders import write_folder
@@ -53,7 +54,7 @@ def test_a_batch_says_what_its_rows_hold(shards):
         for number, ids in enumerate(pieces):
             span = slice(at, at + len(ids))
             assert (batch.structure.doc[b, span] == number).all()
-            assert batch.targets[b, span].tolist() == [*ids[1:].tolist(), IGNORED]
+            assert batch.targets[b, span].tolist() == [*ids[1:].tolist(), IGNORE_INDEX]
             alone = attributes.scan(ids)
             for name in ("bar", "inst", "kind", "onset"):
                 np.testing.assert_array_equal(getattr(batch.structure, name)[b, span], getattr(alone, name))
@@ -63,9 +64,9 @@ def test_a_batch_says_what_its_rows_hold(shards):
         assert (batch.structure.summary_doc[b] >= 0).sum() == bars
         assert (batch.structure.doc[b, at:] == -1).all()
         assert (batch.ids[b, at:] == vocab.PAD).all()
-        assert (batch.targets[b, at:] == IGNORED).all()
+        assert (batch.targets[b, at:] == IGNORE_INDEX).all()
     assert several > 0
-    assert batch.num_targets == (batch.targets != IGNORED).sum()
+    assert batch.num_targets == (batch.targets != IGNORE_INDEX).sum()
 
 
 def test_pairs_are_counted_in_every_epoch_but_found_once(shards, monkeypatch):
@@ -100,7 +101,7 @@ def test_rows_past_the_end_are_padding(shards):
     assert (batch.structure.doc == -1).all()
     assert (batch.structure.summary_doc == -1).all()
     assert (batch.ids == vocab.PAD).all()
-    assert (batch.targets == IGNORED).all()
+    assert (batch.targets == IGNORE_INDEX).all()
 
 
 def test_summaries_come_in_few_sizes(tmp_path):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from meloformer.kernels.plan import LINE, Plan
+from meloformer.kernels.plan import BLOCK, Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run: compiled or interpreted
 
@@ -14,13 +14,13 @@ def bit_of(column: int) -> int:
 
 def unpack(words: Tensor) -> Tensor:
     """int32 [2, 64] -> bool [64, 64]: a word of 32 columns for each row, twice."""
-    return torch.stack([(words[c // 32] >> bit_of(c)) & 1 for c in range(LINE)], dim=1).bool()
+    return torch.stack([(words[c // 32] >> bit_of(c)) & 1 for c in range(BLOCK)], dim=1).bool()
 
 
 def pack(mask: Tensor) -> Tensor:
     """bool [64, 64] -> int32 [2, 64], the inverse of `unpack`."""
-    words = torch.zeros(2, LINE, dtype=torch.int64)
-    for c in range(LINE):
+    words = torch.zeros(2, BLOCK, dtype=torch.int64)
+    for c in range(BLOCK):
         words[c // 32] |= mask[:, c].long() << bit_of(c)
     return words.to(torch.int32)  # the highest bit becomes the sign
 
@@ -28,9 +28,9 @@ def pack(mask: Tensor) -> Tensor:
 def coverage(plan: Plan) -> list[Tensor]:
     """How often each group of lines holds each pair: int [B, queries, M + N], of near and far by queries,
     then by keys."""
-    plan.settle()
+    plan.finalize()
     b, q, k = plan.rows, plan.q_blocks, plan.k_blocks
-    order = plan.order.view(-1, LINE).long().cpu()
+    order = plan.order.view(-1, BLOCK).long().cpu()
     near_q, near_k, far = order.split([b * q, b * k, b * q])
     lines = plan.table.tolist()
     out, first = [], 0
@@ -44,17 +44,17 @@ def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -
     m, n = plan.summaries, plan.regular
     own, other = (m + n, n) if by_keys else (n, m + n)
     out = torch.zeros(plan.rows, own + 1, other, dtype=torch.int64)  # -1 falls on the last
-    tokens, bits = plan.tokens.view(-1, LINE).long().cpu(), plan.bits.cpu()
+    tokens, bits = plan.tokens.view(-1, BLOCK).long().cpu(), plan.bits.cpu()
     for i, (first, first_masked, masked, tiles) in enumerate(lines):
         row = i // (len(lines) // plan.rows)
         rows = slots[i] if by_keys else torch.where(slots[i] >= 0, slots[i] - m, -1)
         for tile in range(tiles):
-            seen = torch.ones(LINE, LINE, dtype=torch.bool)
+            seen = torch.ones(BLOCK, BLOCK, dtype=torch.bool)
             if tile < masked:
                 seen = unpack(bits[first_masked + tile])
                 assert not seen[rows < 0].any(), "a slot without a token sees something"
             columns = tokens[first + tile]
-            used = seen.any(0) if tile < masked else torch.ones(LINE, dtype=torch.bool)
+            used = seen.any(0) if tile < masked else torch.ones(BLOCK, dtype=torch.bool)
             assert tile < masked - 1 or tile >= masked or used.any(), "a tile for nothing"
             out[row].index_put_((rows[:, None], columns[None, used]), seen[:, used].long(), accumulate=True)
     out = out[:, :-1]
@@ -77,7 +77,7 @@ class PlanOfMasks:
         rows, n, _ = near.shape
 
         def shuffled(start: int, stop: int) -> Tensor:
-            order = torch.full((rows, -(-(stop - start) // LINE) * LINE), -1)
+            order = torch.full((rows, -(-(stop - start) // BLOCK) * BLOCK), -1)
             for row in order:
                 row[: stop - start] = torch.randperm(stop - start, generator=generator) + start
             return order
@@ -94,7 +94,7 @@ class PlanOfMasks:
         for order, mask, by_keys in groups:
             totals, first_line = [], len(table)
             for row, slots in enumerate(order):
-                for own in slots.view(-1, LINE):
+                for own in slots.view(-1, BLOCK):
                     columns, tiles = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
                     table.append([len(tokens), len(bits), len(tiles), len(columns)])
                     tokens += columns
@@ -109,7 +109,7 @@ class PlanOfMasks:
                     group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
             items.append(group)
 
-        k_lines = rows * (keys.shape[1] // LINE)
+        k_lines = rows * (keys.shape[1] // BLOCK)
         slots = max(sum(item[3] >= 0 for item in group) for group in items)
         padded = torch.full((4, k_lines + slots, 8), 10**6)
         for out, group in zip(padded, items):
@@ -119,8 +119,8 @@ class PlanOfMasks:
             for x in (
                 torch.cat([queries.flatten(), keys.flatten(), far_order.flatten()]),
                 torch.tensor(table),
-                torch.stack([*tokens, torch.zeros(LINE, dtype=torch.int64)]).flatten(),
-                torch.stack([*bits, torch.zeros(2, LINE, dtype=torch.int32)]),
+                torch.stack([*tokens, torch.zeros(BLOCK, dtype=torch.int64)]).flatten(),
+                torch.stack([*bits, torch.zeros(2, BLOCK, dtype=torch.int32)]),
                 padded,
                 torch.tensor([0] * 7 + [len(group) for group in items]),
             )
@@ -133,16 +133,16 @@ class PlanOfMasks:
         rows = torch.where(real, own if by_keys else own - summaries, 0)
         seen = mask[rows] & real[:, None]
         full = seen[real].all(0) & gather_full
-        full &= full.cumsum(0) <= int(full.sum()) // (2 * LINE) * (2 * LINE)
+        full &= full.cumsum(0) <= int(full.sum()) // (2 * BLOCK) * (2 * BLOCK)
         partial = (seen.any(0) & ~full).nonzero()[:, 0]
         nobody = 0 if by_keys else summaries
         columns, bits = [], []
-        for start in range(0, len(partial), LINE):
-            chunk = partial[start : start + LINE]
-            columns.append(torch.full((LINE,), nobody))
+        for start in range(0, len(partial), BLOCK):
+            chunk = partial[start : start + BLOCK]
+            columns.append(torch.full((BLOCK,), nobody))
             columns[-1][: len(chunk)] = chunk
-            tile = torch.zeros(LINE, LINE, dtype=torch.bool)
+            tile = torch.zeros(BLOCK, BLOCK, dtype=torch.bool)
             tile[:, : len(chunk)] = seen[:, chunk]
             bits.append(pack(tile))
-        columns += list(full.nonzero()[:, 0].view(-1, LINE))
+        columns += list(full.nonzero()[:, 0].view(-1, BLOCK))
         return columns, bits

@@ -80,7 +80,7 @@ def test_the_kernels_operators_in_compiled_layers():
     model.compile_layers(backend=counter)
     for number, summaries in enumerate((SUMMARIES, SUMMARIES, 2 * SUMMARIES, 128, 160)):
         packed, ids = (x.to(DEVICE) for x in [*batches(number + 1, rows=1, summaries=summaries)][-1])
-        attention = model.attention_for(packed, "triton").settle()
+        attention = model.attention_for(packed, "triton").finalize()
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             _, gradients = step(model, packed, ids, attention)
         assert all(gradient.isfinite().all() for gradient in gradients)

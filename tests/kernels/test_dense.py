@@ -15,9 +15,10 @@ from meloformer.generate import main as generate_command
 from meloformer.generation.load import load_model
 from meloformer.generation.loop import generate
 from meloformer.kernels.dense import CausalAttention
-from meloformer.model.loss import IGNORE, next_token_loss
+from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer
 from meloformer.tokens import vocab
+from meloformer.tokens.vocab import IGNORE_INDEX
 from meloformer.training.flops import training_flops
 
 from helpers.attention_cases import (
@@ -109,7 +110,7 @@ def test_packing_and_padding_change_nothing():
 def test_every_parameter_learns():
     batch = CASES["padding_row"](Random(7))
     packed, ids, model = structure(batch), random_ids(batch), tiny_model(DENSE_TINY, torch.float32)
-    nats, _ = next_token_loss(model(ids, packed), ids.where(packed.doc >= 0, IGNORE))
+    nats, _ = next_token_loss(model(ids, packed), ids.where(packed.doc >= 0, IGNORE_INDEX))
     nats.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name

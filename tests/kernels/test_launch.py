@@ -3,35 +3,33 @@
 import pytest
 import torch
 
-from meloformer.kernels import launch_cache as launcher
-from meloformer.kernels import tuning
-from meloformer.kernels.launch import Entry, Launch, Launches, safe
-from meloformer.kernels.tuned import TABLE
+from meloformer.kernels import launch, launch_cache
+from meloformer.kernels.launch import TABLE, Entry, Launch, Launches, untuned
 
 KILOBYTE = 1024
-KERNELS = ("forward_near", "forward_far", "dq_near", "dq_far", "dkv_near", "dkv_far")
+KERNELS = ("forward_local", "forward_same_inst", "dq_local", "dq_same_inst", "dkv_local", "dkv_same_inst")
 
 
 @pytest.mark.parametrize("shared", [64, 99, 163, 227], ids=lambda kilobytes: f"{kilobytes}_KB")
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dim", [32, 64, 128])
-def test_safe_launches_fit_shared_memory(dim, itemsize, shared):
-    launches = safe(dim, itemsize, shared * KILOBYTE)
+def test_untuned_launches_fit_shared_memory(dim, itemsize, shared):
+    launches = untuned(dim, itemsize, shared * KILOBYTE)
     for name in KERNELS:
-        launch = getattr(launches, name)
+        one = getattr(launches, name)
         resident = 1 if name.startswith("forward") else 2
-        operands = resident * launch.rows + 2 * launch.stages * launch.columns
+        operands = resident * one.block_m + 2 * one.num_stages * one.block_n
         assert operands * dim * itemsize < shared * KILOBYTE
 
 
 def test_more_shared_memory_gives_deeper_pipelines():
-    small, large = (safe(128, 2, kilobytes * KILOBYTE).dq_near for kilobytes in (99, 227))
-    assert (small.rows, small.stages) != (large.rows, large.stages)
-    assert small.rows * small.stages < large.rows * large.stages
+    small, large = (untuned(128, 2, kilobytes * KILOBYTE).dq_local for kilobytes in (99, 227))
+    assert (small.block_m, small.num_stages) != (large.block_m, large.num_stages)
+    assert small.block_m * small.num_stages < large.block_m * large.num_stages
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"rows": 48}, "rows of a line"), ({"columns": 16}, "columns at a time")]
+    ("wrong", "message"), [({"block_m": 48}, "block_m must be"), ({"block_n": 16}, "block_n must be")]
 )
 def test_sizes_that_no_kernel_takes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -51,16 +49,16 @@ class FakeProperties:
 
 def test_the_table_is_asked_first(monkeypatch):
     entry = Entry((9, 0), 64, 2, Launches.all(Launch(32, 32)), "a GPU", "2026-01-01")
-    monkeypatch.setattr(tuning, "TABLE", (entry,))
+    monkeypatch.setattr(launch, "TABLE", (entry,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeProperties)
-    tuning._chosen.cache_clear()
+    launch._chosen.cache_clear()
     device = torch.device("cuda:0")
-    assert tuning.launches_for(device, torch.bfloat16, 64) is entry.launches
-    assert tuning.launches_for(device, torch.float16, 64) is entry.launches
-    assert tuning.launches_for(device, torch.float32, 64) == safe(64, 4, 227 * KILOBYTE)
-    with tuning.override(Launches()):
-        assert tuning.launches_for(device, torch.bfloat16, 64) == Launches()
-    tuning._chosen.cache_clear()
+    assert launch.launches_for(device, torch.bfloat16, 64) is entry.launches
+    assert launch.launches_for(device, torch.float16, 64) is entry.launches
+    assert launch.launches_for(device, torch.float32, 64) == untuned(64, 4, 227 * KILOBYTE)
+    with launch.override(Launches()):
+        assert launch.launches_for(device, torch.bfloat16, 64) == Launches()
+    launch._chosen.cache_clear()
 
 
 class FakeCompiled:
@@ -90,11 +88,11 @@ class FakeKernel:
 class TestLauncher:
     @pytest.fixture
     def kernel(self, monkeypatch):
-        monkeypatch.setattr(launcher, "_current_stream", lambda device: 7)
+        monkeypatch.setattr(launch_cache, "_current_stream", lambda device: 7)
         return FakeKernel()
 
     def launcher(self, kernel):
-        made = launcher.Launcher(kernel)
+        made = launch_cache.Launcher(kernel)
         made._constants = frozenset({"N"})
         return made
 
@@ -122,7 +120,7 @@ class TestLauncher:
         assert len(kernel.launches) == 2 and not kernel.compiled.calls
 
     def test_memory_is_bounded(self, kernel, monkeypatch):
-        monkeypatch.setattr(launcher, "_MOST_KNOWN", 4)
+        monkeypatch.setattr(launch_cache, "_MOST_KNOWN", 4)
         launch, x = self.launcher(kernel), torch.zeros(64)
         for number in range(20):
             launch((5,), (x,), (number,), N=16)

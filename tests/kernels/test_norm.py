@@ -71,12 +71,12 @@ def test_streams_and_norm(shapes, adds, dtype):
     streams, added, gain, gradients = inputs(shapes, dtype, adds)
     leaves = [part.requires_grad_() for part in (*streams, *added, gain)]
     outs = called(streams, added, gain)
-    *of_leaves, of_gain = torch.autograd.grad(outs, leaves, gradients)
+    *d_leaves, d_gain = torch.autograd.grad(outs, leaves, gradients)
     assert all(out.dtype == dtype for out in outs)
     exact = gold(streams, added, gain, gradients)
-    check([*outs, *of_leaves[: len(streams)], of_gain], exact, dtype, gain.dtype)
-    for of_stream, of_added in zip(of_leaves, of_leaves[len(streams) :]):
-        assert torch.equal(of_stream, of_added)
+    check([*outs, *d_leaves[: len(streams)], d_gain], exact, dtype, gain.dtype)
+    for d_stream, d_added in zip(d_leaves, d_leaves[len(streams) :]):
+        assert torch.equal(d_stream, d_added)
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
@@ -90,8 +90,8 @@ def test_kernels(shapes, adds, dtype, monkeypatch):
     monkeypatch.setattr(norm_kernels, "_TILE", 1024)
     streams, added, gain, gradients = inputs(shapes, dtype, adds, seed=1)
     *sums, normed = norm_kernels.forward(streams, added, gain, EPS)
-    *of_streams, of_normed = gradients
-    found = norm_kernels.backward(of_normed, of_streams, sums or streams, gain, EPS)
+    *d_streams, d_normed = gradients
+    found = norm_kernels.backward(d_normed, d_streams, sums or streams, gain, EPS)
     exact = gold(streams, added, gain, gradients)
     check([*(sums or streams), normed, *found], exact, dtype, torch.float32)
 
@@ -147,21 +147,21 @@ def test_what_does_not_belong_together_is_refused():
 
 def test_second_gradients_are_refused():
     (x,), _, gain, _ = inputs([(2, 8)], torch.float32, False)
-    with pytest.raises(RuntimeError, match="once"):
+    with pytest.raises(RuntimeError, match="rms_norm can be differentiated only once"):
         torch.autograd.grad(rms_norm(x.requires_grad_(), gain, EPS).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
 def test_opcheck(turned, adds):
-    streams, added, gain, (*of_streams, of_normed) = inputs([(8, 16), (2, 4, 16)], torch.float32, adds)
+    streams, added, gain, (*d_streams, d_normed) = inputs([(8, 16), (2, 4, 16)], torch.float32, adds)
     if turned:
-        streams, added, of_streams = (
+        streams, added, d_streams = (
             [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in part]
-            for part in (streams, added, of_streams)
+            for part in (streams, added, d_streams)
         )
     ops = torch.ops.meloformer
     tests = "test_schema", "test_faketensor"  # their gradients are those of `rms_norm_of_stream`
     torch.library.opcheck(ops.rms_norm, (streams, added, gain, EPS), test_utils=tests)
-    for some in ([], of_streams):
-        torch.library.opcheck(ops.rms_norm_backward, (of_normed, some, streams, gain, EPS), test_utils=tests)
+    for some in ([], d_streams):
+        torch.library.opcheck(ops.rms_norm_backward, (d_normed, some, streams, gain, EPS), test_utils=tests)

@@ -22,7 +22,7 @@ def test_operators_keep_the_rules_of_pytorch(phase):
     arguments = [x.requires_grad_() for x in arguments]
     if phase == "update":  # the operator takes the summaries' keys first
         arguments = [arguments[i] for i in (0, 3, 4, 1, 2)]
-    extra = backend.bars if phase == "summarize" else backend.plan.settle().tensors
+    extra = backend.bars if phase == "summarize" else backend.plan.finalize().tensors
     torch.library.opcheck(getattr(torch.ops.meloformer, phase).default, (*arguments, *extra))
 
 
@@ -30,7 +30,7 @@ def test_gradients_of_unused_results_are_not_computed():
     packed = case("one_bar").structure.to(DEVICE)
     *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
     q, k, v, k2, v2 = (x.requires_grad_() for x in arguments)
-    o, lse = torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.settle().tensors)
+    o, lse = torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.finalize().tensors)
     assert o.requires_grad and not lse.requires_grad
 
 
@@ -40,7 +40,7 @@ def batch(seed):
     songs = [song(r, 2 + seed % 3, (128, 33, seed % 5)), song(r, 1 + seed % 2)]
     packed = structure([songs], length=400, num_summaries=16).to(DEVICE)
     attention = make_attention(packed, "triton")
-    attention.settle()
+    attention.finalize()
     return torch.randint(400, packed.doc.shape, device=DEVICE), packed, attention
 
 
@@ -67,4 +67,4 @@ def test_inputs_that_do_not_belong_together_are_refused(wrong):
     q, k, v, k2, v2 = arguments
     k = {"length": k[:, :, :-1], "heads": k[:, :1], "dtype": k.half()}[wrong]
     with pytest.raises(ValueError, match="queries, keys and values"):
-        torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.settle().tensors)
+        torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.finalize().tensors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meloformer.kernels import plan as plan_module
-from meloformer.kernels.plan import LINE, Plan, layout_classes
+from meloformer.kernels.plan import BLOCK, Plan, layout_classes
 from meloformer.kernels.structure import Kind, Structure
 
 from helpers.attention_cases import (
@@ -58,11 +58,11 @@ def test_lines_have_no_more_tiles_than_their_columns_need(length):
     """Columns that all tokens of a line see are full, by queries and by keys; slots without a token do not
     count against it."""
     packed = structure([[song(Random(2), 40, (0,), resting=0)]], length=length)
-    assert packed.doc.shape[1] % LINE
-    plan = Plan(packed.to(DEVICE)).settle()
+    assert packed.doc.shape[1] % BLOCK
+    plan = Plan(packed.to(DEVICE)).finalize()
     near, far, *_ = (mask[0].bool() for mask in coverage(plan))
     q, k, m = plan.q_blocks, plan.k_blocks, plan.summaries
-    near_q, near_k, far_slots = plan.order.view(-1, LINE).long().cpu().split([q, k, q])
+    near_q, near_k, far_slots = plan.order.view(-1, BLOCK).long().cpu().split([q, k, q])
     groups = [(near_q, near, False), (far_slots, far, False), (near_k, near, True), (far_slots, far, True)]
     expected = []
     for blocks, mask, by_keys in groups:
@@ -70,9 +70,9 @@ def test_lines_have_no_more_tiles_than_their_columns_need(length):
             slots = slots[slots >= 0]
             seen = mask[:, slots].T if by_keys else mask[slots - m]
             some, every = int(seen.any(0).sum()), int(seen.all(0).sum()) if len(slots) else 0
-            full = every // (2 * LINE) * 2 * LINE  # as kernels take them
-            masked = -(-(some - full) // LINE)
-            expected.append([masked, masked + full // LINE])
+            full = every // (2 * BLOCK) * 2 * BLOCK  # as kernels take them
+            masked = -(-(some - full) // BLOCK)
+            expected.append([masked, masked + full // BLOCK])
     assert plan.table[:, 2:].tolist() == expected
     by_keys = expected[2 * q :]
     assert any(tiles > masked for masked, tiles in by_keys), "no full tiles: this tests nothing"
@@ -96,7 +96,7 @@ def test_blocks_of_one_kind_see_blocks_of_another():
     """A row for each pair of kinds by `next`: nothing but the kind tells that these blocks see each other."""
 
     def block(bar, kind):
-        return [Token(bar, 5, kind, bar * LINE + i) for i in range(LINE)]
+        return [Token(bar, 5, kind, bar * BLOCK + i) for i in range(BLOCK)]
 
     pairs = [(query, key) for query, keys in SEES["next"].items() for key in sorted(keys)]
     batch = [[block(0, key) + block(1, query)] for query, key in pairs]
@@ -139,7 +139,7 @@ def test_tokens_without_any_grammar(seed, kind_rule):
 @pytest.mark.parametrize("split", [1, 2, 0])
 def test_work_is_complete_and_in_order(split):
     batch = [[song(Random(4), 12, (0, 33), resting=0.1)], [song(Random(5), 3)]]
-    plan = Plan(structure(batch).to(DEVICE), split=split).settle()
+    plan = Plan(structure(batch).to(DEVICE), split=split).finalize()
     q, k = plan.rows * plan.q_blocks, plan.rows * plan.k_blocks
     needs = plan.needs.tolist()
     for group, total in enumerate(plan.table[:, 3].cpu().split([q, q, k, q])):
@@ -194,11 +194,11 @@ def test_too_many_rows_are_refused(monkeypatch):
 
 def test_two_plans_are_equal():
     packed = case("documents").structure.to(DEVICE)
-    first, second = (Plan(packed).settle() for _ in range(2))
+    first, second = (Plan(packed).finalize() for _ in range(2))
     tiles, masked = (first.needs[i] for i in (1, 2))
     for name in ("order", "table"):
         assert torch.equal(getattr(first, name), getattr(second, name))
-    assert torch.equal(first.tokens[: tiles * LINE], second.tokens[: tiles * LINE])
+    assert torch.equal(first.tokens[: tiles * BLOCK], second.tokens[: tiles * BLOCK])
     assert torch.equal(first.bits[:masked], second.bits[:masked])
 
 
@@ -210,7 +210,7 @@ class TestCapacity:
         monkeypatch.setattr(plan_module, "_FIRST_GUESS", 1)
         plan = self.plan()
         first = plan.capacity
-        plan.settle()
+        plan.finalize()
         needs = plan.needs.tolist()
         assert needs[1] > first[1], "the guess was enough: this tests nothing"
         assert all(needs[i] <= plan.capacity[i] for i in range(3))
@@ -220,14 +220,14 @@ class TestCapacity:
         """A capacity that is a little too small in one respect gives the plan of one that is not."""
         batch = [[song(Random(6), 12, (0, 33))]]
         packed = structure(batch).to(DEVICE)
-        good = Plan(packed, split=1).settle()
+        good = Plan(packed, split=1).finalize()
         needs = good.needs.tolist()
         needed = [*needs[:3], max(needs[3:7])]
         needed[short] -= 1
         plan_module._capacities[good._key] = tuple(needed)
         plan = Plan(packed, split=1)
         assert plan.capacity == tuple(needed)
-        check_coverage(plan.settle(), dense_case(packed.to("cpu")).regular_mask)
+        check_coverage(plan.finalize(), dense_case(packed.to("cpu")).regular_mask)
         assert plan.needs.tolist() == needs
 
     @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
@@ -235,7 +235,7 @@ class TestCapacity:
         """With too little room for candidates, what comes after sees fewer of them, but never what is not
         there: it would write anywhere."""
         packed = structure([[song(Random(6), 12, (0, 33))]]).to(DEVICE)
-        good = Plan(packed, split=1).settle()
+        good = Plan(packed, split=1).finalize()
         candidates, tiles, masked, *_ = needs = good.needs.tolist()
         some = int(share * candidates)
         plan_module._capacities[good._key] = (some, tiles, masked, max(needs[3:7]))
@@ -250,10 +250,10 @@ class TestCapacity:
         assert plan.capacity[0] == some
         found = plan.needs.tolist()
         assert found[0] == candidates and 0 < found[1] <= tiles and 0 < found[2] <= masked
-        assert plan.settle().needs.tolist() == needs
+        assert plan.finalize().needs.tolist() == needs
 
     def test_later_plans_have_room_from_the_start(self):
-        self.plan().settle()
+        self.plan().finalize()
         second = self.plan(seed=7)
         before = second.capacity
-        assert second.settle().capacity == before
+        assert second.finalize().capacity == before

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from meloformer.kernels import make_attention, triton_backend
-from meloformer.kernels.launch import Launch, Launches, safe
+from meloformer.kernels.launch import TABLE, Launch, Launches, override, untuned
 from meloformer.kernels.plan import Plan
 from meloformer.kernels.triton_backend import Backend
-from meloformer.kernels.tuned import TABLE
-from meloformer.kernels.tuning import override
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer, ModelConfig
 
@@ -77,7 +75,7 @@ LAUNCHES = {
     "small": Launches.all(Launch(16, 32)),
     "half": Launches.all(Launch(32, 64)),
     "wide": Launches.all(Launch(64, 128)),
-    "safe": safe(32, 4, shared_memory=99 * 1024),
+    "untuned": untuned(32, 4, shared_memory=99 * 1024),
     **{f"{e.gpu} {e.head_dim} x {e.itemsize}": e.launches for e in TABLE},
 }
 
@@ -231,13 +229,14 @@ def test_results_that_were_laid_out_anew(phase):
     assert all(map(torch.equal, got, expected))
 
 
-def test_second_gradients_are_refused():
+@pytest.mark.parametrize("phase", PHASES)
+def test_second_gradients_are_refused(phase):
     packed = case("one_bar").structure.to(DEVICE)
-    *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
+    *arguments, _ = random_inputs(phase, packed, torch.float32, dim=32)
     arguments = [x.requires_grad_() for x in arguments]
-    (dq,) = torch.autograd.grad(Backend(packed).update(*arguments).sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
-        torch.autograd.grad(dq.sum(), arguments[1])
+    output = getattr(Backend(packed), phase)(*arguments)
+    with pytest.raises(RuntimeError, match=f"{phase} can be differentiated only once"):
+        torch.autograd.grad(output.sum(), arguments[0], create_graph=True)
 
 
 def test_unavailable_says_why(monkeypatch):
@@ -256,8 +255,7 @@ def test_unavailable_says_why(monkeypatch):
 
 def test_no_product_begins_with_a_transpose():
     """Triton 3.4 to 3.7.0 miscompile that on Hopper."""
-    folder = Path(triton_backend.__file__).parent
-    sources = [(folder / name).read_text() for name in ("forward.py", "backward.py")]
+    sources = [path.read_text() for path in Path(triton_backend.__file__).parent.glob("*.py")]
     assert any("tl.dot(" in source for source in sources)
     assert not any(re.search(r"= tl\.dot\(\s*tl\.trans\(", source) for source in sources)
 

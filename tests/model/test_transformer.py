@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from meloformer.kernels import make_attention
-from meloformer.kernels.rope import turn
+from meloformer.kernels.rope import apply_rope
 from meloformer.model.inputs import input_features
 from meloformer.model.layers import Embedding, Rotary
-from meloformer.model.loss import IGNORE, next_token_loss
+from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer, ModelConfig
 from meloformer.tokens import vocab
+from meloformer.tokens.vocab import IGNORE_INDEX
 
 from helpers.attention_cases import (
     CASES,
@@ -213,7 +214,7 @@ def test_every_parameter_learns_and_padding_rows_are_finite(dtype):
     model = tiny_model(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(ids, packed, "reference")
-    nats, count = next_token_loss(logits, ids.where(packed.doc >= 0, IGNORE))
+    nats, count = next_token_loss(logits, ids.where(packed.doc >= 0, IGNORE_INDEX))
     (nats / count).backward()
     assert logits.isfinite().all()
     for name, parameter in model.named_parameters():
@@ -263,7 +264,7 @@ def test_rotary_products_depend_on_the_distance_alone():
             Rotary([(torch.tensor([[position]]), 32, 10000.0)], torch.float64)
             for position in (position_q, position_k)
         ]
-        q_turned, k_turned = (turn(x[None], r.cos_BND, r.sin_BND) for x, r in zip((q, k), at))
+        q_turned, k_turned = (apply_rope(x[None], r.cos_BND, r.sin_BND) for x, r in zip((q, k), at))
         return (q_turned * k_turned).sum()
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=0, atol=1e-3)
@@ -379,6 +380,6 @@ class TestCompiledFlex:
                 attention = make_attention(packed, "flex")
                 with torch.autocast("cuda", torch.bfloat16):
                     logits = callee(ids, packed, attention)
-                nats, count = next_token_loss(logits, ids.where(packed.doc >= 0, IGNORE))
+                nats, count = next_token_loss(logits, ids.where(packed.doc >= 0, IGNORE_INDEX))
                 (nats / count).backward()
             assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

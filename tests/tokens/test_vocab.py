@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from meloformer.kernels import structure
 from meloformer.tokens import vocab
 
 
@@ -23,6 +24,12 @@ def test_instruments_stand_drums_first_then_bass():
     assert set(vocab.INSTRUMENTS[1:9]) == set(range(32, 40))
     assert sorted(vocab.INSTRUMENTS) == list(range(129))
     assert (vocab.INSTRUMENTS[vocab.INSTRUMENT_RANK] == np.arange(129)).all()
+
+
+def test_the_kernels_number_instruments_alike():
+    """They must not import the tokens, and the tokens must not import PyTorch, as `meloformer.kernels`
+    does."""
+    assert (vocab.DRUMS, vocab.NO_INSTRUMENT) == (structure.DRUMS, structure.NO_INSTRUMENT)
 
 
 def test_lengths_are_exact_to_a_quarter_then_within_three_percent():

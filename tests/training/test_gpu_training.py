@@ -13,8 +13,8 @@ from benchmarks import train as train_benchmark
 from benchmarks.common.compile_counts import count_compilations
 from meloformer.data.batches import Batch
 from meloformer.kernels import plan
-from meloformer.model.loss import IGNORE
 from meloformer.model.transformer import SIZES
+from meloformer.tokens.vocab import IGNORE_INDEX
 from meloformer.training.distributed import Job
 from meloformer.training.stepper import Stepper
 from meloformer.training.stop import STOPPED
@@ -69,9 +69,9 @@ def make_batch(
     packed = structure(rows, LENGTH, room)
     ids = random_ids(rows, LENGTH, seed)
     same = packed.doc[:, 1:] == packed.doc[:, :-1]
-    targets = torch.full_like(ids, IGNORE)
-    targets[:, :-1] = ids[:, 1:].where(same & (packed.doc[:, 1:] >= 0), IGNORE)
-    return Batch(ids, targets, packed, int((targets != IGNORE).sum()), count_pairs(packed))
+    targets = torch.full_like(ids, IGNORE_INDEX)
+    targets[:, :-1] = ids[:, 1:].where(same & (packed.doc[:, 1:] >= 0), IGNORE_INDEX)
+    return Batch(ids, targets, packed, int((targets != IGNORE_INDEX).sum()), count_pairs(packed))
 
 
 def varied(number: int) -> list[Batch]:
@@ -207,7 +207,7 @@ def test_recomputing_keeps_less_memory(data, tmp_path, attention):
         batch = make_batch(0, LENGTH, SUMMARIES, (0, 33, 128))
         for _ in range(2):  # the first one holds what only compiling needs
             ready = stepper.prepare(batch)
-            ready.attention.settle()
+            ready.attention.finalize()
             before = torch.cuda.memory_allocated()
 
             def note(part, before=before, recompute=recompute):

@@ -1,0 +1,117 @@
+"""What the update kernels of both directions share: work items, gathered tiles, masks, split work.
+
+Names and shapes in every kernel of the attention:
+
+    B rows of a batch, H heads, D channels of a head, N regular (r) and M summary (s) tokens;
+    BM x BN the tile of a program: BM tokens of its own block, BN gathered tokens at a time;
+    *_ptr a base address, *_ptrs a tile of addresses, *_strides (batch, head, token) of [B, H, length, D],
+    whose last stride is 1; offs_m [BM], offs_n [BN] and offs_d [D] positions along a tile;
+    b and h the batch index and head, int64, since offsets between heads may exceed 32 bits (offsets within
+    a head do not: `ops` sees to that).
+
+See `plan.Plan` for the tensors of a plan.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(64)  # tokens of a block, and gathered tokens of a tile: of a plan
+ITEM_COUNTS = tl.constexpr(7)  # where `needs` of a plan holds the number of work items of each group
+ITEM_SIZE = tl.constexpr(8)  # int32 of a work item
+
+# Arguments that differ from batch to batch: compiling anew for some of their values would gain nothing.
+GEOMETRY = (
+    *("heads", "queries", "summaries", "blocks"),
+    *("first_block", "first_list", "group", "items", "first_counter"),
+)
+
+# Below any logit, but finite: -inf - -inf would be NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def head_ptr(base_ptr, strides, b, h):
+    """Where head h of batch row b begins."""
+    return base_ptr + b * strides[0] + h * strides[1]
+
+
+@triton.jit
+def load_item(items_ptr, table_ptr, first_list, group, items, index):
+    """Work item `index` of a group: what a program computes. See `plan_work.work_kernel`.
+
+    Returns:
+        item_ptr: the item, for `load_split`.
+        block: its block, counted within the group.
+        begin, end: its tiles, counted within the list of the block.
+        slot: where it leaves its partial result; -1 if it has the whole list.
+        first, first_masked, num_masked: the first tile of the list, its first tile among the masked ones of
+            all lists, and how many are masked.
+        num_tiles: tiles of the list.
+    """
+    item_ptr = items_ptr + (group * items + index) * ITEM_SIZE
+    block, begin, end = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    slot = tl.load(item_ptr + 3)
+    list_ptr = table_ptr + (first_list + block) * 4
+    first, first_masked, num_masked = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
+    num_tiles = tl.load(list_ptr + 3)
+    return item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
+
+
+@triton.jit
+def load_split(item_ptr):
+    """The first slot of the block that an item belongs to, and the number of its items."""
+    return tl.load(item_ptr + 4), tl.load(item_ptr + 5)
+
+
+@triton.jit
+def last_to_arrive(counters_ptr, first_slot, splits, heads, head, sub, SUBS: tl.constexpr):
+    """True for the last split of a block to arrive; the partial results of all are visible to it then.
+
+    Which one is last differs from run to run, but it adds up all of them in the order of the list.
+    """
+    tl.debug_barrier()  # all threads have written
+    counter_ptr = counters_ptr + (first_slot * heads + head) * SUBS + sub
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1
+
+
+@triton.jit
+def tile_mask(bits_ptr, half, halves, offs_m, offs_n, BN: tl.constexpr):
+    """The mask of BN gathered tokens from half tile `half` on: bool [BM, BN], False from `halves` on.
+
+    A half tile is one word for each of the block's 64 tokens. Gathered token n is bit 4 * (n % 8) + n % 32
+    // 8 of it: a thread of a tensor core's accumulator holds the columns n0 + {0, 1} + 8 j of a row, so
+    that it shifts a word once, by 4 * n0, and tests bits that the compiler knows.
+    """
+    word_ptrs = bits_ptr + half * BLOCK + offs_m  # [BM]
+    word = tl.load(word_ptrs)[:, None]  # [BM, 1]
+    for w in tl.static_range(1, BN // 32):
+        if w < 2:
+            next_word = tl.load(word_ptrs + w * BLOCK)
+        else:  # the last tile may stand alone
+            next_word = tl.load(word_ptrs + w * BLOCK, mask=(offs_m >= 0) & (half + w < halves), other=0)
+        word = tl.where((offs_n < 32 * w)[None, :], word, next_word[:, None])  # [BM, BN]
+    word = word >> (4 * (offs_n & 6))[None, :]
+    return (word & (1 << (4 * (offs_n & 1) + ((offs_n & 31) >> 3)))[None, :]) != 0
+
+
+@triton.jit
+def key_pointers(token, keys, key_strides, summaries, HAS_SUMMARIES: tl.constexpr):
+    """Where the keys and the values of some tokens begin: two tiles of addresses [BN, 1].
+
+    Args:
+        token: [BN], counted over summaries and regular tokens together, summaries first.
+        keys: (k_s, v_s, k_r, v_r), where the head begins in each.
+        key_strides: from token to token in each.
+
+    The stream is told by the token and not by its tile: a scalar that a loop has loaded would keep
+    Triton (3.7) from pipelining the loads of keys and values.
+    """
+    k_s, v_s, k_r, v_r = keys
+    k_s_n, v_s_n, k_r_n, v_r_n = key_strides
+    regular = (token - summaries)[:, None]
+    k_ptrs, v_ptrs = k_r + regular * k_r_n, v_r + regular * v_r_n
+    if HAS_SUMMARIES:
+        is_summary = (token < summaries)[:, None]
+        k_ptrs = tl.where(is_summary, k_s + token[:, None] * k_s_n, k_ptrs)
+        v_ptrs = tl.where(is_summary, v_s + token[:, None] * v_s_n, v_ptrs)
+    return k_ptrs, v_ptrs
