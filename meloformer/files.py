@@ -17,8 +17,10 @@ TEMPORARY = ".tmp"  # ends the names of files that are being written
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` so far survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make the renames in `folder` so far survive a power cut, on systems that open folders (not Windows)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:
@@ -108,6 +110,21 @@ def sha256_of_file(path: Path) -> tuple[str, int]:
             digest.update(block)
             size += len(block)
     return digest.hexdigest(), size
+
+
+def check_can_write(folder: Path) -> None:
+    """Check, without making it, that `folder` can be written, or made and then written.
+
+    Raises:
+        UserError: it is a file or lies below one, or there is no permission to write there.
+    """
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {folder}: {existing} is no folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: no permission in {existing}")
 
 
 def require_locks() -> None:

@@ -36,7 +36,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
-    require_locks()
+    if not args.verify:
+        require_locks()
     try:
         if args.verify:
             songs = verify(args.verify)

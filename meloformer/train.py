@@ -9,7 +9,7 @@ import torch
 
 from . import cli
 from .errors import UserError
-from .files import exclusive_lock, require_locks
+from .files import check_can_write, exclusive_lock, require_locks
 from .model.transformer import SIZES, ModelConfig
 from .training.config import TrainConfig, chosen_model, parse_args
 from .training.distributed import Job, start_job
@@ -39,6 +39,8 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
         job = start_job(config.device)
         try:
             with _user_errors(config, job):
+                if not config.dry_run:  # before the model is built, which takes long
+                    job.run_on_rank0(lambda: check_can_write(Path(config.output_dir)))
                 trainer = Trainer(config, model_config, job, lambda: stop.reason)
                 if config.dry_run:
                     dry_run(trainer)

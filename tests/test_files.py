@@ -1,13 +1,16 @@
 """Files that are whole or absent, and locks."""
 
+import os
 import sys
 
 import pytest
 
-from meloformer import cli, preprocess, train
+from meloformer import cli, export, preprocess, train
+from meloformer.checkpoint import store
 from meloformer.errors import UserError
 from meloformer.files import (
     atomic_writer,
+    check_can_write,
     exclusive_lock,
     read_json,
     sha256_of_file,
@@ -76,3 +79,43 @@ def test_a_platform_without_locks_is_refused_in_one_line(tmp_path, monkeypatch, 
     (line,) = capsys.readouterr().err.splitlines()
     assert "this platform is not supported" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    real = os.open
+
+    def windows_open(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError
+        return real(path, *args, **kwargs)
+
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(os, "open", windows_open)
+    write_atomic(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_folder_is_checked_without_being_made(tmp_path, monkeypatch):
+    check_can_write(tmp_path)
+    check_can_write(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"cannot write to {folder}: {tmp_path / 'file'} is no folder"):
+            check_can_write(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path / 'new'}: no permission in {tmp_path}"):
+        check_can_write(tmp_path / "new")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.touch()
+    monkeypatch.setattr(train, "Trainer", lambda *_: pytest.fail("built the model first"))
+    with pytest.raises(UserError, match=f"cannot write to {taken}"):
+        train.main(["--data_dir", str(tmp_path), "--output_dir", str(taken), "--device", "cpu"])
+    monkeypatch.setattr(store, "load_checkpoint", lambda *_: pytest.fail("read the checkpoint first"))
+    (tmp_path / "step-00000001").mkdir()
+    for output, said in ((taken, "exists already"), (taken / "model", "cannot write to")):
+        with pytest.raises(UserError, match=f"{taken}.*{said}|{said} {taken}"):
+            export.main(["--checkpoint", str(tmp_path / "step-00000001"), "--output", str(output)])

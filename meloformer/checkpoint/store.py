@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import sync_folder, to_json
+from ..files import check_can_write, sync_folder, to_json
 from ..tokens import vocab
 from .files import (
     CONFIG,
@@ -157,9 +157,11 @@ def export_model(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     Raises:
         UserError: the checkpoint cannot be loaded, `folder` exists, or it cannot be written.
     """
-    checkpoint, folder = load_checkpoint(path), Path(folder)
-    if folder.exists():
+    folder = Path(folder)
+    if os.path.lexists(folder):
         raise UserError(f"{folder} exists already: choose another name")
+    check_can_write(folder.parent)
+    checkpoint = load_checkpoint(path)
     trainer = {"step": checkpoint.step, "identity": {"max_seq_len": checkpoint.max_seq_len}}
     documents = {CONFIG: checkpoint.config, TOKENIZER: checkpoint.tokenizer_json, TRAINER: trainer}
     texts = {name: to_json(value) for name, value in documents.items()}
