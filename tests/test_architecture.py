@@ -41,10 +41,12 @@ MODULES = {
 
 
 def imports(name: str, path: Path) -> Iterator[str]:
-    """The project's modules that a module imports when it is imported."""
+    """The modules that a module imports: at its top, inside functions, or for type checking alone."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
         if not isinstance(node, ast.ImportFrom):
             continue
         base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
