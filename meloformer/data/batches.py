@@ -3,11 +3,9 @@
 A row holds whole samples back to back (see `packing.py`), as documents that attention never crosses.
 """
 
-import queue
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from ..tokens import attributes, vocab
 from .packing import find_samples, rows_of_epoch
 from .pairs import Counts, count_documents
 from .shards import ShardSet
-
-_Item = TypeVar("_Item")
 
 
 class State(NamedTuple):
@@ -241,42 +237,3 @@ class PackedSongs:
                 yield batch, State(epoch, index) if index < rows else State(epoch + 1, 0)
             if index >= rows:
                 epoch, index = epoch + 1, 0
-
-
-def prefetch(items: Iterable[_Item], depth: int = 2) -> Iterator[_Item]:
-    """The same items, made up to `depth` ahead by a thread; its exceptions are raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-    end = object()
-
-    def put(entry) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((end, None))
-        except BaseException as error:
-            put((end, error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-    finally:
-        closed.set()
-        thread.join()

@@ -4,15 +4,60 @@ A loader thread builds batches in pinned memory. While the GPU computes on a bat
 its attention planned, so that reading the size of the plan back does not stall the step.
 """
 
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
 
-from ..data.batches import Batch, State, prefetch
+from ..data.batches import Batch, State
 from .metrics import Meter
 
+_Item = TypeVar("_Item")
 _Prepared = TypeVar("_Prepared")
+
+
+def prefetch(items: Iterable[_Item], depth: int = 2) -> Iterator[_Item]:
+    """The same items, produced up to `depth` ahead by a thread, whose exceptions are raised here.
+
+    Closing the generator ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+    end = object()
+
+    def put(entry) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()
 
 
 class Prefetcher(Generic[_Prepared]):

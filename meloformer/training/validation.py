@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..data.batches import PackedSongs, State, prefetch
+from ..data.batches import PackedSongs, State
 from ..model.loss import next_token_loss
 from ..tokens import attributes, vocab
 from .distributed import Job
 from .metrics import finite
+from .prefetch import prefetch
 from .stepper import Stepper
 
 KINDS = {

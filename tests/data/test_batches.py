@@ -1,15 +1,13 @@
 """Batches and their order."""
 
 import itertools
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from meloformer.data import batches as data
-from meloformer.data.batches import State, prefetch
+from meloformer.data.batches import State
 from meloformer.data.pairs import count_documents
 from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
@@ -214,41 +212,3 @@ def test_nothing_to_train_on_is_told(shards):
     assert songs.rows_per_epoch(0) == 0
     with pytest.raises(UserError, match=r"train split has no song for max_bars=1 .*songs"):
         next(songs.batches(State(), 1))
-
-
-# --- prefetch -------------------------------------------------------------------------------------
-
-
-def test_prefetch_yields_the_same():
-    assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
-    assert list(prefetch([None, None])) == [None, None]
-
-
-def test_prefetch_hands_on_exceptions():
-    def items():
-        yield 1
-        raise UserError("no more")
-
-    stream = prefetch(items())
-    assert next(stream) == 1
-    with pytest.raises(UserError, match="no more"):
-        next(stream)
-
-
-def test_prefetch_stays_ahead_by_its_depth_and_ends_when_closed():
-    made = []
-
-    def items():
-        for i in itertools.count():
-            made.append(i)
-            yield i
-
-    stream = prefetch(items(), depth=2)
-    assert next(stream) == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    assert len(made) == 4  # one given, two in the queue, one waiting for room
-    stream.close()
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())

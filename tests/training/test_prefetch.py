@@ -1,12 +1,15 @@
+import itertools
 import threading
+import time
 
 import pytest
 import torch
 
 from meloformer.data.batches import PackedSongs, State
 from meloformer.data.shards import ShardSet
+from meloformer.errors import UserError
 from meloformer.training.metrics import Meter
-from meloformer.training.prefetch import Prefetcher
+from meloformer.training.prefetch import Prefetcher, prefetch
 
 
 @pytest.fixture
@@ -64,3 +67,38 @@ def test_the_loader_ends_with_the_feed(packed):
     fed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
     next(source)
+
+
+def test_prefetch_yields_the_same():
+    assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
+    assert list(prefetch([None, None])) == [None, None]
+
+
+def test_prefetch_hands_on_exceptions():
+    def items():
+        yield 1
+        raise UserError("no more")
+
+    stream = prefetch(items())
+    assert next(stream) == 1
+    with pytest.raises(UserError, match="no more"):
+        next(stream)
+
+
+def test_prefetch_stays_ahead_by_its_depth_and_ends_when_closed():
+    made = []
+
+    def items():
+        for i in itertools.count():
+            made.append(i)
+            yield i
+
+    stream = prefetch(items(), depth=2)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 60  # reached only if the thread makes too few
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # time in which a thread that knew no limit would make more
+    assert len(made) == 4  # one given, two in the queue, one waiting for room
+    stream.close()
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
