@@ -19,6 +19,7 @@ from meloformer.checkpoint.store import (
     restore_optimizer,
 )
 from meloformer.errors import UserError
+from meloformer.files import sha256_of_file
 from meloformer.tokens import vocab
 
 from helpers.checkpoints import (
@@ -274,3 +275,24 @@ def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert_one_line(error, "another token vocabulary", "tokenizer.json")
+
+
+def test_resuming_hashes_every_file_once(saved, monkeypatch):
+    hashed = []
+
+    def count(path):
+        hashed.append(path.name)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(checkpoint_files, "sha256_of_file", count)
+    assert latest_checkpoint(saved.parent) == saved
+    load_checkpoint(saved)
+    restore_optimizer(saved, make_optimizer(make_model()))
+    assert sorted(hashed) == sorted(checkpoint_files.read_manifest(saved)["files"])
+
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    (saved / "elsewhere").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (saved / "elsewhere").replace(weights)  # the same name and size, another file
+    with pytest.raises(UserError, match=r"model.safetensors is damaged: its SHA-256"):
+        load_checkpoint(saved)
