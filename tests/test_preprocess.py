@@ -25,7 +25,7 @@ from meloformer.data.inputs import find_files, in_order
 from meloformer.data.shards import ShardSet
 from meloformer.data.workers import Result
 from meloformer.errors import UserError
-from meloformer.files import exclusive_lock
+from meloformer.files import exclusive_lock, read_json
 from meloformer.tokens import vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
@@ -102,7 +102,7 @@ def test_songs_are_the_tokens_of_their_files(corpus, processed):
         assert tokenizer.encode(path).tobytes() in there
     for i in range(len(songs)):
         assert songs.bars[i] == np.count_nonzero(vocab.CHORD.mask(songs[i]))
-    HIDTokenizer.load(processed / shards.TOKENIZER)
+    assert read_json(processed / shards.TOKENIZER) == json.loads(json.dumps(HIDTokenizer().to_json()))
     assert len(shards.verify(processed)) == KEPT
 
 
