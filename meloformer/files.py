@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their digests, JSON objects and locks: once for the whole project.
+"""Atomic writes, SHA-256, JSON and locks of files, for all of meloformer.
 
 Free of torch, since worker processes import it.
 """
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from .errors import UserError
 
-TEMPORARY = ".tmp"  # ends the names of files that are being written
+TEMPORARY = ".tmp"  # suffix of files that are being written
 
 
 def sync_folder(folder: Path) -> None:
@@ -28,21 +28,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where the content of `path` is written before it takes that name."""
+    """The file that the content of `path` is written to before it is renamed."""
     return path.with_name(path.name + TEMPORARY)
 
 
 def put_in_place(file: BinaryIO, path: Path) -> None:
-    """Force a file open at `temporary_of(path)` to the disk, and give it its name."""
+    """Flush a file open at `temporary_of(path)` to the disk, close it and rename it to `path`."""
     file.flush()
     os.fsync(file.fileno())
+    file.close()  # Windows does not rename open files
     os.replace(temporary_of(path), path)
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write to. `path` holds all of it in the end, or is untouched if anything fails.
+    """A binary file to write to. It replaces `path` at the end; if anything fails, `path` is untouched.
 
     Raises:
         OSError: the disk is full, there is no permission, and the like.
@@ -59,7 +60,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is untouched."""
+    """Write `data` to `path` atomically."""
     with atomic_writer(path) as file:
         file.write(data)
 
@@ -75,7 +76,7 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def parse_json_object(data: bytes) -> dict:
-    """The object that JSON text spells; ValueError, with what is wrong, if it spells none."""
+    """The object in JSON text; ValueError, with what is wrong, if there is none."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -140,12 +141,16 @@ def require_locks() -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, taken: str) -> Iterator[None]:
-    """Hold a lock on a folder, or on a file that is made if missing.
+    """Hold an exclusive lock on a folder, or on a file, which is created if missing.
 
-    The system lifts it if this process dies.
+    The system releases it if this process dies.
+
+    Args:
+        path: of the folder or file.
+        taken: the error message if another process holds the lock.
 
     Raises:
-        UserError: another process holds it (`taken` says what that means), or the platform has no locks.
+        UserError: another process holds the lock, or the platform has none.
     """
     require_locks()
     import fcntl

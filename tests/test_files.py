@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and locks."""
+"""Atomic writes, JSON, and locks."""
 
 import os
 import sys
@@ -81,17 +81,24 @@ def test_a_platform_without_locks_is_refused_in_one_line(tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
-    real = os.open
+def test_files_are_written_as_windows_demands(tmp_path, monkeypatch):
+    """It opens no folders and renames no open files."""
+    real, replace = os.open, os.replace
 
     def windows_open(path, *args, **kwargs):
         if os.path.isdir(path):
             raise PermissionError
         return real(path, *args, **kwargs)
 
+    def windows_replace(old, new):
+        assert file.closed
+        replace(old, new)
+
     monkeypatch.delattr(os, "O_DIRECTORY")
     monkeypatch.setattr(os, "open", windows_open)
-    write_atomic(tmp_path / "file", b"content")
+    monkeypatch.setattr(os, "replace", windows_replace)
+    with atomic_writer(tmp_path / "file") as file:
+        file.write(b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
