@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A folder may import itself, what stands before it on its line of `ABOVE`, and `BASE`.
+# A folder may import itself, its entry of `ABOVE`, and `BASE`.
 BASE = {"errors", "files", "cli", ""}  # and the package itself, for its version
 ABOVE = {
     "kernels": set(),
@@ -61,13 +61,13 @@ GRAPH = {
 }
 
 
-def room(name: str) -> str:
+def folder_of(name: str) -> str:
     """The folder of meloformer/ that a module is in, or its own name if it stands outside."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
-def test_there_is_no_circle_of_imports():
+def test_there_are_no_import_cycles():
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -84,15 +84,15 @@ def test_there_is_no_circle_of_imports():
 
 @pytest.mark.parametrize("folder", ABOVE)
 def test_arrows_run_one_way(folder):
-    of_folder = [name for name in GRAPH if name.startswith("meloformer.") and room(name) == folder]
+    of_folder = [name for name in GRAPH if name.startswith("meloformer.") and folder_of(name) == folder]
     assert of_folder
     for name in of_folder:
         for used in GRAPH[name]:
             assert used.startswith("meloformer"), (name, used)
-            assert room(used) in {folder} | ABOVE[folder] | BASE, (name, used)
+            assert folder_of(used) in {folder} | ABOVE[folder] | BASE, (name, used)
 
 
-def test_nobody_imports_a_command_but_the_demo_and_a_command():
+def test_only_the_demo_imports_commands():
     commands = {f"meloformer.{command}" for command in COMMANDS}
     for name in set(GRAPH) - {"meloformer.demo"}:
         assert not GRAPH[name] & commands, name
@@ -105,6 +105,6 @@ def test_kernels_know_nothing_of_music():
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_module_fits_in_one_read(name):
+def test_no_module_is_too_long_to_read(name):
     lines = MODULES[name].read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 420, f"{len(lines)} lines"
