@@ -1,4 +1,4 @@
-"""What every `python -m meloformer.<command>` shares: flag spelling, one-line errors, exit codes."""
+"""Common to every `python -m meloformer.<command>`: flag spelling, one-line errors, exit codes."""
 
 import argparse
 import os
@@ -10,14 +10,14 @@ from .errors import UserError
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there is one."""
+    """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes `--max-bars` for `--max_bars` (and back), and fails in one line."""
+    """An ArgumentParser that accepts `--max-bars` for `--max_bars` and vice versa, with one-line errors."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -94,9 +94,9 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Tell of what ended a command on stderr, a UserError in one line; the exit code."""
+    """Print the error that ended a command to stderr, a UserError in one line; returns the exit code."""
     sys.stdout.flush()
-    rank = os.environ.get("RANK", "0")  # under torchrun one process may err and the others not
+    rank = os.environ.get("RANK", "0")  # under torchrun one process may fail and the others not
     if isinstance(error, UserError):
         where = "error" if rank == "0" else f"error in process {rank}"
         print(f"{where}: {error}", file=sys.stderr, flush=True)

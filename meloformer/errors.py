@@ -1,14 +1,14 @@
-"""What can go wrong through no fault of the code."""
+"""Errors that are not bugs: invalid input, missing files, lack of memory, diverged training."""
 
 
 class UserError(Exception):
-    """A mistake a user can mend: the message is one line, and the command exits with `exit_code`."""
+    """An error that the user can fix: its message is one line, and the command exits with `exit_code`."""
 
     exit_code = 2
 
 
 class DivergedError(UserError):
-    """Training that has gone beyond what finite numbers can tell."""
+    """Training whose loss, gradients or weights are no longer finite."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""`python -m meloformer.export`: a checkpoint -> a folder to hand on, which `generate` takes."""
+"""`python -m meloformer.export`: copy a checkpoint without its training state, for `generate`."""
 
 from pathlib import Path
 
@@ -10,12 +10,21 @@ from .errors import UserError
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(
         prog="python -m meloformer.export",
-        description="Copy the model, its configuration and tokenizer out of a checkpoint.",
+        description="Copy the model, its configuration and its tokenizer from a checkpoint to a folder "
+        "that meloformer.generate loads.",
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
-    add("--output", required=True, help="the folder to make")
-    add("--best", action="store_true", help="of a run, the lowest validation loss instead of the newest")
+    add(
+        "--checkpoint",
+        required=True,
+        help="a checkpoint, or the output folder of a training run (its newest checkpoint)",
+    )
+    add("--output", required=True, help="the folder to create; it must not exist")
+    add(
+        "--best",
+        action="store_true",
+        help="take a run's checkpoint of the lowest validation loss instead of the newest",
+    )
     args = parser.parse_args(argv)
     if args.best:
         path = best_checkpoint(Path(args.checkpoint) / "checkpoints")

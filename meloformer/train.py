@@ -1,4 +1,4 @@
-"""`python -m meloformer.train`: packed songs -> a trained model, on one process or many."""
+"""`python -m meloformer.train`: train a model on preprocessed songs, with one process or many."""
 
 import contextlib
 import os
@@ -22,15 +22,18 @@ _LOCK = ".lock"
 
 
 def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str | None:
-    """Train as `config` says; `model_config` replaces the preset of `config.model_size`.
+    """Train by `config`.
 
-    Either is changed to have the attention that `config` asks for, see `chosen_model`.
+    Args:
+        model_config: replaces the preset of `config.model_size`. Its attention is set by `config` either way,
+            see `chosen_model`.
 
     Returns:
-        None if the run is through, else what asked it to stop.
+        None if the run is finished, else what requested the stop.
 
     Raises:
-        UserError: something a user can mend; `DivergedError` if the numbers of the run went wild.
+        UserError: an error that the user can fix.
+        DivergedError: loss, gradients or weights are not finite.
     """
     model_config = chosen_model(config, model_config or SIZES[config.model_size])
     with StopRequest() as stop:
@@ -56,7 +59,7 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or STOPPED."""
+    """Returns the exit code: 0 if the run is finished, `STOPPED` if it was stopped on request."""
     config = parse_args(argv)
     require_locks()
     return 0 if train(config) is None else STOPPED
@@ -70,7 +73,7 @@ def _make_deterministic() -> None:
 
 @contextlib.contextmanager
 def _lock_output(folder: Path, job: Job) -> Iterator[None]:
-    """Holds off other runs in the same folder, on behalf of all processes of this one."""
+    """Collective: lock the output folder against other runs."""
     with contextlib.ExitStack() as held:
 
         def lock() -> None:

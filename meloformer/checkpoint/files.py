@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: written and sealed one by one, verified before any of it is used."""
+"""The files of a checkpoint folder: each is hashed when it is written and verified before it is used."""
 
 import os
 from pathlib import Path
@@ -19,14 +19,14 @@ _REQUIRED = (MODEL, CONFIG, TOKENIZER, TRAINER)
 
 
 def seal(path: Path) -> dict:
-    """Force a written file to the disk; its entry in the manifest."""
+    """Flush a written file to the disk; returns its entry in the manifest."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)[0]}
 
 
 def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory with one another, as the file format asks."""
+    """Contiguous CPU tensors that share no memory with each other, as safetensors requires."""
     stored, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -45,7 +45,7 @@ def one_line(error: Exception) -> str:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest, with every field of the type it should have."""
+    """The manifest of the checkpoint folder `path`, with the types of its fields checked."""
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: there is no such folder")
     file = path / MANIFEST
@@ -79,7 +79,8 @@ def check_size(file: Path, manifest: dict) -> None:
         raise damaged(file, f"it has {size} bytes instead of {expected}")
 
 
-# Files found right, by what the system says of them: choosing a checkpoint verifies it, loading it again.
+# Files that were verified, by path, file status and hash: a checkpoint is verified when it is chosen, and its
+# files must not be hashed again when it is loaded.
 _verified: set[tuple] = set()
 
 
@@ -97,13 +98,13 @@ def _check_content(file: Path, manifest: dict) -> None:
 
 
 def verify(path: Path) -> dict:
-    """Read every byte of a checkpoint; its manifest.
+    """Verify every file of a checkpoint; returns its manifest.
 
     Raises:
-        UserError: it is not whole, or a file is not the one that was written.
+        UserError: it is incomplete, or a file differs from what was written.
     """
     manifest = read_manifest(path)
-    for name in manifest["files"]:  # sizes first: they are quick to compare
+    for name in manifest["files"]:  # sizes first: they cost nothing
         check_size(path / name, manifest)
     for name in manifest["files"]:
         _check_content(path / name, manifest)

@@ -1,4 +1,4 @@
-"""The state of a torch optimizer as named tensors and JSON text, and back."""
+"""Conversion of a torch optimizer's state to named tensors and JSON text, and back."""
 
 import json
 from collections.abc import Callable
@@ -30,17 +30,17 @@ def flatten(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def unflatten(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict:
-    """What `flatten` was given.
+    """The inverse of `flatten`.
 
     Raises:
-        UserError: the file `path` that they come from does not hold such a state.
+        UserError: the file `path`, which they were read from, does not hold the state of an optimizer.
     """
     try:
         groups, values = json.loads(metadata["param_groups"]), json.loads(metadata["values"])
         state: dict[int, dict] = {int(index): dict(entries) for index, entries in values.items()}
         for key, tensor in tensors.items():
             _, index, name = key.split(".", 2)
-            # A copy, for the optimizer keeps what it is given, and loaded tensors may map the file.
+            # A copy: the optimizer keeps the tensor, and loaded tensors may be memory-mapped.
             state.setdefault(int(index), {})[name] = tensor.clone()
         for group in groups:
             group["params"] = [int(index) for index in group["params"]]
@@ -52,7 +52,7 @@ def unflatten(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) 
 
 
 def fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the saved groups and shapes are those of the optimizer's parameters."""
+    """Whether saved groups and shapes match the optimizer's parameters."""
     saved = [group["params"] for group in state["param_groups"]]
     present = [group["params"] for group in optimizer.param_groups]
     if [len(group) for group in saved] != [len(group) for group in present]:
@@ -65,17 +65,17 @@ def fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def share_out(
-    state: dict, optimizer: torch.optim.Optimizer, share: Callable[[Tensor, Tensor], Tensor]
+def shard_state(
+    state: dict, optimizer: torch.optim.Optimizer, shard: Callable[[Tensor, Tensor], Tensor]
 ) -> dict:
-    """A state that `fits`, with share(tensor, its parameter) for each tensor of a parameter's shape."""
+    """A state that `fits`, with `shard(tensor, parameter)` in place of each tensor of a parameter's shape."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     indices = (index for group in state["param_groups"] for index in group["params"])
-    shared = {}
+    sharded = {}
     for index, parameter in zip(indices, parameters):
         if index in state["state"]:
-            shared[index] = {
-                name: share(value, parameter) if isinstance(value, Tensor) and value.ndim else value
+            sharded[index] = {
+                name: shard(value, parameter) if isinstance(value, Tensor) and value.ndim else value
                 for name, value in state["state"][index].items()
             }
-    return {**state, "state": shared}
+    return {**state, "state": sharded}

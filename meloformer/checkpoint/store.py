@@ -1,15 +1,15 @@
-"""Weights, configuration and optimizer state on disk: safetensors and JSON, never a pickle.
+"""Checkpoints: weights, configuration and optimizer state as safetensors and JSON, never pickled.
 
-A checkpoint is a folder `step-00001234` that appears under its name only when it is whole:
+A checkpoint is a folder `step-00001234`, which gets this name only when it is complete:
 
     model.safetensors       the weights
     optimizer.safetensors   the optimizer's tensors and, in its header, its other settings (may be absent)
     config.json             the model configuration
-    tokenizer.json          the vocabulary the weights were trained on
-    trainer.json            step, epoch, seed, ...: what a resumed run needs
+    tokenizer.json          the vocabulary that the weights were trained on
+    trainer.json            step, epoch, seed, ...: the state that a resumed run needs
     manifest.json           size and SHA-256 of all of these
 
-A file is verified against the manifest before any of it is used.
+A file is verified against the manifest before it is used.
 """
 
 import os
@@ -47,13 +47,13 @@ from .files import (
     storable,
     verify,
 )
-from .optimizer import fits, flatten, share_out, unflatten
+from .optimizer import fits, flatten, shard_state, unflatten
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
-_REPLACED = ".replaced"  # a whole checkpoint while another of its step takes its place
+_REPLACED = ".replaced"  # a complete checkpoint while another of the same step replaces it
 _TEMPORARY = ".incomplete-"
-_SPARE_BYTES = 16 << 20  # what the text files, the log and the file system take beside the tensors
-# How an optimizer computes is a matter of the machine it runs on, not of the run it continues.
+_SPARE_BYTES = 16 << 20  # for the text files, the log and the file system, in addition to the tensors
+# How the optimizer is implemented depends on the machine, not on the run that is resumed.
 _MACHINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -66,7 +66,7 @@ class Checkpoint:
         step: the optimizer step after which it was saved.
         weights: the model's state dict, on the device asked for.
         config: the model configuration.
-        tokenizer_json: what `vocab.to_json()` gave when it was saved, and gives now.
+        tokenizer_json: `vocab.to_json()`, the same when it was saved as now.
         trainer: the state of the training run.
     """
 
@@ -79,10 +79,10 @@ class Checkpoint:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens that the model saw at once in training.
+        """Length of a row in training, in tokens.
 
         Raises:
-            UserError: the checkpoint does not tell.
+            UserError: the checkpoint does not record it.
         """
         try:
             return int(self.trainer["identity"]["max_seq_len"])
@@ -102,23 +102,23 @@ def save_checkpoint(
     keep_last: int,
     val_loss: float | None = None,
 ) -> Path:
-    """Write `root/step-<step>`, whole or not at all, then delete the oldest beyond `keep_last`.
+    """Write `root/step-<step>` atomically, then delete the oldest checkpoints beyond `keep_last`.
 
-    The checkpoint of the lowest validation loss stays besides. A process that is killed at any moment
-    leaves the earlier checkpoints as they were, and so does a full disk. One process may save into a
-    root at a time: what an interrupted save left there is removed.
+    The checkpoint of the lowest validation loss is kept in addition. Earlier checkpoints survive a full disk
+    and a process that is killed at any moment. Only one process may save into a root at a time; leftovers of
+    an interrupted save are removed.
 
     Args:
-        root: folder of the checkpoints of one run; made if missing.
+        root: folder of the checkpoints of one run; created if missing.
         step: optimizer steps so far; an existing checkpoint of this step is replaced. Checkpoints of
-            later steps were passed over as damaged by the run that saves now: they go.
+            later steps are deleted: the run that saves now skipped them as damaged.
         model_state: `model.state_dict()`. A tensor listed under several names is stored under each.
         config: JSON values.
         tokenizer_json: `vocab.to_json()`.
-        optimizer_state: `optimizer.state_dict()`, or None for a checkpoint that only generates.
+        optimizer_state: `optimizer.state_dict()`, or None for a checkpoint that cannot be resumed.
         trainer: JSON values.
-        keep_last: how many checkpoints stay, at least 1.
-        val_loss: validation loss of these weights, if it is known.
+        keep_last: how many checkpoints to keep, at least 1.
+        val_loss: validation loss of these weights, if known.
 
     Returns:
         The folder of the new checkpoint.
@@ -152,7 +152,7 @@ def save_checkpoint(
 
 
 def export_model(path: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Copy what generating needs of the checkpoint `path` into a new `folder`: all but the training state.
+    """Copy the checkpoint `path` into a new `folder`, without its training state.
 
     Raises:
         UserError: the checkpoint cannot be loaded, `folder` exists, or it cannot be written.
@@ -179,7 +179,7 @@ def _write_folder(
     texts: dict[str, bytes],
     tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]],
 ) -> None:
-    """Make `target` from files of text and of tensors (with their metadata), whole or not at all."""
+    """Create `target` atomically, with text files and files of tensors (with their metadata)."""
     temporary = target.parent / f"{_TEMPORARY}{target.name}"
     needed = sum(tensor.nbytes for values, _ in tensors.values() for tensor in values.values())
     free = shutil.disk_usage(target.parent).free
@@ -208,7 +208,7 @@ def _write_folder(
 
 
 def _step_aside(target: Path) -> None:
-    """Clear the name `target`, with a whole checkpoint of its step left if there is one."""
+    """Free the name `target`, keeping an intact checkpoint of its step under another name."""
     replaced = target.with_name(target.name + _REPLACED)
     if replaced.exists():  # an earlier save was killed before it had removed this one
         if not _is_whole(target):
@@ -227,31 +227,33 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    doomed = path.with_name(f"{_TEMPORARY}{path.name}.removed")  # a folder under its own name is always whole
+    doomed = path.with_name(
+        f"{_TEMPORARY}{path.name}.removed"
+    )  # a folder under its own name is always complete
     path.rename(doomed)
     _delete(doomed)
 
 
 def _delete(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():  # as a user may have moved a checkpoint to another disk
+    if path.is_symlink() or not path.is_dir():  # a checkpoint may have been moved to another disk and linked
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint folder, all but the optimizer's state, and verify what is read.
+    """Read and verify a checkpoint folder, without the optimizer's state.
 
     Args:
         path: the folder of one checkpoint (see `find_checkpoint`).
-        device: where the weights go.
+        device: where the weights are loaded.
 
     Raises:
         UserError: it is missing, incomplete, damaged, or was trained on another vocabulary.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if OPTIMIZER in manifest["files"]:  # of the two large files, the one that is not read here
+    if OPTIMIZER in manifest["files"]:  # it is not read here, so only its size is checked
         check_size(path / OPTIMIZER, manifest)
     config, tokenizer_json, trainer = (
         load_json(path / name, manifest) for name in (CONFIG, TOKENIZER, TRAINER)
@@ -268,13 +270,15 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 def restore_optimizer(
     path: str | os.PathLike,
     optimizer: torch.optim.Optimizer,
-    share: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor,
+    shard: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor,
 ) -> None:
-    """Give `optimizer` the state it had when the checkpoint was saved.
+    """Load the optimizer state of a checkpoint into `optimizer`.
 
-    Its parameters must be those of the run that saved it, in the same order and groups. Whether it
-    runs fused, foreach or capturable stays as it is. `share` gives, of a whole tensor and its
-    parameter, what this process holds of the tensor.
+    Its parameters must be those of the run that saved it, in the same order and groups. Its options fused,
+    foreach and capturable are kept.
+
+    Args:
+        shard: from a full tensor and its parameter, the part of the tensor that this process holds.
 
     Raises:
         UserError: the checkpoint has no optimizer state, is damaged, or is of other parameters.
@@ -290,22 +294,21 @@ def restore_optimizer(
         )
     for saved, present in zip(state["param_groups"], optimizer.param_groups):
         saved.update({name: present[name] for name in _MACHINE_OPTIONS if name in present})
-    optimizer.load_state_dict(share_out(state, optimizer, share))
+    optimizer.load_state_dict(shard_state(state, optimizer, shard))
 
 
 def has_checkpoints(root: str | os.PathLike) -> bool:
-    """Whether `root` holds any checkpoint, whole or damaged."""
+    """Whether `root` holds any checkpoint, intact or damaged."""
     return bool(_by_step(Path(root)))
 
 
 def latest_checkpoint(root: str | os.PathLike) -> Path | None:
-    """The checkpoint of the highest step in `root` of which every file has its SHA-256.
+    """The checkpoint of the highest step in `root` whose files all verify; None if there is no checkpoint.
 
-    None if there is no checkpoint at all. Those that are damaged are passed over, each in one line on
-    stderr that names it and the fault.
+    Damaged checkpoints are skipped, each with one line on stderr that names it and what is wrong.
 
     Raises:
-        UserError: there are checkpoints, but not one is whole.
+        UserError: there are checkpoints, but none is intact.
     """
     problems = []
     for path in reversed(_by_step(Path(root))):
@@ -324,10 +327,7 @@ def latest_checkpoint(root: str | os.PathLike) -> Path | None:
 
 
 def best_checkpoint(root: str | os.PathLike) -> Path | None:
-    """The checkpoint of the lowest validation loss in `root`, the later of equal ones.
-
-    None if no checkpoint has a validation loss.
-    """
+    """The checkpoint of the lowest validation loss in `root`, the latest of equals; None if none has one."""
     best = None
     for path in _by_step(Path(root)):
         loss = _val_loss(path)
@@ -337,7 +337,7 @@ def best_checkpoint(root: str | os.PathLike) -> Path | None:
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The checkpoint that `path` means: itself, the latest in it, or the latest in its `checkpoints`.
+    """The checkpoint at `path`: itself, the latest in it, or the latest in its subfolder `checkpoints`.
 
     Raises:
         UserError: there is none.
@@ -363,7 +363,7 @@ def _val_loss(path: Path) -> float | None:
 
 
 def _by_step(root: Path) -> list[Path]:
-    """The checkpoint folders in `root`, whole or not, oldest first."""
+    """The checkpoint folders in `root`, intact or not, oldest first."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)

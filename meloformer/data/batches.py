@@ -1,6 +1,6 @@
-"""Shards -> packed batches, in an order that depends on the seed and the epoch alone.
+"""Shards -> packed batches, in an order that depends on the seed and the epoch only.
 
-A row holds whole samples back to back (see `packing.py`), as documents that attention never crosses.
+A row holds whole samples back to back (see `packing.py`), as documents that attention does not cross.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,13 +31,13 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows for one step of one process, all N = max_seq_len tokens wide.
+    """The rows of one accumulation step of one process, all N = max_seq_len tokens wide.
 
     ids: [B, N] int64; PAD after the last document.
     targets: [B, N] int64, the next token of the same document; -100 where there is none.
-    structure: of [B, N] tokens and [B, M] summaries; M is one of few numbers, see `summary_room`.
+    structure: of [B, N] tokens and [B, M] summaries; M takes few values, see `summary_room`.
     num_targets: targets that are not -100.
-    counts: tokens that are no padding, and pairs of them, over all rows.
+    counts: tokens and pairs of tokens over all rows, without padding.
     """
 
     ids: Tensor
@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens without padding."""
         return self.counts.tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -85,7 +85,7 @@ class PackedSongs:
             an attention that compiles anew for each number.
 
     Attributes:
-        samples: the `Samples` found; it tells what was skipped.
+        samples: the `Samples` of the split, including the numbers of skipped songs and bars.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class PackedSongs:
             max_samples=max_samples,
             seed=seed,
         )
-        # Of the epoch last asked for; one value, since the loader's thread asks too.
+        # The last epoch asked for, in one attribute, since the loader thread reads it too.
         self._epoch: tuple[int, list[np.ndarray], int] = (-1, [], 0)
-        # Of each sample its `Counts`, 0 until it is first read: no pair reaches beyond a document.
+        # The `Counts` of each sample, 0 until it is first read; no pair crosses documents, so they add up.
         self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
 
     def rows(self, epoch: int) -> list[np.ndarray]:
@@ -122,7 +122,7 @@ class PackedSongs:
         return self._of(epoch)[1]
 
     def _of(self, epoch: int) -> tuple[int, list[np.ndarray], int]:
-        """An epoch, its rows, and the most bars that a row has."""
+        """An epoch, its rows, and the largest number of bars in a row."""
         found = self._epoch
         if found[0] != epoch:
             rows = rows_of_epoch(self.samples, [self.seed, epoch], self.max_seq_len, self.max_bars)
@@ -134,7 +134,7 @@ class PackedSongs:
         return len(self.rows(epoch))
 
     def batch(self, epoch: int, rows: Iterable[int]) -> Batch:
-        """The given rows of an epoch; a number past the last row stands for a row of padding."""
+        """A batch of the given rows of an epoch; a number past the last row gives a row of padding."""
         rows = list(rows)
         _, of_epoch, most_of_epoch = self._of(epoch)
         shape = (len(rows), self.max_seq_len)

@@ -1,4 +1,4 @@
-"""Which MIDI files a command was given, and in which order it takes them."""
+"""The MIDI files that --input names, and their order."""
 
 import hashlib
 import os
@@ -14,10 +14,10 @@ SUFFIXES = (".mid", ".midi", ".kar", ".rmi")  # in any case
 def find_files(source: str) -> list[str]:
     """Paths named by `--input`: a folder (searched through, sorted) or a list file (in its order).
 
-    Links to folders are followed; a folder that can be reached in two ways is searched once.
+    Links to folders are followed; a folder that is reachable by two paths is searched once.
 
-    Every line of a list is taken literally, blank lines apart: a file may be called '# 1.mid'. A path
-    that is not there is tried beside the list file.
+    Every line of a list that is not blank is a path as it stands: there are no comments. A path that does
+    not exist is tried relative to the list file.
 
     Raises:
         UserError: there is no such folder or list, or it names no file.
@@ -52,14 +52,14 @@ def _walk(folder: str) -> Iterator[str]:
     def refuse(error: OSError):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    walked = set()  # links may lead in circles, or to one folder twice
+    walked = set()  # links may form cycles, or lead to one folder twice
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in walked:
             folders.clear()
             continue
         walked.add((status.st_dev, status.st_ino))
-        folders.sort()  # so that of two ways to a folder the same one is taken on every machine
+        folders.sort()  # so that of two paths to a folder the same one is taken on every machine
         for name in names:
             if name.lower().endswith(SUFFIXES):
                 yield os.path.join(parent, name)
@@ -77,7 +77,7 @@ def in_order(files: list[str], seed: int, limit: int | None) -> list[str]:
 
 
 def hash_of_names(files: list[str]) -> str:
-    """SHA-256 (64 hex digits) of the absolute paths in their order: which files, seen from anywhere."""
+    """SHA-256 (64 hex digits) of the absolute paths in their order, whatever the working folder."""
     digest = hashlib.sha256()
     for name in files:
         digest.update(os.fsencode(os.path.abspath(name)) + b"\0")

@@ -1,7 +1,7 @@
-"""Songs -> samples -> rows: which tokens stand together in a row of an epoch.
+"""Packing: songs -> samples -> the rows of an epoch.
 
-A sample is a song, or a run of whole bars of a song that is too long for one row. A row holds whole
-samples back to back.
+A sample is a song, or consecutive whole bars of a song that is too long for one row. A row is a sequence of
+whole samples, at most `max_seq_len` tokens in all.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,27 @@ import numpy as np
 from ..tokens import attributes, vocab
 from .shards import ShardSet
 
-PACKING = 2  # what rows an epoch has: to be raised when that changes, so that no run goes on with others
-_BIT_GENERATOR = np.random.PCG64  # named, so that NumPy's default may change
+PACKING = (
+    2  # version of the packing: raise it when the rows of an epoch change, so that no run resumes with others
+)
+_BIT_GENERATOR = np.random.PCG64  # explicit, since NumPy's default may change
 _MAX_HEADER = 4  # CHORD, TS, CUT, BPM
 _OPEN_ROWS = 256
-_WINDOW = 512  # samples that are packed longest first: rows that they open can stay open until they are full
-_LENGTHS = 64  # classes of length that this tells apart: inside of one the order stays random
+_WINDOW = 512  # samples sorted by length at a time: the rows they open stay open until they are full
+_LENGTHS = 64  # classes of length that the sort distinguishes; within a class the order is random
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where each sample lies; arrays of S entries.
+    """The samples of a split, as arrays of S entries.
 
-    song: int64, number in the ShardSet. start, stop: int64, its tokens there.
-    header: uint16 [S, 4], what stands before them (CHORD, TS, [CUT], BPM restated), then PAD.
-    length: int64, tokens with the header. bars: int64.
-    skipped_songs: songs left out for having more than `max_bars` bars.
-    skipped_bars: bars left out for being longer than a row.
+    song: int64, number of the song in the ShardSet.
+    start, stop: int64, its range of tokens.
+    header: uint16 [S, 4], tokens put before the range (CHORD, TS, [CUT], BPM restated), then PAD.
+    length: int64, tokens including the header.
+    bars: int64.
+    skipped_songs: songs left out because they have more than `max_bars` bars.
+    skipped_bars: bars left out because they are longer than a row.
     """
 
     song: np.ndarray
@@ -58,15 +62,15 @@ class _Piece(NamedTuple):
 
 
 def _cut(ids: np.ndarray, max_tokens: int) -> tuple[list[_Piece], int]:
-    """Runs of whole bars of at most `max_tokens` tokens each, as long as can be, from first to last.
+    """Cut a song at bar lines, greedily, into pieces of at most `max_tokens` tokens with their header.
 
-    Returns the pieces and the number of bars (bar line to bar line) that are longer than that.
+    Returns the pieces and the number of bars that are longer than `max_tokens`, which are left out.
     """
-    lines = attributes.cut_points(ids)
-    bounds = np.concatenate(([0], lines[1:], [len(ids)]))  # BOS goes with the first bar, EOS the last
+    bar_starts = attributes.cut_points(ids)
+    bounds = np.concatenate(([0], bar_starts[1:], [len(ids)]))  # BOS goes with the first bar, EOS the last
     chords = np.concatenate(([0], np.cumsum(vocab.CHORD.mask(ids))))
     pieces, skipped, first = [], 0, 0
-    while first < len(lines):
+    while first < len(bar_starts):
         header, skip = attributes.restated(ids, bounds[first]) if first else (np.empty(0, np.uint16), 0)
         start = int(bounds[first]) + skip
         last = int(np.searchsorted(bounds, start + max_tokens - len(header), side="right")) - 1
@@ -89,24 +93,24 @@ def find_samples(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Samples:
-    """The samples of `songs` (int64 numbers in `shards`), in their order.
+    """The samples of `songs` (int64, numbers in `shards`), ordered by song and position.
 
-    With `max_samples`, that many of them, drawn by `seed`.
+    With `max_samples`, a random subset of that size, drawn by `seed`.
     """
     fitting = songs[shards.bars[songs] <= max_bars]
     whole = shards.lengths[fitting] <= max_seq_len
     pieces, skipped_bars = [], 0
     for song in fitting[~whole].tolist():
-        of_song, skipped = _cut(shards[song], max_seq_len)
-        pieces += [(song, piece) for piece in of_song]
+        cut, skipped = _cut(shards[song], max_seq_len)
+        pieces += [(song, piece) for piece in cut]
         skipped_bars += skipped
 
     header = np.full((len(pieces), _MAX_HEADER), vocab.PAD, np.uint16)
-    for row, (_, piece) in zip(header, pieces):
-        row[: len(piece.header)] = piece.header
+    for tokens, (_, piece) in zip(header, pieces):
+        tokens[: len(piece.header)] = piece.header
 
-    def join(of_whole_songs: np.ndarray, of_pieces: list) -> np.ndarray:
-        return np.concatenate((of_whole_songs, np.array(of_pieces, np.int64)))
+    def join(whole_songs: np.ndarray, cut_songs: list) -> np.ndarray:
+        return np.concatenate((whole_songs, np.array(cut_songs, np.int64)))
 
     fitting = fitting[whole]
     zeros = np.zeros(len(fitting), np.int64)
@@ -129,11 +133,11 @@ def find_samples(
 
 
 def pack(lengths: np.ndarray, bars: np.ndarray, max_tokens: int, max_bars: int) -> np.ndarray:
-    """The row of each sample (int64 [S]), rows counted from 0: best fit, in the order given.
+    """Best-fit packing in the given order: the row number of each sample, int64 [S], from 0.
 
-    Each row holds at most `max_tokens` tokens and `max_bars` bars. A sample goes to the fullest of the
-    256 open rows that still takes it, else to a new row, for which the fullest one is closed; so the
-    time is linear in the number of samples. No sample may exceed either limit by itself.
+    Each row holds at most `max_tokens` tokens and `max_bars` bars. A sample goes to the fullest of 256 open
+    rows that has room for it, else to a new row, for which the fullest is closed; so the time is linear in
+    the number of samples. No sample may exceed either limit by itself.
     """
     tokens_left = np.zeros(_OPEN_ROWS, np.int64)
     bars_left = np.zeros(_OPEN_ROWS, np.int64)
@@ -154,15 +158,15 @@ def pack(lengths: np.ndarray, bars: np.ndarray, max_tokens: int, max_bars: int) 
 
 
 def rows_of_epoch(samples: Samples, seed: list[int], max_tokens: int, max_bars: int) -> list[np.ndarray]:
-    """The rows of an epoch: each the numbers of its samples (int64), in the order they stand.
+    """The rows of an epoch, in random order: for each the numbers of its samples (int64), in sequence.
 
-    Rows come in random order. What shares a row is random too, but for what fills rows: samples are
-    drawn at random, and of each `_WINDOW` of them the longer ones are packed before the shorter.
+    Samples are shuffled, then sorted by decreasing length within windows of `_WINDOW`, which fills rows
+    better than the random order.
     """
     generator = np.random.Generator(_BIT_GENERATOR(seed))
     order = generator.permutation(len(samples))
-    rank = -(samples.length[order] * _LENGTHS // max_tokens)
-    order = order[np.lexsort((rank, np.arange(len(order)) // _WINDOW))]  # stable
+    length_class = -(samples.length[order] * _LENGTHS // max_tokens)
+    order = order[np.lexsort((length_class, np.arange(len(order)) // _WINDOW))]  # stable
     row = pack(samples.length[order], samples.bars[order], max_tokens, max_bars)
     if not len(row):
         return []

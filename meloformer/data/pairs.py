@@ -1,8 +1,7 @@
-"""How many pairs of tokens attend to each other: what the attention of a batch is worth in work.
+"""The number of visible pairs of tokens, of which the FLOPs of a batch's attention are computed.
 
-Counted by totals over runs of tokens that share bar and instrument, instead of pair by pair, so that the
-loader can do it when it first reads a sample. The rule itself (`kernels/structure.py`) judges the result in
-the tests.
+Pairs are counted by sums over runs of tokens of one bar and instrument, not one by one, so that the loader
+can do it when it first reads a sample. Tests compare the result with the rule in `kernels/structure.py`.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ _INSTRUMENTS = max(DRUMS, NO_INSTRUMENT) + 1
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in a document or a batch, padding apart.
+    """Counts over a document or a batch, without padding.
 
     tokens: regular tokens. summaries: summary tokens, one per bar.
     summary_pairs: visible pairs of the summarize phase (SS and SR).

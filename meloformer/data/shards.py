@@ -1,6 +1,6 @@
-"""Tokens on disk: shards of songs, read by memory mapping, written so that a crash leaves no half file.
+"""Tokens on disk: shards of songs, written atomically and read by memory mapping.
 
-The format, byte by byte, is in docs/data.md. Nothing here is ever unpickled.
+The format, byte by byte, is in docs/data.md. Nothing here is unpickled.
 """
 
 import bisect
@@ -39,14 +39,14 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def content_digest(ids: np.ndarray) -> bytes:
-    """16 bytes that stand for the content of a song (ids uint16 [n]): equal songs, equal digests."""
+    """16-byte BLAKE2b digest of a song's token ids (uint16 [n])."""
     return hashlib.blake2b(_token_bytes(ids), digest_size=DIGEST_BYTES).digest()
 
 
 def in_validation(digests: np.ndarray, val_split: float) -> np.ndarray:
     """Which songs (digests uint8 [n, 16]) belong to the validation set (bool [n]).
 
-    Depends on each song's content alone, so that no other song, order or shard can move it.
+    Depends on each song's content alone, not on other songs, their order or the shards.
     """
     number = np.ascontiguousarray(digests[:, :8]).view("<u8")[:, 0]
     return number < np.uint64(int(val_split * 2.0**64))
@@ -171,9 +171,9 @@ class ShardWriter:
         self._digests += digest
 
     def finish(self, report: dict) -> dict:
-        """Put the shard in place; `report` goes into its completion record, which is returned.
+        """Complete the shard; returns its completion record, which includes `report`.
 
-        The record is written when .bin and .idx are safe on disk: a shard with a record is finished.
+        The record is written after .bin and .idx are synced: a shard with a record is finished.
         """
         put_in_place(self._file, self._path)
         songs, tokens = len(self._bars), self._offsets[-1]
@@ -196,9 +196,9 @@ class ShardWriter:
 
 
 def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | None:
-    """The completion record of a shard, its files being there in full; None if it is not finished.
+    """The completion record of a shard whose files are complete; None if it is not finished.
 
-    Sizes are compared, with `rehash` the content too.
+    Sizes are checked, with `rehash` also the hashes.
     """
     path = Path(folder) / f"{shard_name(number)}.json"
     if not path.exists():
@@ -218,13 +218,13 @@ def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | No
 class ShardSet:
     """All songs of a preprocessed folder, by number.
 
-    `shards[i]` is a read-only uint16 [n] view into the mapped file: nothing is read before it is
-    looked at, and any song is found in O(log shards).
+    `shards[i]` is a read-only uint16 [n] view into the mapped file: tokens are read on access, and a song is
+    found in O(log shards).
 
     Attributes:
-        folder: where it was opened.
-        manifest: the manifest as read.
-        val_split: the share of songs meant for validation.
+        folder: the folder it was opened from.
+        manifest: the content of its manifest.
+        val_split: the fraction of songs meant for validation.
         lengths: int64 [songs], tokens of each song.
         bars: int32 [songs], bars (CHORD tokens) of each song.
         digests: uint8 [songs, 16], content digests.

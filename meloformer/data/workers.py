@@ -1,6 +1,6 @@
-"""Processes for tasks that may hang, die or eat all memory: each such task costs one item, not the run.
+"""Worker processes for tasks that may hang, crash or exhaust memory: such a task fails alone, not the run.
 
-It protects from accidents, not from attackers: a worker has all rights of its parent.
+This guards against accidents, not against attackers: a worker has all rights of its parent.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _DYING_SECONDS = 10  # from the end of its pipe to the end of a process that may
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an item has no value: a code from `REASONS`, and what was seen, on one line."""
+    """Why an item has no value: a code from `REASONS` and one line of detail."""
 
     reason: str
     detail: str
@@ -45,7 +45,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one item: `value`, or the `failure` that stands in its place."""
+    """The result of one item: its `value`, or the `failure` in its place."""
 
     item: Any
     value: Any = None
@@ -111,9 +111,9 @@ def run_tasks(
 
 @contextlib.contextmanager
 def _single_threaded():
-    """Processes started inside compute with one thread.
+    """A context in which processes are started with one compute thread.
 
-    They have to find that in their environment: when their first own line runs, NumPy has its threads.
+    It must be set in their environment: NumPy creates its threads before any of their own code runs.
     """
     if "OMP_NUM_THREADS" in os.environ:
         yield
@@ -140,7 +140,7 @@ class _Worker:
                 self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        child.close()  # so that the child's death reads as end of file here
+        child.close()  # so that the end of the child is an end of file here
         self.started = False
         self.task: tuple[int, Any] | None = None
         self.deadline = time.monotonic() + _START_SECONDS
@@ -150,7 +150,7 @@ class _Worker:
         return self.started and self.task is None
 
     def begin(self, index: int, item: Any, timeout_s: float) -> bool:
-        """Hand over an item; False if the worker turns out to be dead."""
+        """Send an item to the worker; False if the worker is dead."""
         try:
             self.connection.send(item)
         except OSError:
@@ -197,7 +197,7 @@ class _Pool:
         self._workers.clear()
 
     def collect(self) -> Iterator[tuple[int, Result]]:
-        """Wait until at least one worker has something to tell or is late; yields (index, result)."""
+        """Wait until a worker has sent a message or exceeded its deadline; yields (index, result)."""
         unsettled = [worker for worker in self._workers if not worker.idle]
         seconds = max(0.0, min(worker.deadline for worker in unsettled) - time.monotonic())
         ready = set(wait([worker.connection for worker in self._workers], seconds))
@@ -233,7 +233,7 @@ class _Pool:
         (index, item), worker.task = worker.task, None
         value, failure = message
         if failure is not None and failure.reason == "memory":
-            self.replace(worker)  # its heap has grown: the next item must not pay for that
+            self.replace(worker)  # its heap has grown, which would count against the next item
         yield index, Result(item, value, failure)
 
     def _failed_start(self, worker: _Worker, what: str) -> None:

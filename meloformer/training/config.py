@@ -1,4 +1,4 @@
-"""The configuration of a training run: flags, or a YAML or JSON file, or both, the flags before the file."""
+"""The configuration of a training run: flags, a YAML or JSON file, or both; flags override the file."""
 
 import argparse
 import dataclasses
@@ -19,12 +19,12 @@ from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig
 
 CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")
-_NOT_SAVED = ("resume", "dry_run")  # of one start of a run, not of the run
+_NOT_SAVED = ("resume", "dry_run")  # settings of one invocation, not of the run
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `python -m meloformer.train` takes; see its --help."""
+    """The flags of `python -m meloformer.train`; its --help explains each."""
 
     data_dir: str
     output_dir: str = "runs/train"
@@ -78,79 +78,86 @@ def make_parser() -> cli.Parser:
         add(name, help, action=argparse.BooleanOptionalAction)
 
     count, every = {"type": cli.positive_int}, {"type": cli.positive_int, "metavar": "STEPS"}
-    add("config", "YAML or JSON file of any of these settings; flags go before it", metavar="FILE")
-    parser.add_argument("--data_dir", required=True, help="folder that meloformer.preprocess wrote")
-    add("output_dir", "checkpoints, log, samples and pictures go here")
-    add("model_size", "size of the model", choices=SIZES)
+    add("config", "YAML or JSON file of any of these settings; flags override it", metavar="FILE")
+    parser.add_argument("--data_dir", required=True, help="folder written by meloformer.preprocess")
+    add("output_dir", "folder for checkpoints, log, samples and pictures")
+    add("model_size", "preset of the model's size", choices=SIZES)
     add("max_seq_len", "tokens per row", **count)
     add("max_bars", "skip songs with more bars", **count)
-    add("max_samples", "use only so many samples of each split", **count)
-    add("batch_size", "rows per process", **count)
-    add("gradient_accumulation_steps", "batches per optimizer step", **count)
-    add("learning_rate", "peak of the schedule", type=cli.number(1e-9, 10))
+    add("max_samples", "use only this many samples of each split", **count)
+    add("batch_size", "rows per process and accumulation step", **count)
+    add("gradient_accumulation_steps", "batches per process and optimizer step", **count)
+    add("learning_rate", "peak learning rate", type=cli.number(1e-9, 10))
     add(
         "warmup_steps",
-        "steps of linear warm-up, at most a tenth of the run; a cosine follows",
+        "steps of linear warm-up, at most a tenth of the run; then cosine decay to a tenth of the peak",
         type=cli.integer(0),
     )
-    add("weight_decay", "of AdamW, on matrices only", type=cli.number(0, 10))
-    add("max_grad_norm", "clip gradients here", type=cli.number(1e-9, 1e9))
-    add("max_skipped_steps", "stop after so many steps in a row whose numbers are not finite", **count)
+    add("weight_decay", "weight decay of AdamW, on matrices only", type=cli.number(0, 10))
+    add("max_grad_norm", "clip the gradient norm at this value", type=cli.number(1e-9, 1e9))
+    add(
+        "max_skipped_steps",
+        "stop after this many consecutive steps whose loss or gradient is not finite",
+        **count,
+    )
     add("epochs", "passes over the data", **count)
-    add("max_steps", "stop after so many optimizer steps", **count)
+    add("max_steps", "stop after this many optimizer steps", **count)
     add(
         "attention",
-        "attention backend, auto takes the best for the device; dense trains another model, a plain causal "
-        "Transformer of the same size, to compare with",
+        "attention backend; auto picks one by the device; dense trains another model for comparison, a plain "
+        "causal Transformer of the same size",
         choices=["auto", *BACKENDS, DENSE],
     )
     add(
         "kind_rule",
-        "what a note's token sees of other notes: its like (alike, the original scheme), the kinds that "
-        "usually follow it (next), or any",
+        "which tokens of other notes a note's token attends to: kinds like its own (alike, the original "
+        "scheme), the kinds that usually follow it (next), or all (any)",
         choices=KIND_RULES,
     )
-    add("device", "auto, cpu, cuda or cuda:N")
-    add("precision", "auto is bf16 on CUDA and fp32 elsewhere", choices=PRECISIONS)
-    switch("compile", "compile the layers; by default on a GPU, with any attention but reference")
+    add("device", "auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("precision", "of matrix products; auto is bf16 on CUDA and fp32 elsewhere", choices=PRECISIONS)
+    switch(
+        "compile",
+        "compile the layers with torch.compile; by default on a GPU, with any attention but reference",
+    )
     add(
         "checkpoint_activations",
-        "save memory: keep less for the backward of each layer, and compute it again",
+        "activation checkpointing: keep fewer activations of each layer and recompute them in the backward",
         choices=RECOMPUTE,
     )
     switch(
         "shard_state",
-        "split weights, gradients and optimizer state among the processes (FSDP2), where they do not fit on "
-        "each GPU; with one process nothing changes, so that a run's configuration serves any number of them",
+        "shard weights, gradients and optimizer state over the processes (FSDP2), for models that do not fit "
+        "on each GPU; with one process it has no effect",
     )
-    switch("deterministic", "the same bits in every run on the same machine, at some cost in speed")
-    add("seed", "of the weights and the order of the data", type=cli.seed)
-    add("validate_every", "validate every so many steps besides after each epoch", **every)
-    add("sample_every", "let the model write a song every so many steps, as MIDI and picture", **every)
-    add("save_every", "save every so many steps besides after each epoch", **every)
+    switch("deterministic", "bitwise reproducible on the same machine, at some cost in speed")
+    add("seed", "seed of the weights and of the order of the data", type=cli.seed)
+    add("validate_every", "validate every this many steps, in addition to after each epoch", **every)
+    add("sample_every", "generate a song every this many steps, as MIDI file and piano roll", **every)
+    add("save_every", "save a checkpoint every this many steps, in addition to after each epoch", **every)
     add(
         "save_every_minutes",
-        "and when so much time has passed since the last save",
+        "save a checkpoint when this many minutes have passed since the last",
         type=cli.number(0.01, 1e6),
     )
-    add("keep_last", "checkpoints to keep, besides the one of the lowest validation loss", **count)
+    add("keep_last", "checkpoints to keep, in addition to the one of the lowest validation loss", **count)
     add(
         "resume",
-        "go on from the newest whole checkpoint in --output_dir (if there is one), or from the given one",
+        "continue from the newest intact checkpoint in --output_dir (if there is one), or from the given one",
         nargs="?",
         const="auto",
     )
-    switch("tensorboard", "log to --output_dir/tensorboard too")
-    add("wandb", "log to this project of Weights & Biases too", metavar="PROJECT")
-    switch("dry_run", "print parameters, memory, steps and time, and train nothing")
+    switch("tensorboard", "also log to OUTPUT_DIR/tensorboard")
+    add("wandb", "also log to this Weights & Biases project", metavar="PROJECT")
+    switch("dry_run", "print parameters, memory, steps and time, without training")
     return parser
 
 
 def chosen_model(config: TrainConfig, preset: ModelConfig) -> ModelConfig:
-    """`preset` with the attention that a run asks for, see `ModelConfig`; its own kind rule if none is.
+    """`preset` with the attention and kind rule of `config`; without --kind_rule it keeps its own.
 
     Raises:
-        UserError: it asks for a dense model and a kind rule.
+        UserError: `config` asks for a dense model and a kind rule.
     """
     if config.attention != DENSE:
         return preset if config.kind_rule == KIND_RULE else replace(preset, kind_rule=config.kind_rule)
@@ -160,11 +167,11 @@ def chosen_model(config: TrainConfig, preset: ModelConfig) -> ModelConfig:
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """The configuration that a command line gives, with the file that its --config names.
+    """The configuration given by a command line and the file that its --config names.
 
     Raises:
-        UserError: the file cannot be read or has a key that is no setting.
-        SystemExit: a value is wrong; one line has been printed.
+        UserError: the file cannot be read or has an unknown key.
+        SystemExit: a value is invalid; one line has been printed.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
@@ -178,13 +185,13 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write a file that --config takes back."""
+    """Write a YAML file that --config accepts."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_SAVED}
     write_atomic(path, yaml.safe_dump(values, sort_keys=False).encode())
 
 
 def _file_arguments(path: Path, parser: cli.Parser) -> list[str]:
-    """The settings in a file as arguments, so that it is held to the same rules as flags are."""
+    """The settings in a file as command-line arguments, so that flags and files obey the same rules."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -203,7 +210,7 @@ def _file_arguments(path: Path, parser: cli.Parser) -> list[str]:
             close = get_close_matches(name, known, 1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise UserError(f"--config {path}: there is no setting '{key}'{hint}")
-        if value is None:  # as if it were not there
+        if value is None:  # the same as leaving it out
             continue
         if isinstance(value, (dict, list)) or (name in switches) != isinstance(value, bool):
             kind = "true or false" if name in switches else "one number or text"

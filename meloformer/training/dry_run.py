@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would take, printed without leaving anything on disk."""
+"""`--dry_run`: print what a run needs (memory, steps, disk, time) and write nothing."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ from .estimate import GB, device_bytes, estimate_memory
 from .optim import learning_rate
 from .trainer import Trainer
 
-# On CPU a step of more floating-point operations than this is not worth waiting for.
+# On a CPU, steps of more floating-point operations than this are not measured.
 MAX_CPU_FLOPS = 2e12
 CHECKPOINT_BYTES = 12  # per parameter: the weight and two moments
 
 
 def dry_run(trainer: Trainer) -> None:
-    """Print parameters, memory by formula, steps, and the time of an epoch if a step can be measured.
+    """Collective: print parameters, memory by formula, steps, and the time of an epoch by one measured step.
 
     Collective; rank 0 prints. The trainer cannot be used afterwards.
     """
@@ -70,7 +70,7 @@ def dry_run(trainer: Trainer) -> None:
 
 
 def _measure(trainer: Trainer) -> float:
-    """Seconds of an optimizer step: one batch, after a first one that compiles, and one update."""
+    """Seconds of an optimizer step, from the time of one batch and one update after a first that compiles."""
     config, job, stepper = trainer.config, trainer.job, trainer.stepper
     batches = trainer.data.batches(State(), config.batch_size, rank=job.rank, world=job.world)
     batch, _ = next(batches)

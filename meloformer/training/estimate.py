@@ -1,4 +1,4 @@
-"""What a run will need: memory by formula before the first step, time by one measured step."""
+"""The memory that a run needs, by formula, and the error for a lack of it."""
 
 import os
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ class MemoryEstimate:
 
 
 def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int, recompute: str = "none") -> int:
-    """What a backward pass finds saved for `tokens` regular and summary tokens, and the loss needs at once.
+    """Bytes of the activations saved for the backward of `tokens` regular and summary tokens.
 
-    A layer saves of each token, in the precision it computes in (`compute_bytes` a value), 10 vectors of
-    width `dim` (the stream before and after its attention, the norms of both, the joint projection, of which
-    queries and keys are kept turned as well, and the attention's output) and 3 of width `ffn`. The loss
-    holds the logits and their gradient.
-    Masks, plans and work space of the attention are not counted. What is computed again (`recompute`, see
-    `MeloFormer`) is there for one layer at a time: all of it but the stream that goes in, or the
-    feed-forward network and its norm.
+    A layer saves for each token, at `compute_bytes` a value, 10 vectors of width `dim` (the residual stream
+    before and after its attention, the norms of both, the joint projection, of which queries and keys are
+    kept rotated as well, and the attention's output) and 3 of width `ffn`. The loss holds the logits and
+    their gradient. Masks, plans and workspace of the attention are not counted.
+
+    What is recomputed (`recompute`, see `MeloFormer`) exists for one layer at a time: with "layer" all but
+    the layer's input, with "ffn" the feed-forward network and its norm.
     """
     ffn = model.dim + 3 * model.ffn
     layer = 9 * model.dim + ffn
@@ -50,12 +50,12 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The formula: float32 weights, gradients, two moments of AdamW, and `activation_bytes`.
 
-    Computing in two bytes adds a copy of the weights. Several processes that add up batches hold gradients
-    twice: what is added up, and where it is exchanged.
+    Computing in bf16 adds a copy of the weights. Several processes that accumulate batches hold gradients
+    twice: the accumulated ones and the buffer in which they are exchanged.
 
-    Sharded, a process holds its share of the four, besides two layers' weights, whole: of the one that
-    computes and the next. The copy of the weights is kept for the backward, as a whole. Gradients are whole
-    until they are exchanged: those of two layers, or all if batches are accumulated before.
+    With sharded state a process holds its shard of weights, gradients and moments, plus the full weights of
+    two layers: the one that computes and the next. The bf16 copy is full and kept for the backward. Gradients
+    are full until they are exchanged: those of two layers, or all of them if batches are accumulated.
     """
     copies = parameters * compute_bytes if compute_bytes < 4 else 0
     twice = world > 1 and config.gradient_accumulation_steps > 1
@@ -77,20 +77,20 @@ def estimate_memory(
 
 
 def device_bytes(device: torch.device) -> int:
-    """Memory of the device, as a whole."""
+    """Total memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device, or the host, has no memory left."""
+    """Whether an exception means that the device or the host is out of memory."""
     cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def out_of_memory(config: TrainConfig, device: torch.device, world: int = 1) -> UserError:
-    """The error for it, which names the flag to turn."""
+    """The error for a lack of memory, which names the flag to change."""
     if config.batch_size > 1:
         advice = (
             f"lower --batch_size (now {config.batch_size}) and raise --gradient_accumulation_steps (now "

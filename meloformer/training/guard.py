@@ -1,4 +1,4 @@
-"""What watches the numbers of a run: steps that must be skipped, and gradients that leap."""
+"""Detection of steps to be skipped (loss or gradient not finite) and of spikes of the gradient norm."""
 
 import math
 from collections import deque
@@ -6,16 +6,16 @@ from statistics import median
 
 SPIKE_RATIO = 5.0  # a gradient norm this many times the median of the last ones is a spike
 WINDOW = 128
-MIN_WINDOW = 16  # fewer norms tell nothing
+MIN_WINDOW = 16  # with fewer norms no spike is reported
 
 
 def is_finite_step(loss: float, norm: float) -> bool:
-    """Whether a step with this loss and gradient norm changes the weights."""
+    """Whether loss and gradient norm are finite, so that the step may change the weights."""
     return math.isfinite(loss) and math.isfinite(norm)
 
 
 class Guard:
-    """Judges every step by its loss and gradient norm, which are the same in all processes.
+    """Decides by loss and gradient norm, which are equal on all ranks, whether a step is taken or skipped.
 
     Attributes:
         skipped: steps skipped in the whole run.
@@ -36,16 +36,16 @@ class Guard:
         return False
 
     def spike(self, norm: float) -> float | None:
-        """How many times the median of the last norms this (finite) one is, if that is a spike."""
+        """The ratio of this (finite) norm to the median of the last ones, if it is a spike."""
         usual = median(self._norms) if len(self._norms) >= MIN_WINDOW else math.inf
         self._norms.append(norm)
         return norm / usual if norm > SPIKE_RATIO * usual else None
 
     def state(self) -> dict:
-        """JSON values from which `restore` makes an equal guard."""
+        """The state as JSON values, for `restore`."""
         return {"skipped": self.skipped, "norms": list(self._norms)}
 
     def restore(self, state: dict) -> None:
-        """Go on where another guard was. A row of skipped steps begins anew."""
+        """Take the state of another guard. The count of consecutive skipped steps starts at 0."""
         self.skipped = state["skipped"]
         self._norms = deque(state["norms"], maxlen=WINDOW)

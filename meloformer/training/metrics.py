@@ -1,4 +1,4 @@
-"""The records of a run, built in one place: what the log, the progress bar and the boards show."""
+"""Measurements of a run: all that the log, the progress bar and TensorBoard or W&B show is computed here."""
 
 import math
 import time
@@ -12,12 +12,12 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What an optimizer step found, over all processes.
+    """Results of an optimizer step, over all processes.
 
     loss: mean in nats per target. grad_norm: before clipping. tokens: without padding.
-    flops: useful operations, see `flops.training_flops`.
-    taken: False if the step was skipped because loss or gradient are not finite.
-    spike: the gradient norm as a multiple of the usual one, if it is a spike.
+    flops: useful floating-point operations, see `flops.training_flops`.
+    taken: False if the step was skipped because the loss or the gradient is not finite.
+    spike: the gradient norm as a multiple of the median of the last ones, if that is a spike.
     """
 
     loss: float
@@ -29,10 +29,10 @@ class StepFigures:
 
 
 class Meter:
-    """Times steps. Time spent on validating, sampling and saving is not counted.
+    """Measures the time of steps, without validation, sampling and saving.
 
     Args:
-        peak: operations per second that all devices of the run could do; None gives no MFU.
+        peak: peak floating-point operations per second of all devices together; None gives no MFU.
     """
 
     def __init__(self, peak: float | None = None) -> None:
@@ -40,18 +40,18 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Start the next step's time now."""
         self._since, self._waited = time.perf_counter(), 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside is no part of a step."""
+        """A context whose time is not counted as part of a step."""
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun
 
     def waiting(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """The same items; the time until each is there counts as waiting for data."""
+        """The same items; the time until each arrives counts as waiting for data."""
         items = iter(items)
         while True:
             begun = time.perf_counter()
@@ -63,7 +63,7 @@ class Meter:
             yield item
 
     def step_record(self, step: int, epoch: int, lr: float, figures: StepFigures) -> dict:
-        """The record of a step that ends now: JSON values; a number that is not finite is None."""
+        """The log record of a step that ends now: JSON values; non-finite numbers become None."""
         now = time.perf_counter()
         seconds, waited = now - self._since, self._waited
         self._since, self._waited = now, 0.0
@@ -87,7 +87,7 @@ class Meter:
 
 
 def bar_fields(record: dict) -> dict[str, str]:
-    """What the progress bar shows of a step's record besides steps and remaining time."""
+    """The fields of a step's record that the progress bar shows, as text."""
     loss = record["loss"]
     fields = {
         "epoch": str(record["epoch"] + 1),
@@ -101,5 +101,5 @@ def bar_fields(record: dict) -> dict[str, str]:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None, which JSON can hold, if it is not a finite number."""
+    """The value, or None if it is not finite: JSON has no NaN or infinity."""
     return value if math.isfinite(value) else None

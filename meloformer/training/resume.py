@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether that is the same run."""
+"""Which checkpoint a run resumes from, and the check that it is the same run."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from ..model.transformer import ModelConfig
 from .config import TrainConfig
 from .distributed import Job, restarted
 
-# Settings that must not change when a run is resumed, or its loss curve would be another run's.
+# Settings that must not change on resume, besides those that `run_identity` adds.
 FIXED = (
     *("seed", "max_seq_len", "max_bars", "max_samples", "epochs", "max_steps", "learning_rate"),
     *("warmup_steps", "weight_decay", "max_grad_norm"),
@@ -35,7 +35,7 @@ _HINTS = {
 def run_identity(
     config: TrainConfig, model: ModelConfig, shards: ShardSet, precision: str, world: int
 ) -> dict[str, object]:
-    """What makes a run the same run, as JSON values."""
+    """The values that must be equal for a checkpoint to be resumed, as JSON values."""
     return {
         "model": json.loads(json.dumps(dataclasses.asdict(model))),
         "data": hashlib.sha256(shards.digests.tobytes()).hexdigest(),
@@ -48,12 +48,13 @@ def run_identity(
 
 
 def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -> Checkpoint | None:
-    """The checkpoint that --resume means, in all processes; None for a new run.
+    """Collective: the checkpoint to resume from, on all ranks; None for a new run.
 
-    After a restart by torchrun, the run in `root` is gone on with, whether --resume was given or not.
+    After a restart by torchrun the run in `root` is resumed, whether --resume was given or not.
 
     Raises:
-        UserError: there is a run and no --resume, or it is another run, or none of it is whole.
+        UserError: `root` has checkpoints and --resume is not given, or they are of another run, or none is
+            intact.
     """
     path = job.run_on_rank0(lambda: _choose(config, root))
     if path is None:
@@ -66,7 +67,7 @@ def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -
 
 
 def _differences(saved: dict, identity: dict) -> Iterator[tuple[str, object, object]]:
-    """What differs between two identities, and of their models that alone."""
+    """Name, saved and present value of what differs; of the model configurations only those fields."""
     for name, value in identity.items():
         was = saved.get(name)
         if name == "model" and isinstance(was, dict):

@@ -1,7 +1,4 @@
-"""Where the records of a run go: `log.jsonl` always, TensorBoard and Weights & Biases if asked.
-
-Only rank 0 has a log.
-"""
+"""The log of a run: `log.jsonl` always, TensorBoard and Weights & Biases on request. Only rank 0 has one."""
 
 import importlib
 import json
@@ -18,18 +15,18 @@ _AXES = ("step", "epoch")
 
 
 class RunLog:
-    """Takes records; each has a `step`.
+    """Writes records, each of which has a `step`.
 
     Args:
-        folder: of the run.
-        last_step: the step that the run goes on from. What an interrupted run logged of later ones is
-            forgotten: they will come again.
-        settings: of the run, for the boards.
+        folder: the output folder of the run.
+        last_step: the step that the run resumes after. Records of later steps, left by an interrupted run,
+            are removed: these steps will be repeated.
+        settings: of the run, for Weights & Biases.
         tensorboard: whether to write `folder/tensorboard`.
         wandb: project of Weights & Biases, or None.
 
     Raises:
-        UserError: a board was asked for, and its package is not installed.
+        UserError: the package of a requested logger is not installed.
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class RunLog:
             log(values, record["step"])
 
     def sync(self) -> None:
-        """Force the records to the disk, so that no checkpoint is ahead of the log."""
+        """Flush the records to the disk, so that no checkpoint is ahead of the log."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -72,7 +69,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSONL file. Lines that are cut are passed over.
+    """The records of a JSONL file. Truncated lines are skipped.
 
     Raises:
         UserError: the file cannot be read.
@@ -85,7 +82,7 @@ def read_log(path: Path) -> list[dict]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # cut by a crash in mid-write; a resumed run goes on after it
+        except ValueError:  # truncated by a crash; a resumed run continues after it
             continue
         if isinstance(record, dict):
             records.append(record)

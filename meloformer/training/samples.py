@@ -1,4 +1,4 @@
-"""A song by the model as it is in the middle of training, as MIDI and as a picture."""
+"""A song generated during training, as MIDI file and piano roll."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..tokens.tokenizer import HIDTokenizer
 
 BARS, MAX_TOKENS = 16, 1024
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)
-SEED = 0  # the same for all samples of a run, so that they differ by what the model has learned
+SEED = 0  # the same for all samples of a run, so that only the weights differ
 
 
 class _Stopped(Exception):
@@ -26,12 +26,12 @@ def write_sample(
     """Write `folder/step-<step>.mid` and `.png`.
 
     Args:
-        model: in any mode; it is in the same one afterwards.
-        max_context: tokens that the model sees at most.
-        stops: asked after each token whether to break off.
+        model: its training or evaluation mode is restored afterwards.
+        max_context: the largest number of tokens that the model attends to.
+        stops: called after each token; whether to stop generating.
 
     Returns:
-        False if it was broken off.
+        False if generation was stopped; nothing is written then.
     """
 
     def on_token(*_) -> None:

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT, or the death of the launcher. They are noted, not obeyed at once."""
+"""Requests to stop: SIGTERM, SIGINT, or the end of the launcher. They are recorded; the loop polls them."""
 
 import os
 import signal
@@ -8,21 +8,21 @@ STOPPED = 75  # exit code of a run that saved and stopped on request: EX_TEMPFAI
 
 
 class StopRequest:
-    """Notes a request to stop between `__enter__` and `__exit__`.
+    """Records the first SIGTERM or SIGINT between `__enter__` and `__exit__`.
 
-    The first signal is noted; from then on SIGINT ends the process at once, as if nobody handled it,
-    even inside a long call into a library.
+    After it the default handler of SIGINT is restored: a second Ctrl-C ends the process at once, even inside
+    a long call into a library.
     """
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
-        # A launcher killed outright leaves its workers behind, and the next run would meet them.
+        # A launcher that is killed leaves its workers running: they would collide with the next run.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
     def reason(self) -> str | None:
-        """What asks for the stop, if anything does."""
+        """What requested the stop, or None."""
         if self._signal is not None:
             return self._signal.name
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -30,7 +30,7 @@ class StopRequest:
         return None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -43,5 +43,5 @@ class StopRequest:
         if self._signal is None:
             self._signal = signal.Signals(number)
             text = f"\n{self._signal.name}: will save after this step and stop; Ctrl-C stops without saving\n"
-            os.write(2, text.encode())  # print may be in the middle of a line of its own
+            os.write(2, text.encode())  # print is not reentrant: the signal may interrupt one
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Loss and perplexity over the validation split, overall and by the kind of token to be predicted."""
+"""Loss and perplexity on the validation split, overall and by the kind of the predicted token."""
 
 import math
 from collections.abc import Callable
@@ -30,18 +30,18 @@ def validate(
     job: Job,
     stops: Callable[[], bool],
 ) -> dict[str, float | None] | None:
-    """Figures over the rows of epoch 0 of `data`, the same in all processes.
+    """Collective: loss and perplexity over the rows of epoch 0 of `data`, the same on all ranks.
 
     Args:
-        stepper: whose model is asked.
-        data: must hold a sample.
+        stepper: holds the model, which is put in evaluation mode and back.
+        data: with at least one sample.
         batch_size: rows per process at a time.
-        stops: asked after each batch whether this process wants to stop.
+        stops: called after each batch; whether this process wants to stop.
 
     Returns:
         `val_loss` (nats per token) and `val_perplexity`, and the same for each of `KINDS` that occurs,
-        as `val_loss_T`; None for a number that is not finite. No figures at all, None, if any process
-        wanted to stop.
+        as in `val_loss_T`; non-finite numbers are None. The whole result is None if any process wanted
+        to stop.
     """
     stepper.model.eval()
     try:
@@ -62,7 +62,7 @@ def validate(
 def _add_up(
     stepper: Stepper, data: PackedSongs, batch_size: int, job: Job, stops: Callable[[], bool]
 ) -> Tensor | None:
-    """Nats and targets of each kind in this process, float64 [2, kinds]; None if any process stops."""
+    """Sums of nats and of targets by kind on this rank, float64 [2, kinds]; None if any process stops."""
     kind_of = torch.from_numpy(attributes.KIND_OF_ID).to(job.device)
     sums = torch.zeros(2, len(KINDS), dtype=torch.float64, device=job.device)
     batches = data.batches(State(), batch_size, rank=job.rank, world=job.world, stop_epoch=1)
