@@ -1,12 +1,12 @@
-"""The public face of the attention: argument checks and the choice of a backend, no kernels.
+"""The public interface of the attention: argument checks and the choice of a backend, no kernels.
 
 A backend is a module of this package that defines
 
 - `unavailable(device) -> str | None`: why it cannot run on that device, None if it can;
 - `Backend`, a class that follows the protocol below.
 
-A new one is its file and its line in `BACKENDS`; `PREFERRED` decides what 'auto' means. Modules are
-imported when first asked for, so that a backend with special needs costs nobody else anything.
+To add a backend, write its module and register it in `BACKENDS`; `PREFERRED` decides what 'auto' means.
+Modules are imported on first use, so that the dependencies of one backend are needed by no other.
 """
 
 import warnings
@@ -32,12 +32,11 @@ PREFERRED_ELSEWHERE = ("reference",)
 
 
 class Backend(Protocol):
-    """The attention of one batch. All that depends on the structure alone is done once, on creation.
+    """The attention of one batch. What depends on the structure alone is computed once, on creation.
 
-    It may have a method `finalize` and a flag `any_summaries`, see `Attention`. The others get what
-    `Attention`
-    has checked: one dtype, one device, scale 1/sqrt(D). A query that sees nothing yields exactly 0 and passes
-    no gradient.
+    It may have a method `finalize` and a flag `any_summaries`, see `Attention`. The other methods get
+    arguments that `Attention` has checked: of one dtype and device. Logits are scaled by 1/sqrt(D). A query
+    that is fully masked yields exactly 0 and passes no gradient.
     """
 
     def __init__(self, structure: Structure) -> None: ...
@@ -48,10 +47,13 @@ class Backend(Protocol):
 
 
 def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that `name` means on `device`; 'auto' picks the best that can run there.
+    """The name of the backend to use on `device`; 'auto' picks the best that can run there.
 
-    Warns if 'auto' has to pass over a better one. Raises ValueError for an unknown name, and
-    RuntimeError if the named backend cannot run on the device.
+    Warns if 'auto' has to skip a better one.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run on the device.
     """
     device = torch.device(device)
     if name == "auto":
@@ -70,16 +72,19 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
 
 
 def make_attention(structure: Structure, backend: str = "auto") -> "Attention":
-    """Prepares the attention of one batch, for all layers of a model. See `resolve_backend`."""
+    """The attention of one batch, for all layers of a model. Errors are those of `resolve_backend`."""
     return Attention(structure, resolve_backend(backend, structure.device))
 
 
 class Attention:
     """The two attention phases of one batch of B rows: M summary (s) and N regular (r) tokens.
 
-    All arguments and results are [B, H, M or N, D], of one floating dtype, on the structure's
-    device, in any strides; queries and keys come rotated. Logits are scaled by 1/sqrt(D). Tokens
-    that see nothing (padding) get exactly 0 and pass no gradient. Wrong arguments raise ValueError.
+    All arguments and results are [B, H, M or N, D], of one floating dtype, on the structure's device, in any
+    strides; queries and keys are already rotated. Logits are scaled by 1/sqrt(D). Fully masked tokens
+    (padding) get exactly 0 and pass no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
     """
 
     def __init__(self, structure: Structure, backend: str):
@@ -102,13 +107,13 @@ class Attention:
 
     @property
     def any_summaries(self) -> bool:
-        """Whether what is compiled with this attention may serve any number M of summaries, settled once."""
+        """Whether a graph compiled with this attention serves any number M of summaries."""
         return getattr(self._implementation, "any_summaries", False)
 
     def finalize(self) -> "Attention":
-        """Finish what was begun on creation, if anything was: before a compiled model takes it.
+        """Completes what creation started, if anything: call it before a compiled model takes this.
 
-        On CUDA that may wait for the device, but not if it was created while there was other work to do.
+        On CUDA it may synchronize unless this was built ahead.
         """
         finalize = getattr(self._implementation, "finalize", None)
         if finalize is not None:

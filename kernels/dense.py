@@ -2,10 +2,10 @@
 
 What runs where:
 
-- CUDA in half precision: FlashAttention over all documents of all rows in one call. The boundaries are a
-  tensor of any length, and the longest document is said to be as long as a row, so that a run has one shape.
-  (Blocks beyond the end of a document return at once.)
-- elsewhere: PyTorch's fused attention, one document after the other.
+- CUDA in half precision: variable-length FlashAttention over all documents of all rows in one call. The
+  boundaries are a tensor of any length, and the row length is passed as the longest document, so that a run
+  has one shape. (Blocks beyond the end of a document return at once.)
+- elsewhere: PyTorch's fused attention, document by document.
 """
 
 import inspect
@@ -25,10 +25,10 @@ _HALF = (torch.float16, torch.bfloat16)
 class CausalAttention:
     """The attention of one batch of B rows of N tokens, for all layers of a model.
 
-    The padding of a row attends as if it were a document: nobody looks at it.
+    The padding of a row attends as if it were a document: its outputs are not used.
 
     Args:
-        structure: where the documents are. If it is on CUDA, this waits for the device.
+        structure: where the documents are. If it is on CUDA, this synchronizes.
         device: where to compute, if not where the structure is.
     """
 
@@ -47,7 +47,7 @@ class CausalAttention:
         self._varlen = _causal_varlen()
 
     def finalize(self) -> "CausalAttention":
-        """Call it before a compiled model gets this, which then serves any number of documents."""
+        """Call it before a compiled model takes this: its graph then serves any number of documents."""
         torch._dynamo.maybe_mark_dynamic(self._bounds, 0)
         return self
 

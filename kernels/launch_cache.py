@@ -1,8 +1,8 @@
-"""Launches that do not repeat what Triton found out at an earlier one.
+"""Launches that skip what Triton found out at an earlier one.
 
-Triton looks at the type and the alignment of every argument at every launch, some 0.1 ms for kernels
-of sixty arguments, which is longer than some of them run. A launch whose numbers were all seen before,
-and whose pointers are aligned as then, takes the kernel that was compiled then and passes addresses.
+Triton inspects the type and the alignment of every argument at every launch, which takes some 0.1 ms for
+kernels of many arguments, longer than some of them run. A launch whose numbers were all seen before, with
+pointers aligned as then, takes the kernel that was compiled then and passes addresses.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-_MOST_KNOWN = 1024  # launches remembered for one kernel
+_MAX_KNOWN = 1024  # launches remembered for one kernel
 _ALIGNED = 16  # bytes
 
 
@@ -26,7 +26,7 @@ def _current_stream(device: int) -> int:
 
 
 class Launcher:
-    """A Triton kernel whose parameters are tensors first, then numbers, then constants."""
+    """A Triton kernel whose parameters are tensors first, then numbers or tuples of them, then constants."""
 
     def __init__(self, kernel: triton.JITFunction):
         self._kernel = kernel
@@ -36,10 +36,21 @@ class Launcher:
         self._known: dict[tuple, object] = {}
 
     def __call__(
-        self, programs: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[float], **constants
+        self,
+        programs: Sequence[int],
+        tensors: Sequence[Tensor],
+        numbers: Sequence[float | tuple],
+        **constants,
     ) -> None:
-        """Run `programs` programs. `constants` stand in the order of the kernel's parameters; the options
-        of the compiler (num_warps, maxnreg) may follow them."""
+        """Launches the kernel on the tensors' device.
+
+        Args:
+            programs: the grid, of up to three dimensions.
+            tensors: their dtypes must follow from that of the first, which alone is looked at.
+            numbers: in the order of the kernel's parameters; a tuple, say of strides, is one parameter.
+            constants: in the order of the kernel's parameters, then options of the compiler (num_warps,
+                maxnreg).
+        """
         first = tensors[0]
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):  # Triton launches on the current one
@@ -55,7 +66,7 @@ class Launcher:
             known = self._kernel[tuple(programs)](*tensors, *numbers, **constants)
             if known is None or misaligned % _ALIGNED:  # interpreted, or not the usual case
                 return
-            if len(self._known) >= _MOST_KNOWN:
+            if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[key] = known
             return

@@ -39,8 +39,8 @@ def rms_norm_of_stream(
     the kernel.
 
     Args:
-        x, added: [..., E], of one shape and dtype
-        gain: [E]
+        x, added: [..., E], of one shape and dtype.
+        gain: [E].
     """
     _check(gain, eps, x, added)
     return _Norm.apply(x, added, None, None, gain, eps, True)

@@ -28,8 +28,8 @@ class Chunk(NamedTuple):
 
     queries: slice
     keys: int
-    visible: Tensor  # bool [B, 1, queries, keys]; all True for queries that are blind
-    blind: Tensor  # bool [B, 1, queries, 1]: sees no key at all
+    visible: Tensor  # bool [B, 1, queries, keys]; all True for queries that are fully masked
+    fully_masked: Tensor  # bool [B, 1, queries, 1]: sees no key at all
 
 
 def chunks(sees: Callable[[slice], Tensor], num_queries: int) -> list[Chunk]:
@@ -46,18 +46,18 @@ def chunks(sees: Callable[[slice], Tensor], num_queries: int) -> list[Chunk]:
         seen = mask.flatten(0, 1).any(dim=0).nonzero()
         keys = int(seen[-1]) + 1 if len(seen) else 1
         visible = mask[:, None, :, :keys]
-        # A softmax over nothing is NaN in some fused kernels: blind queries see all, then are zeroed.
-        blind = ~visible.any(dim=-1, keepdim=True)
-        found.append(Chunk(queries, keys, visible | blind, blind))
+        # A softmax over nothing is NaN in some fused kernels: fully masked queries see all, then are zeroed.
+        fully_masked = ~visible.any(dim=-1, keepdim=True)
+        found.append(Chunk(queries, keys, visible | fully_masked, fully_masked))
     return found
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: list[Chunk]) -> Tensor:
     """q [B, H, Q, D], k and v [B, H, K, D] -> [B, H, Q, D]."""
     outputs = []
-    for queries, keys, visible, blind in mask:
+    for queries, keys, visible, fully_masked in mask:
         o = scaled_dot_product_attention(q[:, :, queries], k[:, :, :keys], v[:, :, :keys], attn_mask=visible)
-        outputs.append(o.masked_fill(blind, 0))
+        outputs.append(o.masked_fill(fully_masked, 0))
     return torch.cat(outputs, dim=2)
 
 

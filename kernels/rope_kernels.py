@@ -31,8 +31,8 @@ def _store_rotated_back(out_ptrs, first, second, cos, sin, mask, HALF: tl.conste
 def split_gradient_kernel(
     dq_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, cos_ptr, sin_ptr, out_ptr,
     dq_strides, dk_strides, dv_strides, dk2_strides, dv2_strides, tokens, heads,
-    PARTS: tl.constexpr, DUPLICATED: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK:
-    tl.constexpr,
+    PARTS: tl.constexpr, DUPLICATED: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [B, N, PARTS, H, D] from the gradients of queries (if PARTS is 3), keys and values.
 

@@ -1,4 +1,4 @@
-"""Who may attend to whom: the facts of every token, and the visibility rule, once.
+"""Which tokens attend to which: the properties of every token, and the visibility rule.
 
 Every backend and every mask is made from `summary_sees` and `regular_sees`; they work elementwise on
 any tensors that broadcast, 0-d tensors inside a FlexAttention mask_mod included.
@@ -20,9 +20,10 @@ MIN_SUMMARIES = 128
 
 
 def summary_room(bars: int) -> int:
-    """Room for the summaries of so many bars in sizes that are few, since compiled code is made for each.
+    """M, the number of summaries to make room for: `bars` rounded up to one of few sizes.
 
-    At least `MIN_SUMMARIES`; beyond, four sizes between powers of two.
+    At least `MIN_SUMMARIES`; beyond, there are four sizes from one power of two to the next. Few sizes mean
+    few compiled variants of a model.
     """
     if bars <= MIN_SUMMARIES:
         return MIN_SUMMARIES
@@ -54,11 +55,11 @@ KIND_RULES: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
     "any": (((_T, _P, _L, _V), (_T, _P, _L, _V)),),
 }
 
-SUMMARY = -1  # stands in the place of a Kind in the facts of a summary token
+SUMMARY = -1  # the kind of a summary token
 
 
 class TokenProperties(NamedTuple):
-    """What the rule knows of some tokens: integer tensors of one shape.
+    """What the visibility rule reads of some tokens: integer tensors of one shape.
 
     A document of -1 marks padding. A summary token has kind `SUMMARY`, and of the rest only `doc`,
     `bar` and `position` mean something.
@@ -72,7 +73,7 @@ class TokenProperties(NamedTuple):
     position: Tensor
 
     def at(self, *index) -> "TokenProperties":
-        """The facts of the tokens picked by indexing every tensor with `index`."""
+        """Those of the tokens picked by indexing every tensor with `index`."""
         return TokenProperties(*(fact[index] for fact in self))
 
 
@@ -146,8 +147,8 @@ class Structure:
 
     Attributes:
         doc, bar, inst, kind, onset, position: [B, N], the regular tokens.
-        summary_doc, summary_bar, summary_position: [B, M], the summary tokens, one per bar in order
-            of the row.
+        summary_doc, summary_bar, summary_position: [B, M], the summary tokens, one per bar in order of the
+            row.
         near_bars: distances, in bars, at which a token sees other instruments.
         kind_rule: which kinds of other notes' tokens a note's token sees, one of `KIND_RULES`.
 
@@ -188,8 +189,8 @@ class Structure:
             kind: [B, N] a `Kind`.
             onset: [B, N] the same number for the notes that share a T and for no others of the
                 document; -1 for structural tokens.
-            num_summaries: M, at least the bars of the fullest row. None counts them, which waits
-                for the device.
+            num_summaries: M, at least the bars of the fullest row. None counts them, which waits for the
+                device.
             near_bars, kind_rule: see the class.
 
         Raises:
@@ -199,7 +200,7 @@ class Structure:
         """
         shapes = {tuple(fact.shape) for fact in (doc, bar, inst, kind, onset)}
         if len(shapes) != 1 or doc.dim() != 2:
-            raise ValueError(f"facts must share one shape [B, N], got {sorted(shapes)}")
+            raise ValueError(f"properties must share one shape [B, N], got {sorted(shapes)}")
         if any(distance < 0 for distance in near_bars):
             raise ValueError(f"near_bars must not be negative, got {near_bars}")
         check_kind_rule(kind_rule)
@@ -251,12 +252,12 @@ class Structure:
 
     @property
     def tokens(self) -> TokenProperties:
-        """TokenProperties of the regular tokens, [B, N]."""
+        """Properties of the regular tokens, [B, N]."""
         return TokenProperties(self.doc, self.bar, self.inst, self.kind, self.onset, self.position)
 
     @property
     def summaries(self) -> TokenProperties:
-        """TokenProperties of the summary tokens, [B, M]."""
+        """Properties of the summary tokens, [B, M]."""
         doc = self.summary_doc
         return TokenProperties(
             doc=doc,
@@ -269,7 +270,7 @@ class Structure:
 
     @property
     def keys(self) -> TokenProperties:
-        """TokenProperties of what both phases attend to, [B, M + N]: the summaries, then the regular
+        """Properties of what both phases attend to, [B, M + N]: the summaries, then the regular
         tokens."""
         return TokenProperties(*(torch.cat(pair, dim=1) for pair in zip(self.summaries, self.tokens)))
 

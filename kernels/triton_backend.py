@@ -1,7 +1,7 @@
 """The Triton backend: block-sparse attention over a plan made once per batch.
 
-`plan`, `ops` and what they use import triton, and are imported when first used, so that this module
-can tell why they cannot be.
+`plan`, `ops` and what they use import triton. They are imported on first use, so that `unavailable` works
+without it.
 """
 
 import os
@@ -48,7 +48,9 @@ def _triton_version() -> tuple[int, ...]:
 class Backend:
     """See `attention.Backend`.
 
-    Raises ValueError if D is not in `HEAD_DIMS`, or the dtype is not in `DTYPES`.
+    Raises:
+        ValueError: D is not in `HEAD_DIMS`, or the dtype is not in `DTYPES`.
+        RuntimeError: in a backward with create_graph.
     """
 
     any_summaries = True

@@ -1,29 +1,29 @@
-"""The visibility rule in Triton: on pairs of tokens, and on blocks, to dismiss most of them unseen.
+"""The visibility rule in Triton: on pairs of tokens, and on blocks, to skip most pairs of them.
 
 `structure.py` states the rule; this is its copy for the plan, and the tests hold the two to be equal
-pair by pair. A token is six int32: document (-1 is padding, -2 a slot without a token), bar,
-instrument, code, onset and position. The code says in its low bits what a token is as a key and in
-its high bits which kinds a regular token sees as a query, so that any kind rule is one `and`.
+pair by pair. The properties of a token are six int32: document (-1 is padding, -2 a slot without a token),
+bar, instrument, code, onset and position. The code says in its low bits what a token is as a key and in
+its high bits which kinds a regular token sees as a query: any kind rule is then one bitwise and.
 """
 
 import triton
 import triton.language as tl
 
-from .structure import NO_INSTRUMENT
+from . import structure
 
 ABSENT = tl.constexpr(-2)  # the document of a slot without a token
 
 # What a token is, as a key: `1 << kind` if it is regular, and ...
 _KIND_BITS = tl.constexpr(5)
 _KINDS = tl.constexpr(31)
-_SUMMARY = tl.constexpr(32)
+SUMMARY = tl.constexpr(32)
 _GLOBAL = tl.constexpr(64)
 _KEY_BITS = tl.constexpr(7)
 # ... shifted by this, which kinds it sees as a query whatever the onset.
 _SEES = tl.constexpr(8)
 
-_NO_INSTRUMENT = tl.constexpr(NO_INSTRUMENT)
-_NO_ONSET = tl.constexpr(-2)  # of summaries: no token has it
+NO_INSTRUMENT = tl.constexpr(structure.NO_INSTRUMENT)
+NO_ONSET = tl.constexpr(-2)  # of summaries: no token has it
 _BIG = tl.constexpr(2**30)
 
 
@@ -39,7 +39,7 @@ def by_kind(kind, TABLE: tl.constexpr):
 @triton.jit
 def code_of(kind, inst, KINDS_SEEN: tl.constexpr):
     """The code of regular tokens from their kind, their instrument and `structure.kinds_seen`."""
-    is_global = (kind == 0) & (inst == _NO_INSTRUMENT)
+    is_global = (kind == 0) & (inst == NO_INSTRUMENT)
     return (1 << kind) | tl.where(is_global, _GLOBAL, 0) | (by_kind(kind, KINDS_SEEN) << _SEES)
 
 
@@ -50,17 +50,18 @@ def _is_near(distance, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
         for i in tl.static_range(1, len(NEAR_BARS)):
             near |= distance == NEAR_BARS[i]
         return near
-    else:  # one bit per distance; a negative one is very far as an unsigned number
+    else:  # one bit per distance; a negative one is very large as an unsigned number
         beyond = tl.minimum(distance.to(tl.uint32, bitcast=True), 31)
         return ((BITS >> beyond) & 1) != 0
 
 
 @triton.jit
-def sees(x, y, x_is_query, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
-    """TokenProperties of BX and of BY tokens -> bool [BX, BY]: visible, and the near (or `far`) pass's own
-    pair.
+def sees(x, y, x_is_query, same_inst, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
+    """bool [BX, BY]: whether a pair is visible and of the local or, if `same_inst`, of the other pass.
 
-    The queries are x or y, as told by the scalar `x_is_query`; the other are the keys.
+    Args:
+        x, y: the six properties of BX and of BY tokens.
+        x_is_query: scalar; x are the queries and y the keys, or the other way round.
     """
     x_doc, x_bar, x_inst, x_code, x_onset, x_position = x
     y_doc, y_bar, y_inst, y_code, y_onset, y_position = y
@@ -75,14 +76,14 @@ def sees(x, y, x_is_query, far, NEAR_BARS: tl.constexpr, BITS: tl.constexpr):
     kind_rule |= x_onset[:, None] == y_onset[None, :]
     near = ((x_key & _GLOBAL) != 0)[:, None] | ((y_key & _GLOBAL) != 0)[None, :]
     near |= _is_near(distance, NEAR_BARS, BITS)
-    own = tl.where(far, (x_inst[:, None] == y_inst[None, :]) & (near == 0), near)
-    rs = ((x_key == _SUMMARY)[:, None] | (y_key == _SUMMARY)[None, :]) & (distance > 0)
+    own = tl.where(same_inst, (x_inst[:, None] == y_inst[None, :]) & (near == 0), near)
+    rs = ((x_key == SUMMARY)[:, None] | (y_key == SUMMARY)[None, :]) & (distance > 0)
     return same_doc & ((own & kind_rule & causal) | rs)
 
 
 @triton.jit
 def load_ranges(ranges_ptr, blocks, block, mask):
-    """The twelve ranges of some blocks: what a block holds at least and at most. See `store_ranges`."""
+    """The twelve bounds of some blocks; see `store_ranges`."""
     at = ranges_ptr + block
     return (
         tl.load(at, mask=mask, other=0), tl.load(at + blocks, mask=mask, other=0),
@@ -96,7 +97,7 @@ def load_ranges(ranges_ptr, blocks, block, mask):
 
 @triton.jit
 def store_ranges(ranges_ptr, blocks, block, doc, bar, inst, code, onset, position):
-    """Of the tokens in one block: lowest and highest of every fact but the code, whose bits are joined."""
+    """Stores the least and greatest of each property in one block, and of the codes the bitwise or."""
     real = doc >= 0
     note = real & (onset >= 0)
     at = ranges_ptr + block
@@ -115,7 +116,7 @@ def store_ranges(ranges_ptr, blocks, block, doc, bar, inst, code, onset, positio
 
 
 @triton.jit
-def may_see(t, u, far, NEAR_BARS: tl.constexpr):
+def may_see(t, u, same_inst, NEAR_BARS: tl.constexpr):
     """Ranges of blocks of queries and keys -> False only if `sees` is False for all their pairs."""
     t_doc0, t_doc1, t_bar0, t_bar1, t_inst0, t_inst1, t_onset0, t_onset1, _, t_last, _, t_sees = t
     u_doc0, u_doc1, u_bar0, u_bar1, u_inst0, u_inst1, u_onset0, u_onset1, u_first, _, u_keys, _ = u
@@ -125,10 +126,10 @@ def may_see(t, u, far, NEAR_BARS: tl.constexpr):
     near = low * 0
     for i in tl.static_range(len(NEAR_BARS)):
         near += ((low <= NEAR_BARS[i]) & (NEAR_BARS[i] <= high)).to(tl.int32)
-    not_near = high - tl.maximum(low, 0) + 1 > near  # some distance is another
-    in_far = (u_inst0 <= t_inst1) & (u_inst1 >= t_inst0) & not_near
-    own = tl.where(far, in_far, (near > 0) | ((u_keys & _GLOBAL) != 0))
-    rs = ((u_keys & _SUMMARY) != 0) & (high > 0)
+    other_distance = high - tl.maximum(low, 0) + 1 > near  # some distance is another
+    same_inst_range = (u_inst0 <= t_inst1) & (u_inst1 >= t_inst0) & other_distance
+    own = tl.where(same_inst, same_inst_range, (near > 0) | ((u_keys & _GLOBAL) != 0))
+    rs = ((u_keys & SUMMARY) != 0) & (high > 0)
     return (u_doc0 <= t_doc1) & (u_doc1 >= t_doc0) & ((own & kind_rule & (u_first <= t_last)) | rs)
 
 

@@ -17,7 +17,7 @@ KINDS = {
     "matrix products": r"nvjet|gemm|cutlass|cublas",
     "SwiGLU": r"^swiglu",
     "loss": r"softmax|nll_loss",
-    "norms, RoPE, residuals": r"^triton_|^(rms_norm|rms_norm_gradient|sum_rows|unsplit)_kernel$",
+    "norms, RoPE, residuals": r"^triton_|^(rms_norm|rms_norm_gradient|sum_rows|split_gradient)_kernel$",
     "optimizer": r"multi_tensor_apply",
 }
 OTHERS = "others"

@@ -29,7 +29,7 @@ def coverage(plan: Plan) -> list[Tensor]:
     """How often each group of lines holds each pair: int [B, queries, M + N], of near and far by queries,
     then by keys."""
     plan.finalize()
-    b, q, k = plan.rows, plan.q_blocks, plan.k_blocks
+    b, q, k = plan.batch, plan.q_blocks, plan.k_blocks
     order = plan.order.view(-1, BLOCK).long().cpu()
     near_q, near_k, far = order.split([b * q, b * k, b * q])
     lines = plan.table.tolist()
@@ -43,10 +43,10 @@ def coverage(plan: Plan) -> list[Tensor]:
 def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -> Tensor:
     m, n = plan.summaries, plan.regular
     own, other = (m + n, n) if by_keys else (n, m + n)
-    out = torch.zeros(plan.rows, own + 1, other, dtype=torch.int64)  # -1 falls on the last
-    tokens, bits = plan.tokens.view(-1, BLOCK).long().cpu(), plan.bits.cpu()
+    out = torch.zeros(plan.batch, own + 1, other, dtype=torch.int64)  # -1 falls on the last
+    tokens, bits = plan.gathered.view(-1, BLOCK).long().cpu(), plan.bits.cpu()
     for i, (first, first_masked, masked, tiles) in enumerate(lines):
-        row = i // (len(lines) // plan.rows)
+        row = i // (len(lines) // plan.batch)
         rows = slots[i] if by_keys else torch.where(slots[i] >= 0, slots[i] - m, -1)
         for tile in range(tiles):
             seen = torch.ones(BLOCK, BLOCK, dtype=torch.bool)

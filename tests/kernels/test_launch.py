@@ -99,9 +99,9 @@ class TestLauncher:
     def test_a_launch_seen_before_passes_addresses(self, kernel):
         launch, x = self.launcher(kernel), torch.zeros(64)
         for _ in range(3):
-            launch((5,), (x,), (2, 0.5), N=16, num_warps=4)
+            launch((5,), (x,), ((4, 8), 0.5), N=16, num_warps=4)
         assert len(kernel.launches) == 1
-        expected = (5, 1, 1, 7, "function", "metadata", None, None, None, x.data_ptr(), 2, 0.5, 16)
+        expected = (5, 1, 1, 7, "function", "metadata", None, None, None, x.data_ptr(), (4, 8), 0.5, 16)
         assert kernel.compiled.calls == [expected] * 2
 
     @pytest.mark.parametrize("what", ["number", "constant", "option", "dtype"])
@@ -120,7 +120,7 @@ class TestLauncher:
         assert len(kernel.launches) == 2 and not kernel.compiled.calls
 
     def test_memory_is_bounded(self, kernel, monkeypatch):
-        monkeypatch.setattr(launch_cache, "_MOST_KNOWN", 4)
+        monkeypatch.setattr(launch_cache, "_MAX_KNOWN", 4)
         launch, x = self.launcher(kernel), torch.zeros(64)
         for number in range(20):
             launch((5,), (x,), (number,), N=16)

@@ -140,7 +140,7 @@ def test_tokens_without_any_grammar(seed, kind_rule):
 def test_work_is_complete_and_in_order(split):
     batch = [[song(Random(4), 12, (0, 33), resting=0.1)], [song(Random(5), 3)]]
     plan = Plan(structure(batch).to(DEVICE), split=split).finalize()
-    q, k = plan.rows * plan.q_blocks, plan.rows * plan.k_blocks
+    q, k = plan.batch * plan.q_blocks, plan.batch * plan.k_blocks
     needs = plan.needs.tolist()
     for group, total in enumerate(plan.table[:, 3].cpu().split([q, q, k, q])):
         taken = {}
@@ -148,7 +148,7 @@ def test_work_is_complete_and_in_order(split):
         for line, first, end, slot, first_slot, parts, *_ in items:
             taken.setdefault(line, []).append((first, end, slot))
             assert slot == (-1 if parts == 1 else first_slot + len(taken[line]) - 1)
-        blocks = len(total) // plan.rows
+        blocks = len(total) // plan.batch
         order = [
             (len(taken[line]) == 1, (len(taken[line]) == 1) * line // blocks, -total[line]) for line in taken
         ]
@@ -198,7 +198,7 @@ def test_two_plans_are_equal():
     tiles, masked = (first.needs[i] for i in (1, 2))
     for name in ("order", "table"):
         assert torch.equal(getattr(first, name), getattr(second, name))
-    assert torch.equal(first.tokens[: tiles * BLOCK], second.tokens[: tiles * BLOCK])
+    assert torch.equal(first.gathered[: tiles * BLOCK], second.gathered[: tiles * BLOCK])
     assert torch.equal(first.bits[:masked], second.bits[:masked])
 
 

@@ -256,6 +256,13 @@ def test_gradients_of_embeddings_are_summed_in_the_precision_of_the_table():
     assert table.weight.grad.tolist() == [[0, 0], [2500, 2500], [0.5, 0.5]]
 
 
+def test_second_gradients_of_embeddings_are_refused():
+    table = Embedding(3, 2)
+    out = table(torch.tensor([1, 2]), torch.float32)
+    with pytest.raises(RuntimeError, match="Embedding can be differentiated only once"):
+        torch.autograd.grad(out.sum(), table.weight, create_graph=True)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 64, dtype=torch.float64)
 
@@ -264,8 +271,8 @@ def test_rotary_products_depend_on_the_distance_alone():
             Rotary([(torch.tensor([[position]]), 32, 10000.0)], torch.float64)
             for position in (position_q, position_k)
         ]
-        q_turned, k_turned = (apply_rope(x[None], r.cos_BND, r.sin_BND) for x, r in zip((q, k), at))
-        return (q_turned * k_turned).sum()
+        q_rotated, k_rotated = (apply_rope(x[None], r.cos_BND, r.sin_BND) for x, r in zip((q, k), at))
+        return (q_rotated * k_rotated).sum()
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=0, atol=1e-3)
     torch.testing.assert_close(product(0, 0), (q * k).sum())

@@ -1,0 +1,84 @@
+"""The kernel that cuts a plan's lists into work items and reports what the plan needed."""
+
+import triton
+import triton.language as tl
+
+from .tiles import ITEM_COUNTS
+
+# Entries of `needs`; those of each group from SLOTS and from ITEM_COUNTS on.
+CANDIDATES, TILES, MASKED, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+NEEDS = 11
+
+LEAST_SPLIT = tl.constexpr(16)  # tiles: splits of fewer would cost more than the better balance gains
+
+
+@triton.jit
+def _cut(tile, masked):
+    """Where a list is cut near `tile`: full tiles stay in pairs, the most that a kernel takes at once."""
+    return tl.where(tile > masked, masked + (tile - masked) // 2 * 2, tile)
+
+
+@triton.jit
+def _work_key(list_id, tiles, splits, batch, blocks):
+    """Blocks of a higher key come first: split ones; then batch row after row, whose keys and values stay in
+    the cache meanwhile, and in a row from the longest list to the shortest."""
+    return tl.where(splits > 1, (1 << 30) + tiles, ((batch - 1 - list_id // blocks) << 16) + tiles)
+
+
+@triton.jit(do_not_specialize=["lists", "items", "batch", "q_blocks", "k_blocks", "split"])
+def work_kernel(
+    tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
+    lists, items, batch, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Work items of one group in the order of work, int32 [4, items, 8]; see `_work_key`.
+
+    An item is (block, first tile, end tile, slot, first slot of the block, items of the block, ...), with
+    blocks counted within the group and tiles within the list; the slot is -1 if the block has one item. A
+    block is split if its list would take longer than all others of a batch row together take on a GPU: if it
+    has more tiles than `split`, or, if that is 0, than a fixed fraction of the average of a batch row.
+    """
+    group, chunk = tl.program_id(1), tl.program_id(0)
+    q_lists, k_lists = batch * q_blocks, batch * k_blocks
+    first = tl.where(group < 2, group * q_lists, tl.where(group == 2, 2 * q_lists, 2 * q_lists + k_lists))
+    number = tl.where(group == 2, k_lists, q_lists)
+    before_all = tl.load(ends_ptr + first) - tl.load(tiles_ptr + first)
+    balanced = (tl.load(ends_ptr + first + number - 1) - before_all) // (tl.where(group < 2, 64, 40) * batch)
+    most = tl.where(split > 0, split, tl.maximum(balanced, LEAST_SPLIT))
+    own = chunk * CHUNK + tl.arange(0, CHUNK)
+    total = tl.load(tiles_ptr + first + own, mask=own < number, other=0)
+    masked = tl.load(tiles_ptr + lists + first + own, mask=own < number, other=0)
+    splits = tl.maximum((total + most - 1) // most, 1)
+    blocks = tl.where(group == 2, k_blocks, q_blocks)
+    key = _work_key(own, total, splits, batch, blocks)
+    item = tl.zeros([CHUNK], tl.int32)
+    all_items, all_slots = 0, 0
+    for start in range(0, number, ACROSS):
+        other = start + tl.arange(0, ACROSS)
+        mask = other < number
+        other_total = tl.load(tiles_ptr + first + other, mask=mask, other=-1)
+        other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
+        other_key = _work_key(other, other_total, other_splits, batch, blocks)
+        before = other_key[None, :] > key[:, None]
+        before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
+        before &= mask[None, :]
+        item += tl.sum(tl.where(before, other_splits[None, :], 0), 1)
+        all_items += tl.sum(other_splits, 0)
+        all_slots += tl.sum(tl.where(other_splits > 1, other_splits, 0), 0)
+    # Split blocks come first: their items are the slots.
+    out = items_ptr + (group * items + item) * 8
+    for split_id in range(0, tl.max(splits, 0)):
+        keep = (own < number) & (split_id < splits) & (item + split_id < items)
+        at = out + split_id * 8
+        tl.store(at, own, mask=keep)
+        tl.store(at + 1, _cut(split_id * total // splits, masked), mask=keep)
+        tl.store(at + 2, _cut((split_id + 1) * total // splits, masked), mask=keep)
+        tl.store(at + 3, tl.where(splits > 1, item + split_id, -1), mask=keep)
+        tl.store(at + 4, item, mask=keep)
+        tl.store(at + 5, splits, mask=keep)
+    if chunk == 0:
+        tl.store(needs_ptr + SLOTS + group, all_slots)
+        tl.store(needs_ptr + ITEM_COUNTS + group, all_items)
+        if group == 0:
+            tl.store(needs_ptr + CANDIDATES, tl.load(end_ptr + lists - 1))
+            tl.store(needs_ptr + TILES, tl.load(ends_ptr + lists - 1))
+            tl.store(needs_ptr + MASKED, tl.load(ends_ptr + 2 * lists - 1))
