@@ -1,5 +1,6 @@
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Two test processes on two cores: more threads would only wait for each other. Inherited by commands.
@@ -14,6 +15,10 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers beside the tests; melo
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton") is not None:
+        from helpers.interpreter import spare_wasted_work
+
+        spare_wasted_work()
 
 
 @pytest.fixture(scope="session")
