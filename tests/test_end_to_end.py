@@ -22,7 +22,6 @@ def run(module, *args):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=580,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -21,7 +21,7 @@ def run_python(code: str, cwd: Path, *path: Path) -> str:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
         [*command, "--disable-pip-version-check", "-w", str(folder), "."],
-        cwd=source, capture_output=True, text=True, timeout=300,
+        cwd=source, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("*.whl")
@@ -124,6 +124,6 @@ def test_the_folder_of_kernels_is_no_package():
 def test_commands_start_in_a_plain_checkout():
     done = subprocess.run(
         [sys.executable, "-m", "meloformer.compose", "--help"],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=120,
+        cwd=CHECKOUT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "--count" in done.stdout

@@ -226,7 +226,7 @@ def test_corpus_can_be_written_in_pieces(tmp_path):
 
 def run_command(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "meloformer.compose", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_command(tmp_path):

@@ -152,9 +152,9 @@ def test_pack_takes_the_best_fit():
 def test_pack_is_tight_and_fast():
     generator = np.random.default_rng(0)
     lengths = generator.integers(500, 8000, 30_000)
-    start = time.perf_counter()
+    start = time.process_time()
     row = pack(lengths, lengths // 180, 8192, 400)
-    assert time.perf_counter() - start < 6
+    assert time.process_time() - start < 6
     assert lengths.sum() / ((row.max() + 1) * 8192) > 0.93
 
 

@@ -24,6 +24,11 @@ def act(item):
     if what == "sleep":
         time.sleep(argument)
         return "slept"
+    if what == "wait for":
+        while not argument.exists():
+            time.sleep(0.01)
+        time.sleep(0.5)  # what is taken too much is taken now
+        return "waited"
     if what == "spin":
         while True:
             pass
@@ -31,7 +36,7 @@ def act(item):
         os._exit(argument)
     if what == "kill":
         os.kill(os.getpid(), argument)
-        time.sleep(10)
+        time.sleep(600)
     if what == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
         return "unmoved"
@@ -52,7 +57,7 @@ def act(item):
     raise AssertionError(what)
 
 
-def results(items, workers=2, timeout_s=20.0, memory_bytes=512 * MIB):
+def results(items, workers=2, timeout_s=300.0, memory_bytes=512 * MIB):
     return list(run_tasks(act, items, workers=workers, timeout_s=timeout_s, memory_bytes=memory_bytes))
 
 
@@ -69,8 +74,8 @@ def test_no_items():
 
 
 TROUBLE = {
-    "hangs in sleep": (("sleep", 60), "timeout", "no result after 1 s"),
-    "hangs in a loop": (("spin", None), "timeout", "no result after 1 s"),
+    "hangs in sleep": (("sleep", 600), "timeout", "no result after 3 s"),
+    "hangs in a loop": (("spin", None), "timeout", "no result after 3 s"),
     "leaves": (("exit", 3), "crashed", "exited with code 3"),
     "leaves with code 0": (("exit", 0), "crashed", "exited with code 0"),
     "is killed": (("kill", signal.SIGKILL), "crashed", "died of SIGKILL"),
@@ -87,7 +92,8 @@ if sys.platform == "linux":  # elsewhere no memory limit is enforced
 @pytest.mark.parametrize("case", TROUBLE)
 def test_trouble_costs_one_item(case):
     item, reason, detail = TROUBLE[case]
-    got = results([1, item, 2, 3], workers=1, timeout_s=1.0)
+    # Only what hangs may meet the limit: anything else takes milliseconds, but they may be long in coming.
+    got = results([1, item, 2, 3], workers=1, timeout_s=3.0 if reason == "timeout" else 300.0)
     assert [result.value for result in got] == [1, None, 4, 9]
     assert [result.failure is None for result in got] == [True, False, True, True]
     assert got[1].item == item or isinstance(item[1], Exception)
@@ -123,18 +129,20 @@ def test_big_values_pass():
     assert [result.value.nbytes for result in got] == [5 * MIB] * 3
 
 
-def test_a_slow_item_does_not_pile_up_results():
-    taken = []
+def test_a_slow_item_does_not_pile_up_results(tmp_path):
+    taken, ahead = [], 2 * 32 - 1
 
     def items():
-        yield "sleep", 0.7
+        yield "wait for", tmp_path / "go"
         for i in range(100_000):
             taken.append(i)
+            if len(taken) == ahead:
+                (tmp_path / "go").touch()
             yield i
 
-    stream = run_tasks(act, items(), workers=2, timeout_s=20, memory_bytes=512 * MIB)
-    assert next(stream).value == "slept"
-    assert len(taken) == 2 * 32 - 1
+    stream = run_tasks(act, items(), workers=2, timeout_s=300, memory_bytes=512 * MIB)
+    assert next(stream).value == "waited"
+    assert len(taken) == ahead
     assert [next(stream).value for _ in range(200)] == [i * i for i in range(200)]
     stream.close()
 
@@ -151,7 +159,7 @@ def test_threads_are_limited_in_the_workers_only(outside, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", outside)
     before = dict(os.environ)
     stream = run_tasks(
-        act, [("environment", "OMP_NUM_THREADS")], workers=1, timeout_s=20, memory_bytes=512 * MIB
+        act, [("environment", "OMP_NUM_THREADS")], workers=1, timeout_s=300, memory_bytes=512 * MIB
     )
     assert next(stream).value == (outside or "1")
     assert dict(os.environ) == before
@@ -160,7 +168,7 @@ def test_threads_are_limited_in_the_workers_only(outside, monkeypatch):
 
 def test_closing_ends_the_workers():
     before = set(multiprocessing.active_children())
-    stream = run_tasks(act, iter(int, 1), workers=2, timeout_s=20, memory_bytes=512 * MIB)
+    stream = run_tasks(act, iter(int, 1), workers=2, timeout_s=300, memory_bytes=512 * MIB)
     next(stream)
     assert len(set(multiprocessing.active_children()) - before) == 2
     stream.close()
@@ -178,18 +186,17 @@ def test_workers_leave_when_the_parent_is_killed(what, tmp_path):
         "from meloformer.data.workers import run_tasks\n"
         "if __name__ == '__main__':\n"
         f"    items = [('pid', 0)] + [{('spin', None) if what == 'spinning' else ('pid', 0)!r}]\n"
-        "    stream = run_tasks(act, items, workers=1, timeout_s=60, memory_bytes=1 << 29)\n"
+        "    stream = run_tasks(act, items, workers=1, timeout_s=600, memory_bytes=1 << 29)\n"
         "    print(next(stream).value, flush=True)\n"
-        f"    {'next(stream)' if what == 'spinning' else 'time.sleep(60)'}\n"
+        f"    {'next(stream)' if what == 'spinning' else 'time.sleep(600)'}\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment)
     worker = int(parent.stdout.readline())
-    time.sleep(0.2)
     os.kill(worker, 0)  # alive
     parent.kill()
     parent.wait()
-    for _ in range(100):
+    for _ in range(3000):
         try:
             os.kill(worker, 0)
         except ProcessLookupError:
@@ -199,7 +206,7 @@ def test_workers_leave_when_the_parent_is_killed(what, tmp_path):
                 return
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker outlived its parent by ten seconds")
+    pytest.fail("the worker outlived its parent by five minutes")
 
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
@@ -210,12 +217,12 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     task = importlib.import_module("only_in_the_parent").task
     with pytest.raises(RuntimeError, match="died while starting, 3 times in a row"):
-        list(run_tasks(task, [1], workers=1, timeout_s=5, memory_bytes=512 * MIB))
+        list(run_tasks(task, [1], workers=1, timeout_s=300, memory_bytes=512 * MIB))
 
 
 def test_overhead_per_item():
-    stream = run_tasks(act, range(1500), workers=1, timeout_s=20, memory_bytes=512 * MIB)
+    stream = run_tasks(act, range(1500), workers=1, timeout_s=300, memory_bytes=512 * MIB)
     next(stream)
-    start = time.perf_counter()
+    start = time.process_time()
     count = sum(1 for _ in stream)
-    assert (time.perf_counter() - start) / count < 1e-3
+    assert (time.process_time() - start) / count < 1e-3

