@@ -187,7 +187,7 @@ def test_lines_are_split_by_the_share_of_a_row():
 
 
 def test_too_many_rows_are_refused(monkeypatch):
-    monkeypatch.setattr(plan_module, "MOST_ROWS", 1)
+    monkeypatch.setattr(plan_module, "MAX_BATCH", 1)
     with pytest.raises(ValueError, match="at most 1 rows, got 3"):
         Plan(case("rows").structure.to(DEVICE))
 
