@@ -35,11 +35,11 @@ def test_from_a_list_of_files_to_a_new_song(tmp_path):
     assert "unreadable" in table
     run(
         *("train", "--data_dir", data, "--output_dir", output, "--model_size", "small"),
-        *("--max_seq_len", 2048, "--batch_size", 1, "--gradient_accumulation_steps", 1),
-        *("--max_steps", 30, "--device", "cpu"),
+        *("--max_seq_len", 1024, "--batch_size", 1, "--gradient_accumulation_steps", 1),
+        *("--max_steps", 3, "--device", "cpu"),
     )
     checkpoint = load_checkpoint(find_checkpoint(output))
-    assert checkpoint.step == 30 and checkpoint.config["size"] == "small"
+    assert checkpoint.step == 3 and checkpoint.config["size"] == "small"
     run("generate", "--checkpoint", output, "--output", song, "--bars", 4, "--max_tokens", 300)
     notes = [m for track in mido.MidiFile(song).tracks for m in track if m.type == "note_on" and m.velocity]
     assert notes

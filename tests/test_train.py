@@ -21,6 +21,7 @@ from meloformer.generation.loop import generate
 from meloformer.generation.sampling import Sampling
 from meloformer.model.transformer import ModelConfig
 from meloformer.tokens import vocab
+from meloformer.tokens.tokenizer import HIDTokenizer
 from meloformer.training import trainer
 from meloformer.training.config import TrainConfig, parse_args
 from meloformer.training.distributed import start_job
@@ -292,21 +293,22 @@ def test_mistakes_end_in_one_line_and_code_two(mistakes, name, tmp_path, capsys,
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
-    (tmp_path / "list.txt").write_text(EXAMPLE + "\n")
+    (tmp_path / "midi").mkdir()
+    HIDTokenizer().decode(read_prompt(EXAMPLE, 4)).dump(tmp_path / "midi" / "song.mid")  # its first bars
     preprocess.main(
-        ["--input", str(tmp_path / "list.txt"), "--output", str(tmp_path / "data"), "--val-split", "0"]
+        ["--input", str(tmp_path / "midi"), "--output", str(tmp_path / "data"), "--val-split", "0"]
     )
     settings = config(
         tmp_path / "data",
         tmp_path / "run",
-        max_seq_len=2304,
+        max_seq_len=1024,
         gradient_accumulation_steps=1,
-        epochs=300,
-        learning_rate=3e-3,
+        epochs=120,
+        learning_rate=1e-2,
         warmup_steps=20,
         weight_decay=0.0,
     )
-    train.train(settings, ModelConfig(layers=2, dim=128, heads=2, ffn=256))
+    train.train(settings, ModelConfig(layers=2, dim=64, heads=2, ffn=128))
     assert losses(tmp_path / "run")[-1] < 0.05
 
     model, _ = load_model(tmp_path / "run", torch.device("cpu"))

@@ -50,7 +50,7 @@ def test_a_compiled_model_is_one_graph_for_all_batches():
     model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64)).to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
-    for seed in range(6):
+    for seed in range(3):
         inputs = batch(seed)
         got, expected = compiled(*inputs), model(*inputs)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
