@@ -227,9 +227,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    doomed = path.with_name(
-        f"{_TEMPORARY}{path.name}.removed"
-    )  # a folder under its own name is always complete
+    # A folder under its own name is always complete.
+    doomed = path.with_name(f"{_TEMPORARY}{path.name}.removed")
     path.rename(doomed)
     _delete(doomed)
 

@@ -84,7 +84,11 @@ def _listed_file(source: Path, record: dict, key: str) -> Path:
 def file_entry(path: Path) -> dict:
     """What a manifest says of a file: name, bytes, SHA-256 (64 hex digits)."""
     digest, size = sha256_of_file(path)
-    return {"name": path.name, "bytes": size, "sha256": digest}
+    return _entry(path.name, size, digest)
+
+
+def _entry(name: str, size: int, sha256: str) -> dict:
+    return {"name": name, "bytes": size, "sha256": sha256}
 
 
 def intact_file(source: Path, record: dict, key: str) -> Path:
@@ -182,14 +186,16 @@ class ShardWriter:
         )
         offsets = np.array(self._offsets, dtype="<i8").tobytes()
         bars = np.array(self._bars, dtype="<i4").tobytes()
-        index_path = self._folder / f"{self._name}.idx"
-        write_atomic(index_path, header + offsets + bytes(self._digests) + bars)
-        tokens_entry = {
-            "name": self._path.name,
-            "bytes": tokens * TOKEN_DTYPE.itemsize,
-            "sha256": self._hash.hexdigest(),
+        index = header + offsets + bytes(self._digests) + bars
+        index_name = f"{self._name}.idx"
+        write_atomic(self._folder / index_name, index)
+        # Of what was to be written: hashes of the files read back would seal what a disk garbled, too.
+        shard = {
+            "bin": _entry(self._path.name, tokens * TOKEN_DTYPE.itemsize, self._hash.hexdigest()),
+            "idx": _entry(index_name, len(index), hashlib.sha256(index).hexdigest()),
+            "songs": songs,
+            "tokens": tokens,
         }
-        shard = {"bin": tokens_entry, "idx": file_entry(index_path), "songs": songs, "tokens": tokens}
         record = {"shard": shard, **report}
         write_json(self._folder / f"{self._name}.json", record)
         return record

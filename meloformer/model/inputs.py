@@ -70,7 +70,7 @@ def input_features(ids_BN: Tensor, structure: Structure) -> InputFeatures:
         onset=onset,
         length=scan.in_force(vocab.L),
         velocity=scan.in_force(vocab.V),
-        chord=scan.value_at(scan.last_of(vocab.CHORD), vocab.CHORD, scan.start),
+        chord=scan.value_at(scan.bar, vocab.CHORD, scan.start),
         previous=scan.previous_of_family(),
         repeat=scan.repeat(onset),
         next_instrument=scan.next_instrument(),
