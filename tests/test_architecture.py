@@ -22,6 +22,12 @@ ABOVE = {
     "generation": {"checkpoint", "data", "model", "tokens", "midi", "kernels"},
 }
 ABOVE["training"] = set(ABOVE) | {"training"}
+# The same of the folders of benchmarks/ among each other.
+BENCHMARKS = {
+    "common": set(),
+    "songs": set(),
+    **{folder: {"common", "songs"} for folder in ("attention", "training", "learning")},
+}
 COMMANDS = {"train", "preprocess", "generate", "export", "demo", "compose"}
 
 
@@ -62,7 +68,7 @@ GRAPH = {
 
 
 def folder_of(name: str) -> str:
-    """The folder of meloformer/ that a module is in, or its own name if it stands outside."""
+    """The folder of meloformer/ or benchmarks/ that a module is in, or its own name if it is in none."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -90,6 +96,16 @@ def test_arrows_run_one_way(folder):
         for used in GRAPH[name]:
             assert used.startswith("meloformer"), (name, used)
             assert folder_of(used) in {folder} | ABOVE[folder] | BASE, (name, used)
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS)
+def test_arrows_between_the_folders_of_benchmarks_run_one_way(folder):
+    of_folder = [name for name in GRAPH if name.startswith("benchmarks.") and folder_of(name) == folder]
+    assert len(of_folder) > 2
+    for name in of_folder:
+        for used in GRAPH[name]:
+            if used.startswith("benchmarks"):
+                assert folder_of(used) in {folder} | BENCHMARKS[folder], (name, used)
 
 
 def test_only_the_demo_imports_commands():
