@@ -73,6 +73,10 @@ def song(
     return tokens
 
 
+# Two bars of one instrument, far apart: whole lines of the later one see whole tiles of the earlier one.
+FULL_COLUMNS: Batch = [[[Token(8 * (i >= 150), 0, P, i) for i in range(300)]]]
+
+
 def of_length(random: Random, length: int) -> Song:
     """The first `length` tokens of a song, cut anywhere as a prompt may be."""
     return song(random, bars=2 + length // 4)[:length]

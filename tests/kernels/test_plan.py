@@ -11,6 +11,7 @@ from meloformer.kernels.structure import Kind, Structure
 
 from helpers.attention_cases import (
     CASES,
+    FULL_COLUMNS,
     NEW_RULES,
     SEES,
     Token,
@@ -43,9 +44,7 @@ def test_every_visible_pair_is_covered_once(name):
 
 
 def test_full_tiles():
-    """One instrument that plays on: far columns that whole lines see."""
-    batch = [[song(Random(2), 40, (0,), resting=0)]]
-    packed = structure(batch)
+    packed = structure(FULL_COLUMNS)
     plan, mask = Plan(packed.to(DEVICE)), dense_case(packed).regular_mask
     check_coverage(plan, mask)
     statistics = plan.statistics()
@@ -57,7 +56,7 @@ def test_full_tiles():
 def test_lines_have_no_more_tiles_than_their_columns_need(length):
     """Columns that all tokens of a line see are full, by queries and by keys; slots without a token do not
     count against it."""
-    packed = structure([[song(Random(2), 40, (0,), resting=0)]], length=length)
+    packed = structure(FULL_COLUMNS, length=length)
     assert packed.doc.shape[1] % BLOCK
     plan = Plan(packed.to(DEVICE)).finalize()
     near, far, *_ = (mask[0].bool() for mask in coverage(plan))
