@@ -94,7 +94,7 @@ def test_two_processes(data, tmp_path):
     assert f"| {row['tokens_per_s']:,.0f} | {alone['tokens_per_s']:,.0f} | {times:.2f} |" in both.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_process_that_fails_ends_all_of_them_with_its_error(data, tmp_path):
     told = forked(
         "benchmark", "2", "1", *QUICK, "--data_dir", str(data), "--output", str(tmp_path / "page.md")

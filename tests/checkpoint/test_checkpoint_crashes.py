@@ -150,7 +150,7 @@ print(latest, moments)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     done = subprocess.run(

@@ -139,7 +139,7 @@ def test_no_memory_names_the_flags_to_turn(faulty):
         assert last.startswith("error: out of memory on cpu") and flag in last
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_process_that_hangs_ends_the_run_of_the_others(data, tmp_path):
     args = settings(data, 2)
     (told,) = forked(
@@ -150,7 +150,7 @@ def test_a_process_that_hangs_ends_the_run_of_the_others(data, tmp_path):
     assert told["codes"] == [1, None] and "Traceback" in told["output"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_torchrun_restarts_a_failed_run_where_it_was(data, tmp_path):
     """Without --resume in the command."""
     args = settings(data, 2, save_every=1, epochs=1)
@@ -162,7 +162,7 @@ def test_torchrun_restarts_a_failed_run_where_it_was(data, tmp_path):
     assert losses(tmp_path / "failing") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("what", ["raise", "kill"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_failing_process_takes_the_others_down_and_its_error_is_shown(data, tmp_path, device, what):
@@ -177,7 +177,7 @@ def test_a_failing_process_takes_the_others_down_and_its_error_is_shown(data, tm
         assert "Signal 9 (SIGKILL) received" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_the_workers_save_when_torchrun_is_ended(data, tmp_path, number):
     """Even if it is killed and cannot tell them."""

@@ -33,7 +33,7 @@ from helpers.training import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("world, kills", [(1, 6), (2, 4)], ids=["one process", "two processes"])
 def test_a_run_killed_at_random_moments_equals_one_left_alone(data, tmp_path, world, kills):
     settings = arguments(
