@@ -1,31 +1,27 @@
 """Any MIDI file -> a clean `miditoolkit.MidiFile`, or a `MidiError` that says why not.
 
-Every file takes one path: `meloformer.midi.smf` scans the bytes and repairs their syntax, this module mends
-their meaning, and the notes, tempi and time signatures that remain are written as a clean file for
-miditoolkit to parse. All other events (controllers, lyrics, key signatures, ...) are left behind. The notes
-come out in one instrument per track, channel and program, as miditoolkit itself groups them.
+Every file takes one path: `meloformer.midi.smf` scans the bytes and repairs their syntax,
+`meloformer.midi.pairing` finds which note ends where, `meloformer.midi.channels` what plays it, and this
+module mends the rest and makes the song: notes, tempi and time signatures. Lyrics, key signatures and
+controllers are left behind. The notes come in one instrument per track, channel and program.
 """
 
-import io
 import os
 import stat
-from bisect import bisect_right
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
-from operator import itemgetter
+from collections import Counter, defaultdict
 
 import miditoolkit
+import numpy as np
 
 from ..errors import MidiError
-from . import smf
+from . import channels, pairing, pedal, smf
 
 # The limits bound the time (seconds) and memory (hundreds of MiB) that one file can cost. Each stands several
 # times above the largest song that can be trained on.
 MAX_FILE_BYTES = 4 << 20
 MAX_NOTES = 100_000
 MAX_QUARTERS = 20_000  # two and three quarter hours at 120 BPM; a note beyond it has a damaged time
-MAX_PARTS = 4_096  # (track, channel, program): each becomes a track of the clean file
-MAX_STACK = 256  # open notes of one pitch in one part: miditoolkit copies all of them at every note-off
+MAX_PARTS = 4_096  # (track, channel, program): each becomes an instrument of the song
 MAX_CHANGES = 50_000  # tempi and time signatures; a tempo curve drawn every 10 ms for 8 minutes
 
 # 1000 BPM. Slower tempi need no limit: the three bytes of the event cannot hold less than 3.6 BPM.
@@ -47,6 +43,7 @@ REASONS = {
 }
 
 MENDS = {
+    "text_mode": "the file had been copied in text mode (0D 0A for every 0A), which was undone",
     "wrapped": "the song was taken out of a RIFF-RMID file, or from behind foreign bytes",
     "bad_header_length": "the header gave a length other than 6",
     "bad_format": "the header gave a format other than 0, 1 and 2; read as 1",
@@ -62,15 +59,20 @@ MENDS = {
     "clipped": "a data byte above 127 was read as 127",
     "system_status": "an event that no file may contain was skipped",
     "bad_sysex": "a system-exclusive message without a valid length was read to its end byte",
-    "long_number": "a number of more than 4 bytes was cut to its low 28 bits",
+    "long_number": "a number of more than 4 bytes was cut to its low 28 bits, or read as a negative one",
     "smpte": "the ticks were fractions of a second; tempi were ignored, and quarter notes made up",
     "bad_tempo": "a tempo above 1000 BPM was lowered to it, a 4-byte one read, or an impossible one ignored",
     "bad_time_signature": "an incomplete time signature was completed, or an impossible one ignored",
     "far_event": "a note, tempo, time signature or note-off beyond the longest song was ignored",
     "other_track_off": "a note was ended by a note-off in another track",
     "channel_program": "a note with no program change before it in its track took the program of its channel",
+    "struck_again": "a note that still sounded was ended by the next note of its pitch",
+    "drum_without_off": "a drum hit without a note-off was given at most a sixteenth",
     "unclosed": "a note without an end was ended with its track",
     "zero_length": "a note of no length was given one tick",
+    "tempo_clipped": "a tempo slower or faster than tokens can say was brought to the nearest they can",
+    "note_cut": "a note longer than the longest that tokens can say was cut to that",
+    "long_silence": "more than 8 bars in a row are empty; they were kept",
 }
 
 # Frames per second in the header -> (frames in a quarter note, its microseconds). Chosen so that ticks fall
@@ -78,41 +80,94 @@ MENDS = {
 _SMPTE_QUARTERS = {24: (12, 500_000), 25: (12, 480_000), 29: (15, 500_500), 30: (15, 500_000)}
 
 
-def read_midi(source: str | os.PathLike | bytes) -> miditoolkit.MidiFile:
+def read_midi(source: str | os.PathLike | bytes, *, sustain: bool = False) -> miditoolkit.MidiFile:
     """Read a MIDI file, mending what can be mended.
 
     Args:
         source: a path, or the bytes of a file.
+        sustain: whether notes sound on while the pedal (controller 64) is down.
 
     Returns:
         A song with at least one note. Every note has a velocity of 1..127 and a length of at least one tick;
-        channel 10 is drums; each program holds from the note's onset. Tempi and time signatures are in time
-        order, one per tick; without any, there is none in the list (miditoolkit puts a tempo of 120 BPM
-        at tick 0).
+        channel 10 is drums, and what XG, GS or GM2 messages make so; each program holds from the note's
+        onset. Tempi and time signatures are in time order, one per tick. The first tempo is at tick 0:
+        120 BPM if the file gives none there.
 
     Raises:
         MidiError: the file cannot become a song; its reason is a key of `REASONS`.
     """
-    return read_midi_with_mends(source)[0]
+    return read_midi_with_mends(source, sustain=sustain)[0]
 
 
-def read_midi_with_mends(source: str | os.PathLike | bytes) -> tuple[miditoolkit.MidiFile, Counter[str]]:
+def read_midi_with_mends(
+    source: str | os.PathLike | bytes, *, sustain: bool = False
+) -> tuple[miditoolkit.MidiFile, Counter[str]]:
     """As `read_midi`, and how often each mend (a key of `MENDS`) was made."""
+    midi, parts, mends = _read(source, sustain)
+    for (_, _, instrument), notes in parts:
+        drums = instrument >= channels.DRUMS
+        track = miditoolkit.Instrument(instrument % channels.DRUMS, drums)
+        track.notes = [
+            miditoolkit.Note(velocity, key & 0x7F, start, end) for start, end, key, velocity, _, _ in notes
+        ]
+        midi.instruments.append(track)
+    return midi, mends
+
+
+def read_notes(
+    source: str | os.PathLike | bytes, *, sustain: bool = False
+) -> tuple[miditoolkit.MidiFile, np.ndarray, Counter[str]]:
+    """As `read_midi_with_mends`, with the notes as an array: for tokens, which need no objects.
+
+    Returns:
+        the song without instruments; its notes, int64 [n, 5]: start and end in ticks, pitch, velocity,
+        instrument (program 0..127, or 128 for drums); the mends.
+    """
+    midi, parts, mends = _read(source, sustain)
+    rows = np.array([note for _, notes in parts for note in notes], dtype=np.int64)
+    rows[:, 2] &= 0x7F
+    return midi, np.column_stack((rows[:, :4], np.minimum(rows[:, 4], channels.DRUMS))), mends
+
+
+_Parts = list[tuple[tuple[int, int, int], list[pairing.Note]]]
+
+
+def _read(
+    source: str | os.PathLike | bytes, sustain: bool
+) -> tuple[miditoolkit.MidiFile, _Parts, Counter[str]]:
+    """The song without its notes; the notes of each (track, channel, instrument); the mends."""
     found = smf.scan(source_bytes(source))
     mends = found.mends
-    if found.format == 2 and len(found.tracks) > 1:
-        raise MidiError("format_2", f"{len(found.tracks)} independent tracks")
+    if found.format == 2:
+        with_notes = sum(any(_is_onset(event) for event in track.events) for track in found.tracks)
+        if with_notes > 1:
+            raise MidiError("format_2", f"{with_notes} independent tracks with notes")
     ticks_per_quarter, fixed_tempo = _division(found.division)
     limit = MAX_QUARTERS * ticks_per_quarter
-    parts = _pair_notes(found, limit, ticks_per_quarter)
+    limits = pairing.Limits(limit, MAX_NOTES, ticks_per_quarter)
+    banks, gs = channels.drum_banks(found.sysex), channels.gs_parts(found.sysex)
+    tracks = pairing.pair(found, limits, banks, gs)
+    if sustain:
+        tracks = pedal.sustain(found.tracks, tracks, limit)
     if fixed_tempo:
         mends["smpte"] += 1
-    changes = _changes(found.metas, limit, fixed_tempo, mends)
-    tracks = [changes, *(_part_events(channel, program, notes) for (_, channel, program, *_), notes in parts)]
-    midi = miditoolkit.MidiFile(file=io.BytesIO(smf.write(ticks_per_quarter, tracks)))
-    for instrument in midi.instruments:
-        instrument.program = int(instrument.program)  # np.int8 would overflow in a caller's arithmetic
-    return midi, mends
+    midi = miditoolkit.MidiFile(ticks_per_beat=ticks_per_quarter)
+    _set_changes(midi, found.metas, limit, fixed_tempo, mends)
+    by_part = defaultdict(list)
+    for index, notes in enumerate(tracks):
+        for note in notes:
+            by_part[index, note.key >> 7, note.instrument].append(note)
+    if len(by_part) > MAX_PARTS:
+        raise MidiError("too_many_parts", f"{len(by_part)} combinations of track, channel and program")
+    changes = (*midi.tempo_changes, *midi.time_signature_changes)
+    last = max((change.time for change in changes), default=0)
+    midi.max_tick = max(last, *(note.end for notes in by_part.values() for note in notes)) + 1
+    return midi, sorted(by_part.items()), mends
+
+
+def _is_onset(event: tuple[int, int, int, int]) -> bool:
+    _, status, _, velocity = event
+    return status & 0xF0 == smf.NOTE_ON and velocity > 0
 
 
 def source_bytes(source: str | os.PathLike | bytes) -> bytes:
@@ -152,173 +207,14 @@ def _division(division: int) -> tuple[int, int | None]:
     return frames_per_quarter * ticks_per_frame, tempo
 
 
-def _pair_notes(found: smf.Scan, limit: int, ticks_per_quarter: int) -> list[tuple[tuple, list]]:
-    """The notes (start, end, pitch, velocity) of each part (track, channel, program, layer, across).
-
-    Within a part, notes of one pitch are in order of both onset and end, so first-in-first-out pairing, which
-    is miditoolkit's, finds exactly these notes again. Notes that another track ends break that order, so they
-    are parts of their own (`across`). Layers keep the open notes of one pitch to `MAX_STACK`.
-    """
-    mends = found.mends
-    parts = defaultdict(list)
-    heard, last_ticks = _note_events(found, limit, ticks_per_quarter)
-    for key, by_track in heard.items():
-        channel, pitch = key >> 7, key & 0x7F
-        for pairing in _pair_tracks(by_track):
-            for (start, velocity, track, program), layer, (end, _, end_track, _) in pairing.ended:
-                across = track != end_track
-                if across:
-                    mends["other_track_off"] += 1
-                if start == end:
-                    mends["zero_length"] += 1
-                part = (track, channel, program, layer, across)
-                parts[part].append((start, max(end, start + 1), pitch, velocity))
-            for (start, velocity, track, program), layer in pairing.unended:
-                end = found.tracks[track].end
-                if end > limit:  # an end mark with a damaged time says nothing about the note
-                    end = max(last_ticks[track], start + ticks_per_quarter)
-                part = (track, channel, program, layer, False)
-                parts[part].append((start, max(end, start + 1), pitch, velocity))
-                mends["unclosed"] += 1
-    if len(parts) > MAX_PARTS:
-        raise MidiError("too_many_parts", f"{len(parts)} combinations of track, channel and program")
-    return sorted(parts.items(), key=itemgetter(0))
-
-
-# (tick, velocity, track, program) of a note-on; (tick, 0, track, 0) of a note-off.
-_NoteEvent = tuple[int, int, int, int]
-
-
-def _note_events(
-    found: smf.Scan, limit: int, ticks_per_quarter: int
-) -> tuple[dict[int, dict[int, list[_NoteEvent]]], list[int]]:
-    """The events up to `limit` by channel << 7 | pitch and by track; the tick of each track's last one."""
-    mends = found.mends
-    heard = defaultdict(lambda: defaultdict(list))
-    last_ticks = []
-    shared_programs = _SharedPrograms(found.tracks)
-    count = far = farthest = 0
-    for index, track in enumerate(found.tracks):
-        programs = {}
-        last = 0
-        for tick, status, first, second in track.events:
-            channel = status & 0x0F
-            if status >= smf.PROGRAM:
-                programs[channel] = first
-                continue
-            is_onset = status >= smf.NOTE_ON and second
-            if tick > limit:
-                mends["far_event"] += 1
-                if is_onset:
-                    far += 1
-                    farthest = max(farthest, tick)
-                continue
-            last = tick
-            events = heard[channel << 7 | first][index]
-            if not is_onset:
-                events.append((tick, 0, index, 0))
-                continue
-            count += 1
-            if count > MAX_NOTES:
-                raise MidiError("too_many_notes", f"more than {MAX_NOTES} notes")
-            program = programs.get(channel)
-            if program is None:
-                program = shared_programs.at(channel, tick)
-                if program is None:
-                    program = 0
-                else:
-                    mends["channel_program"] += 1
-            events.append((tick, second, index, program))
-        last_ticks.append(last)
-    if far > count:
-        detail = f"{far} of {far + count} notes, up to {farthest // ticks_per_quarter} quarter notes in"
-        raise MidiError("too_long", detail)
-    if not count:
-        raise MidiError("no_notes", "no note-on in any track")
-    return heard, last_ticks
-
-
-class _Pairing:
-    """The note-ons and note-offs of one channel and pitch in time order, paired first in, first out.
-
-    Attributes:
-        ended: (note-on, layer, note-off).
-        unended: (note-on, layer).
-        unused: the note-offs that end nothing.
-    """
-
-    def __init__(self, events: Iterable[_NoteEvent]):
-        self.ended: list[tuple[_NoteEvent, int, _NoteEvent]] = []
-        self.unended: deque[tuple[_NoteEvent, int]] = deque()
-        self.unused: list[_NoteEvent] = []
-        stacked = 0
-        for event in events:
-            tick, velocity, track, _ = event
-            if velocity:
-                layer = 0
-                if len(self.unended) >= MAX_STACK:
-                    stacked += 1
-                    layer = 1 + stacked // MAX_STACK
-                self.unended.append((event, layer))
-                continue
-            if self.unended:
-                (start, _, start_track, _), _ = self.unended[0]
-                # An off on the tick of an onset elsewhere is from before that onset.
-                if start < tick or start_track == track:
-                    self.ended.append((*self.unended.popleft(), event))
-                    continue
-            self.unused.append(event)
-
-
-def _pair_tracks(by_track: dict[int, list[_NoteEvent]]) -> list[_Pairing]:
-    """Pair each track alone; but those that lack offs together with the offs that others have to spare."""
-    alone = {track: _Pairing(events) for track, events in by_track.items()}
-    lacking = [track for track, pairing in alone.items() if pairing.unended]
-    complete = [pairing for pairing in alone.values() if not pairing.unended]
-    if lacking and any(pairing.unused for pairing in alone.values()):
-        pooled = [event for track in lacking for event in by_track[track]]
-        pooled += [event for pairing in complete for event in pairing.unused]
-        together = _Pairing(sorted(pooled, key=itemgetter(0)))
-        # A stray off that ends none of the unended notes must not cut short the others.
-        if len(together.unended) < sum(len(alone[track].unended) for track in lacking):
-            return [*complete, together]
-    return list(alone.values())
-
-
-class _SharedPrograms:
-    """The program changes of all tracks together: what a track plays that has none of its own."""
-
-    def __init__(self, tracks: list[smf.Track]):
-        changes = defaultdict(list)
-        for track in tracks:
-            for tick, status, program, _ in track.events:
-                if status >= smf.PROGRAM:
-                    changes[status & 0x0F].append((tick, program))
-        self._changes = {c: sorted(found, key=itemgetter(0)) for c, found in changes.items()}
-        self._ticks = {c: [tick for tick, _ in found] for c, found in self._changes.items()}
-
-    def at(self, channel: int, tick: int) -> int | None:
-        """The latest program of `channel` at `tick`, or None before the first."""
-        if channel not in self._ticks:
-            return None
-        index = bisect_right(self._ticks[channel], tick) - 1
-        return self._changes[channel][index][1] if index >= 0 else None
-
-
-def _part_events(
-    channel: int, program: int, notes: list[tuple[int, int, int, int]]
-) -> list[tuple[int, bytes]]:
-    on, off = smf.NOTE_ON | channel, smf.NOTE_OFF | channel
-    events = [(start, bytes((on, pitch, velocity))) for start, _, pitch, velocity in notes]
-    events += [(end, bytes((off, pitch, 0))) for _, end, pitch, _ in notes]
-    events.sort(key=itemgetter(0))  # stable: notes of one onset stay in the order in which they end
-    return [(0, bytes((smf.PROGRAM | channel, program))), *events]
-
-
-def _changes(
-    metas: list[tuple[int, int, bytes]], limit: int, fixed_tempo: int | None, mends: Counter[str]
-) -> list[tuple[int, bytes]]:
-    """Tempi and time signatures as events in time order: on one tick, the last in the file wins."""
+def _set_changes(
+    midi: miditoolkit.MidiFile,
+    metas: list[tuple[int, int, bytes]],
+    limit: int,
+    fixed_tempo: int | None,
+    mends: Counter[str],
+) -> None:
+    """Put tempi and time signatures into `midi`, in time order: on one tick, the last in the file wins."""
     tempi: dict[int, int] = {}
     signatures: dict[int, bytes] = {}
     for tick, kind, payload in metas:
@@ -343,9 +239,12 @@ def _changes(
 
     if len(tempi) + len(signatures) > MAX_CHANGES:
         raise MidiError("too_many_changes", f"{len(tempi)} tempi, {len(signatures)} time signatures")
-    events = [(t, smf.meta(smf.TEMPO, tempo.to_bytes(3, "big"))) for t, tempo in tempi.items()]
-    # The last two bytes are about a metronome; these are the usual ones.
-    events += [
-        (t, smf.meta(smf.TIME_SIGNATURE, fraction + b"\x18\x08")) for t, fraction in signatures.items()
-    ]
-    return sorted(events, key=itemgetter(0))
+    bpm = 120.0  # what MIDI says where a file says nothing
+    if 0 not in tempi:
+        midi.tempo_changes.append(miditoolkit.TempoChange(bpm, 0))
+    for tick, tempo in sorted(tempi.items()):
+        if tick == 0 or 60e6 / tempo != bpm:
+            bpm = 60e6 / tempo
+            midi.tempo_changes.append(miditoolkit.TempoChange(bpm, tick))
+    for tick, (numerator, exponent) in sorted(signatures.items()):
+        midi.time_signature_changes.append(miditoolkit.TimeSignature(numerator, 1 << exponent, tick))

@@ -1,14 +1,14 @@
-"""Standard MIDI Files as bytes: a scan that survives damage, and a writer of clean files.
+"""Standard MIDI Files as bytes: a scan that survives damage.
 
-The scan reads what stands in the file and repairs its syntax only; what the events mean together (which
-note ends where, which program sounds) is for `meloformer.midi.reader`. Both run in time and memory linear in
+The scan reads the events of a file and repairs their syntax only; what the events mean together (which
+note ends where, which program sounds) is for `meloformer.midi.reader`. It runs in time and memory linear in
 the size of the file, whatever its bytes.
 """
 
 import struct
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from ..errors import MidiError
 
@@ -16,8 +16,13 @@ from ..errors import MidiError
 # further in is more likely a part of something that is not a song.
 MAX_PREFIX_BYTES = 1024
 
-NOTE_OFF, NOTE_ON, PROGRAM = 0x80, 0x90, 0xC0  # status bytes of channel 0
-END_OF_TRACK, TEMPO, TIME_SIGNATURE = 0x2F, 0x51, 0x58  # types of meta events
+NOTE_OFF, NOTE_ON, CONTROLLER, PROGRAM = 0x80, 0x90, 0xB0, 0xC0  # kinds of channel events
+PORT, END_OF_TRACK, TEMPO, TIME_SIGNATURE = 0x21, 0x2F, 0x51, 0x58  # types of meta events
+BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 0, 64, 120, 121, 123  # controllers
+SYSEX = -2  # stands for the type of a meta event where a system-exclusive message was read
+
+# The controllers that the reader acts on; 124 to 127 change the mode and also end all notes.
+_CONTROLLERS = frozenset({BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, *range(ALL_NOTES_OFF, 128)})
 
 _SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # every other system status stands alone
 _HEADER_BYTES = 14
@@ -27,11 +32,13 @@ _LOW_28_BITS = (1 << 28) - 1  # the largest number a MIDI file can hold
 
 @dataclass
 class Track:
-    """The notes and program changes of one MTrk chunk.
+    """The channel events of one MTrk chunk that matter for notes.
 
     Attributes:
-        events: (tick, status byte, first data byte, second data byte) in file order; note-on, note-off and
-            program change only; data bytes are 0..127, and the second is 0 for a program change.
+        events: (tick, status, first data byte, second data byte) in file order: note-on, note-off, program
+            change and the controllers 0, 64, 120, 121 and 123 to 127. `status` is the status byte plus 256
+            times the port, so `status & 0xF0` is the kind and `status & ~0xF0` the channel with its port.
+            Data bytes are 0..127, and the second is 0 for a program change. Ticks ascend.
         end: tick at which the track ends.
     """
 
@@ -46,7 +53,8 @@ class Scan:
     Attributes:
         format: 0, 1 or 2; other values in the file become 1.
         division: the 16 bits of the header: ticks per quarter, or SMPTE if the highest bit is set.
-        tracks: every MTrk chunk that holds a note or a program change.
+        tracks: every MTrk chunk that holds one of the events listed at `Track`.
+        sysex: (tick, port, first 12 bytes behind F0 and the length) of system-exclusive messages.
         metas: (tick, type, payload) of tempi and time signatures of all tracks; payloads are cut to 8 bytes.
         mends: how often each repair was made, by the codes of `meloformer.midi.reader.MENDS`.
     """
@@ -55,6 +63,7 @@ class Scan:
     division: int
     tracks: list[Track] = field(default_factory=list)
     metas: list[tuple[int, int, bytes]] = field(default_factory=list)
+    sysex: list[tuple[int, int, bytes]] = field(default_factory=list)
     mends: Counter[str] = field(default_factory=Counter)
 
 
@@ -64,11 +73,14 @@ def scan(data: bytes) -> Scan:
     Raises:
         MidiError: `not_midi`, if there is no complete header.
     """
+    data, text_mode = _undo_text_mode(data)
     start = _find_header(data)
     size = len(data)
     header_bytes, file_format, track_count, division = struct.unpack_from(">LHHH", data, start + 4)
     found = Scan(file_format, division)
     mends = found.mends
+    if text_mode:
+        mends["text_mode"] += 1
     if start:
         mends["wrapped"] += 1
     if file_format > 2:
@@ -100,6 +112,32 @@ def scan(data: bytes) -> Scan:
     if chunks != track_count:
         mends["bad_track_count"] += 1
     return found
+
+
+def _undo_text_mode(data: bytes) -> tuple[bytes, bool]:
+    """Take out what a copy in text mode put in: a byte 0D before every byte 0A.
+
+    A file whose every 0A stands behind a 0D is such a copy if more of its track lengths come out right
+    without these 0D. Taking out one 0D before each 0A restores the file exactly, also where it held 0D 0A.
+    """
+    breaks = data.count(b"\r\n")
+    if not breaks or breaks != data.count(b"\n"):
+        return data, False
+    undone = data.replace(b"\r\n", b"\n")
+    return (undone, True) if _right_lengths(undone) > _right_lengths(data) else (data, False)
+
+
+def _right_lengths(data: bytes) -> int:
+    """How many MTrk chunks end where another chunk begins or the file ends."""
+    size, pos, right = len(data), data.find(b"MTrk"), 0
+    while pos >= 0:
+        end = _chunk_end(data, pos)
+        if pos + 8 <= size and (end == size or _chunk_starts(data, end, size)):
+            right += 1
+            pos = data.find(b"MTrk", end)
+        else:
+            pos = data.find(b"MTrk", pos + 4)
+    return right
 
 
 def _find_header(data: bytes) -> int:
@@ -164,13 +202,20 @@ def _read_events(
     if the last event did not fit; that event is dropped.
     """
     add, metas, mends = track.events.append, found.metas, found.mends
-    tick = status = 0
-    ended = False
+    tick = status = port = 0
+    ended = sort = False
     while pos < limit:
         delta = data[pos]
         pos += 1
         if delta >= 0x80:
-            delta, pos = _read_number(data, pos - 1, mends)
+            began = pos - 1
+            delta, pos = _read_number(data, began, mends)
+            if pos - began == 5 and data[began] & 0x08:
+                # A negative number of 32 bits: the writer had its events out of order.
+                delta += (data[began] & 0x0F) - 16 << 28
+                if tick + delta < 0:
+                    delta = 0
+                sort = True
         tick += delta
 
         byte = data[pos]
@@ -192,6 +237,10 @@ def _read_events(
                 mends["early_end"] += 1
             if kind == TEMPO or kind == TIME_SIGNATURE:
                 metas.append((tick, kind, payload))
+            elif kind == SYSEX:
+                found.sysex.append((tick, port, payload))
+            elif kind == PORT and payload:
+                port = (payload[0] & 0x7F) << 8
             continue
         if byte >= 0x80:
             status = byte
@@ -208,8 +257,13 @@ def _read_events(
         if (first | second) & 0x80:
             mends["clipped"] += 1
             first, second = min(first, 127), min(second, 127)
-        if status < 0xA0 or status & 0xF0 == PROGRAM:
-            add((tick, status, first, second))
+        if status < 0xA0 or (
+            first in _CONTROLLERS if status & 0xF0 == CONTROLLER else status & 0xF0 == PROGRAM
+        ):
+            add((tick, status | port, first, second))
+    if sort:
+        track.events.sort(key=itemgetter(0))
+        tick = max(tick, track.events[-1][0] if track.events else 0)
     track.end = tick
     return pos, ended
 
@@ -217,8 +271,8 @@ def _read_events(
 def _read_system(data: bytes, pos: int, limit: int, mends: Counter) -> tuple[int, int, bytes]:
     """Read the meta or system event whose status byte stands at `pos`.
 
-    Returns the position behind it (beyond `limit` if it does not fit), the type of a meta event or -1, and
-    the first 8 bytes of a meta event.
+    Returns the position behind it (beyond `limit` if it does not fit), the type of a meta event (`SYSEX` for
+    a system-exclusive message, else -1), and the first 8 bytes of a meta event, 12 of a message.
     """
     status = data[pos]
     if status == 0xFF:
@@ -232,8 +286,8 @@ def _read_system(data: bytes, pos: int, limit: int, mends: Counter) -> tuple[int
             end = data.find(0xF7, pos + 1, limit)
             if end >= 0:
                 mends["bad_sysex"] += 1
-                return end + 1, -1, b""
-        return start + length, -1, b""
+                return end + 1, SYSEX, data[pos + 1 : min(end, pos + 13)]
+        return start + length, SYSEX if status == 0xF0 else -1, data[start : start + min(length, 12)]
     mends["system_status"] += 1
     return pos + 1 + _SYSTEM_DATA_BYTES.get(status, 0), -1, b""
 
@@ -250,42 +304,3 @@ def _read_number(data: bytes, pos: int, mends: Counter) -> tuple[int, int]:
     if pos - start > 4:
         mends["long_number"] += 1
     return value, pos
-
-
-def write(ticks_per_quarter: int, tracks: Iterable[Iterable[tuple[int, bytes]]]) -> bytes:
-    """A clean format 1 file.
-
-    Args:
-        ticks_per_quarter: 1..32767.
-        tracks: for each track, its (tick, bytes of the event) in time order, without the end-of-track mark.
-    """
-    chunks = [_write_track(track) for track in tracks]
-    return b"".join([struct.pack(">4sLHHH", b"MThd", 6, 1, len(chunks), ticks_per_quarter), *chunks])
-
-
-def meta(kind: int, payload: bytes) -> bytes:
-    """A meta event of at most 127 bytes."""
-    return bytes((0xFF, kind, len(payload))) + payload
-
-
-def _write_track(events: Iterable[tuple[int, bytes]]) -> bytes:
-    body = bytearray()
-    now = 0
-    for tick, event in events:
-        delta = tick - now
-        now = tick
-        if delta < 0x80:
-            body.append(delta)
-        else:
-            body += _number(delta)
-        body += event
-    body += b"\0\xff\x2f\0"
-    return struct.pack(">4sL", b"MTrk", len(body)) + body
-
-
-def _number(value: int) -> bytes:
-    """`value` as a variable-length number."""
-    digits = [value & 0x7F]
-    while value := value >> 7:
-        digits.append(value & 0x7F | 0x80)
-    return bytes(reversed(digits))

@@ -20,6 +20,7 @@ TICKS_PER_STEP = TICKS_PER_QUARTER // vocab.STEPS_PER_QUARTER
 MAX_TICK = 2**40  # keeps the arithmetic of steps inside 64 bits
 MAX_DRIFT = 0.05  # seconds; what a listener may notice between two players
 MAX_TEMPO_ERROR = 0.95  # BPM that a bar may be off to catch up
+MAX_EMPTY_BARS = 8  # a longer silence is told
 MAX_BARS = 20_000  # beyond any music; bounds the memory that a hostile file can ask for
 
 
@@ -48,8 +49,13 @@ class Score:
     bpm: np.ndarray
 
 
-def from_midi(midi: miditoolkit.MidiFile) -> Score:
+def from_midi(midi: miditoolkit.MidiFile, notes: np.ndarray | None = None) -> Score:
     """Quantise a MIDI file.
+
+    Args:
+        midi: the song.
+        notes: its notes as `meloformer.midi.reader.read_notes` gives them, int64 [n, 5]; those of the
+            instruments of `midi` if None.
 
     Raises:
         MidiError: `no_notes`, or `too_long` for more than MAX_BARS bars.
@@ -57,14 +63,8 @@ def from_midi(midi: miditoolkit.MidiFile) -> Score:
     """
     tpq = midi.ticks_per_beat
     _check(midi)
-    notes = np.array(
-        [
-            (note.start, note.end, note.pitch, note.velocity, vocab.DRUMS if track.is_drum else track.program)
-            for track in midi.instruments
-            for note in track.notes
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 5)
+    if notes is None:
+        notes = notes_of(midi)
     if len(notes) == 0:
         raise MidiError("no_notes", "the file has no notes")
     start, end, pitch, velocity, inst = notes.T
@@ -79,6 +79,37 @@ def from_midi(midi: miditoolkit.MidiFile) -> Score:
     bar_start, bar_steps, signature, part = _bar_lines(midi, int((start + length).max()))
     bpm = _bar_tempo(midi, bar_start, bar_steps)
     return Score(start, length, pitch, velocity, inst, bar_start, bar_steps, signature, part, bpm)
+
+
+def notes_of(midi: miditoolkit.MidiFile) -> np.ndarray:
+    """Start, end (ticks), pitch, velocity and instrument (128 for drums) of all notes, int64 [n, 5]."""
+    rows = [
+        (note.start, note.end, note.pitch, note.velocity, vocab.DRUMS if track.is_drum else track.program)
+        for track in midi.instruments
+        for note in track.notes
+    ]
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def losses(midi: miditoolkit.MidiFile, notes: np.ndarray, song: Score) -> list[str]:
+    """Codes (of `meloformer.midi.reader.MENDS`) of what `song` cannot say, or says at great length.
+
+    Args:
+        midi, notes, song: what `from_midi` took and gave.
+    """
+    codes = []
+    longest = vocab.MAX_NOTE_STEPS * midi.ticks_per_beat / vocab.STEPS_PER_QUARTER
+    if any(not vocab.MIN_BPM - 0.5 <= t.tempo <= vocab.MAX_BPM + 0.5 for t in midi.tempo_changes):
+        codes.append("tempo_clipped")
+    if (notes[:, 1] - notes[:, 0] > longest).any():
+        codes.append("note_cut")
+    edges = np.zeros(len(song.bar_start) + 1, dtype=np.int64)
+    np.add.at(edges, np.searchsorted(song.bar_start, song.start, side="right") - 1, 1)
+    np.add.at(edges, np.searchsorted(song.bar_start, song.start + song.length, side="left"), -1)
+    sounding = np.flatnonzero(np.cumsum(edges[:-1]))  # bars in which a note sounds
+    if (np.diff(sounding, prepend=-1) - 1 > MAX_EMPTY_BARS).any():
+        codes.append("long_silence")
+    return codes
 
 
 def _check(midi: miditoolkit.MidiFile) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import miditoolkit
 import numpy as np
 
-from ..midi.reader import read_midi_with_mends
+from ..midi.reader import read_notes
 from . import attributes, grammar, score, vocab
 from .chords import label_bars
 from .score import Score
@@ -38,13 +38,18 @@ class HIDTokenizer:
         return self.encode_with_mends(song)[0]
 
     def encode_with_mends(
-        self, song: str | os.PathLike | miditoolkit.MidiFile
+        self, song: str | os.PathLike | miditoolkit.MidiFile, *, sustain: bool = False
     ) -> tuple[np.ndarray, frozenset[str]]:
-        """As `encode`, and the codes (`midi_reader.MENDS`) of what was mended in the file."""
-        mends: frozenset[str] = frozenset()
-        if not isinstance(song, miditoolkit.MidiFile):
-            song, mends = read_midi_with_mends(song)
-        return encode_score(score.from_midi(song)), frozenset(mends)
+        """As `encode`, and the codes (`meloformer.midi.reader.MENDS`) of what was mended in the file.
+
+        Args:
+            sustain: whether notes of a file sound on while the pedal (controller 64) is down.
+        """
+        if isinstance(song, miditoolkit.MidiFile):
+            return encode_score(score.from_midi(song)), frozenset()
+        midi, notes, mends = read_notes(song, sustain=sustain)
+        quantised = score.from_midi(midi, notes)
+        return encode_score(quantised), frozenset([*mends, *score.losses(midi, notes, quantised)])
 
     def decode(self, ids: Iterable[int]) -> miditoolkit.MidiFile:
         """The song that token ids spell: int [n]. A fragment that ends with a note is decoded alike.

@@ -42,6 +42,21 @@ def program(delta: int, value: int, channel: int = 0) -> bytes:
     return number(delta) + bytes((0xC0 | channel, value))
 
 
+def control(delta: int, number_: int, value: int = 0, channel: int = 0) -> bytes:
+    return number(delta) + bytes((0xB0 | channel, number_, value))
+
+
+def sysex(message: bytes, delta: int = 0) -> bytes:
+    """A system-exclusive message, without its F0 and F7."""
+    return number(delta) + b"\xf0" + number(len(message) + 1) + message + b"\xf7"
+
+
+def gs_rhythm(part: int, value: int, checksum: int | None = None) -> bytes:
+    """The GS message "use for rhythm part"; `part` is the middle byte of the address, 0x10 to 0x1F."""
+    body = bytes((0x40, part, 0x15, value))
+    return sysex(b"\x41\x10\x42\x12" + body + bytes((-sum(body) % 128 if checksum is None else checksum,)))
+
+
 def meta(delta: int, kind: int, payload: bytes) -> bytes:
     return number(delta) + bytes((0xFF, kind)) + number(len(payload)) + payload
 
