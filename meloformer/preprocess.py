@@ -24,6 +24,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--val-split", type=cli.fraction, default=0.05, help="share of songs for validation")
     add("--timeout", type=cli.integer(1, 86_400), default=10, help="seconds per file")
     add("--memory-mb", type=cli.integer(1, 2**30), default=1024, help="MiB per file (enforced on Linux)")
+    add("--sustain", action="store_true", help="let notes sound on while the sustain pedal is down")
     add("--overwrite", action="store_true", help="start anew: delete what earlier runs left in --output")
     add("--verify", metavar="DIR", help="check every byte of a finished folder, and every song")
     args = parser.parse_args(argv)
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             val_split=args.val_split,
             timeout_s=args.timeout,
             memory_mb=args.memory_mb,
+            sustain=args.sustain,
             overwrite=args.overwrite,
         )
     except OSError as error:  # a full disk, no permission: told in one line

@@ -326,7 +326,14 @@ def fails(arguments: list[str], capsys) -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--seed", "1"], ["--shard-size", "4"], ["--limit", "3"], ["--val-split", "0.2"], ["--timeout", "9"]],
+    [
+        ["--seed", "1"],
+        ["--shard-size", "4"],
+        ["--limit", "3"],
+        ["--val-split", "0.2"],
+        ["--timeout", "9"],
+        ["--sustain"],
+    ],
     ids=" ".join,
 )
 def test_another_run_in_the_same_folder_is_refused(corpus, processed, arguments, capsys):

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -43,10 +43,10 @@ def _tokenizer() -> HIDTokenizer:
     return HIDTokenizer()
 
 
-def encode_file(path: str) -> tuple[np.ndarray, int, list[str]] | Failure:
+def encode_file(path: str, sustain: bool = False) -> tuple[np.ndarray, int, list[str]] | Failure:
     """Token ids (uint16 [n]), bars and mend codes of a MIDI file, or why it is refused."""
     try:
-        ids, mends = _tokenizer().encode_with_mends(path)
+        ids, mends = _tokenizer().encode_with_mends(path, sustain=sustain)
     except MidiError as error:
         return Failure(error.reason, error.detail)
     return ids, int(np.count_nonzero(vocab.CHORD.mask(ids))), sorted(mends)
@@ -157,6 +157,7 @@ def preprocess(
     val_split: float = 0.05,
     timeout_s: int = 10,
     memory_mb: int = 1024,
+    sustain: bool = False,
     overwrite: bool = False,
 ) -> None:
     """What the command does; see `--help` for the arguments.
@@ -177,6 +178,7 @@ def preprocess(
         "val_split": val_split,
         "timeout_s": timeout_s,
         "memory_mb": memory_mb,
+        "sustain": sustain,
     }
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +206,7 @@ def _run(folder: Path, run: dict, files: list[str], count: int, num_workers: int
             if finished:
                 print(f"{folder}: goes on after {finished} of {count} shards")
             results = run_tasks(
-                encode_file,
+                partial(encode_file, sustain=True) if run["sustain"] else encode_file,
                 islice(files, counts["done"], None),
                 workers=min(num_workers, len(files) - counts["done"]),
                 timeout_s=run["timeout_s"],

@@ -649,7 +649,9 @@ def test_installed_song_reads_as_in_miditoolkit():
     ours, theirs = Counter(notes(midi)), Counter(notes(plain))
     onsets, of_theirs = (Counter((*n[:4], n[5]) for n in found.elements()) for found in (ours, theirs))
     assert not of_theirs - onsets
-    assert (onsets - of_theirs).total() == mends["unclosed"]
+    # Every lost off leaves one note without an end there; here, some of these are struck again.
+    lost = (onsets - of_theirs).total()
+    assert mends["unclosed"] <= lost <= mends["unclosed"] + mends["struck_again"]
     assert midi.ticks_per_beat == plain.ticks_per_beat
     assert midi.max_tick == plain.max_tick
     assert tempi(midi) == tempi(plain)
