@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         if os.path.realpath(args.picture) == os.path.realpath(args.output):
             raise UserError(f"--picture {args.picture}: is the same file as --output")
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
+    if prompt is not None and constraints.instruments is not None:
+        prompt = attributes.with_instruments(prompt, constraints.instruments)
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
     attention = pick_attention(args.attention, model.device, model.config)
 

@@ -258,6 +258,12 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         load_json(path / name, manifest) for name in (CONFIG, TOKENIZER, TRAINER)
     )
     if tokenizer_json != vocab.to_json():
+        version = tokenizer_json.get("version") if isinstance(tokenizer_json, dict) else None
+        if version in vocab.EARLIER_VERSIONS.values():
+            raise UserError(
+                f"{path / TOKENIZER}: this checkpoint was trained on version {version} of the token format,"
+                f" and this program reads version {vocab.FORMAT_VERSION}: run preprocess again and train anew"
+            )
         raise UserError(
             f"{path / TOKENIZER}: this checkpoint was trained on another token vocabulary;"
             " use the version of MeloFormer that wrote it"

@@ -13,10 +13,10 @@ from ..tokens import attributes, vocab
 from .shards import ShardSet
 
 PACKING = (
-    2  # version of the packing: raise it when the rows of an epoch change, so that no run resumes with others
+    3  # version of the packing: raise it when the rows of an epoch change, so that no run resumes with others
 )
 _BIT_GENERATOR = np.random.PCG64  # explicit, since NumPy's default may change
-_MAX_HEADER = 4  # CHORD, TS, CUT, BPM
+_MAX_HEADER = 4  # CHORD, TS, CUT, BPM; the band list before them is read from the song
 _OPEN_ROWS = 256
 _WINDOW = 512  # samples sorted by length at a time: the rows they open stay open until they are full
 _LENGTHS = 64  # classes of length that the sort distinguishes; within a class the order is random
@@ -29,7 +29,8 @@ class Samples:
     song: int64, number of the song in the ShardSet.
     start, stop: int64, its range of tokens.
     header: uint16 [S, 4], tokens put before the range (CHORD, TS, [CUT], BPM restated), then PAD.
-    length: int64, tokens including the header.
+    band: int64, how many BAND tokens of the song are put before the header; 0 if the sample begins the song.
+    length: int64, tokens including band and header.
     bars: int64.
     skipped_songs: songs left out because they have more than `max_bars` bars.
     skipped_bars: bars left out because they are longer than a row.
@@ -39,6 +40,7 @@ class Samples:
     start: np.ndarray
     stop: np.ndarray
     header: np.ndarray
+    band: np.ndarray
     length: np.ndarray
     bars: np.ndarray
     skipped_songs: int
@@ -49,15 +51,17 @@ class Samples:
 
     def read(self, shards: ShardSet, sample: int) -> np.ndarray:
         """Token ids of a sample, uint16 [length]."""
-        header = self.header[sample]
-        body = shards[int(self.song[sample])][self.start[sample] : self.stop[sample]]
-        return np.concatenate((header[header != vocab.PAD], body))
+        header, song = self.header[sample], shards[int(self.song[sample])]
+        band = song[1 : 1 + self.band[sample]]  # behind BOS
+        body = song[self.start[sample] : self.stop[sample]]
+        return np.concatenate((band, header[header != vocab.PAD], body))
 
 
 class _Piece(NamedTuple):
     start: int
     stop: int
-    header: np.ndarray
+    header: np.ndarray  # without the band list
+    band: int
     bars: int
 
 
@@ -69,6 +73,7 @@ def _cut(ids: np.ndarray, max_tokens: int) -> tuple[list[_Piece], int]:
     bar_starts = attributes.cut_points(ids)
     bounds = np.concatenate(([0], bar_starts[1:], [len(ids)]))  # BOS goes with the first bar, EOS the last
     chords = np.concatenate(([0], np.cumsum(vocab.CHORD.mask(ids))))
+    band = len(attributes.band_tokens(ids))
     pieces, skipped, first = [], 0, 0
     while first < len(bar_starts):
         header, skip = attributes.restated(ids, bounds[first]) if first else (np.empty(0, np.uint16), 0)
@@ -79,7 +84,9 @@ def _cut(ids: np.ndarray, max_tokens: int) -> tuple[list[_Piece], int]:
             first += 1
             continue
         stop = int(bounds[last])
-        pieces.append(_Piece(start, stop, header, int(chords[stop] - chords[bounds[first]])))
+        restated_band = band if first else 0
+        bars = int(chords[stop] - chords[bounds[first]])
+        pieces.append(_Piece(start, stop, header[restated_band:], restated_band, bars))
         first = last
     return pieces, skipped
 
@@ -118,15 +125,16 @@ def find_samples(
     start = join(zeros, [piece.start for _, piece in pieces])
     stop = join(shards.lengths[fitting], [piece.stop for _, piece in pieces])
     bars = join(shards.bars[fitting], [piece.bars for _, piece in pieces])
+    band = join(zeros, [piece.band for _, piece in pieces])
     header = np.concatenate((np.full((len(fitting), _MAX_HEADER), vocab.PAD, np.uint16), header))
 
     kept = np.lexsort((start, song))
     if max_samples is not None:
         drawn = np.random.Generator(_BIT_GENERATOR(seed)).permutation(len(kept))[:max_samples]
         kept = kept[np.sort(drawn)]
-    length = stop - start + np.count_nonzero(header != vocab.PAD, axis=1)
+    length = stop - start + band + np.count_nonzero(header != vocab.PAD, axis=1)
     return Samples(
-        *(column[kept] for column in (song, start, stop, header, length, bars)),
+        *(column[kept] for column in (song, start, stop, header, band, length, bars)),
         skipped_songs=len(songs) - int(np.count_nonzero(shards.bars[songs] <= max_bars)),
         skipped_bars=skipped_bars,
     )

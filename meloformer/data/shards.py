@@ -131,7 +131,7 @@ def read_index(path: Path, fingerprint: str) -> Index:
     if version != VERSION or width != TOKEN_DTYPE.itemsize:
         raise UserError(f"{path}: has format version {version}; this program reads version {VERSION}")
     if written_for.hex() != fingerprint:
-        raise UserError(f"{path}: was written with another tokenizer; run preprocess again")
+        raise UserError(f"{path}: was written {vocab.mismatch(written_for.hex())}; run preprocess again")
     if len(data) != _HEADER.size + 8 + songs * (8 + DIGEST_BYTES + 4):
         raise UserError(f"{path}: its size does not fit its {songs} songs")
     at = _HEADER.size
@@ -251,8 +251,9 @@ class ShardSet:
         if field(source, self.manifest, "version", int) != VERSION:
             raise UserError(f"{source}: has another format version than {VERSION}")
         fingerprint = vocab.fingerprint() if fingerprint is None else fingerprint
-        if field(source, self.manifest, "fingerprint", str) != fingerprint:
-            raise UserError(f"{self.folder}: was written with another tokenizer; run preprocess again")
+        written_for = field(source, self.manifest, "fingerprint", str)
+        if written_for != fingerprint:
+            raise UserError(f"{self.folder}: was written {vocab.mismatch(written_for)}; run preprocess again")
         val_split = field(source, self.manifest, "val_split", (int, float))
         if not 0 <= val_split < 1:
             raise UserError(f"{source}: val_split is not in [0, 1)")

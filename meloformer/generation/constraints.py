@@ -14,7 +14,8 @@ class Constraints:
 
     signature: index into `vocab.SIGNATURES`.
     bpm: quarter notes per minute, a whole number.
-    instruments: the only ones that may play: programs 0..127, and `vocab.DRUMS`.
+    instruments: the only ones that may play: programs 0..127, and `vocab.DRUMS`. The band list of a new song
+        names exactly these; in the continuation of a song those of them may play that its list names.
     """
 
     signature: int | None = None
@@ -32,25 +33,37 @@ class Constraints:
             mask[vocab.BPM.start : vocab.BPM.stop] = False
             mask[self._bpm_id] = True
         if self.instruments is not None:
-            mask[vocab.INST.start : vocab.INST.stop] = False
-            mask[vocab.INST.start + vocab.INSTRUMENT_RANK[list(self.instruments)]] = True
+            for family in (vocab.BAND, vocab.INST):
+                mask[family.start : family.stop] = False
+                mask[family.start + vocab.INSTRUMENT_RANK[list(self.instruments)]] = True
         return mask
 
     def required_id(self, grammar: Grammar, allowed: np.ndarray) -> int | None:
-        """The id that must come next so that signature and tempo in force become the ones fixed here.
+        """The id that must come next so that band, signature and tempo become the ones fixed here.
 
         Args:
             grammar: the state of the song so far.
             allowed: bool [VOCAB_SIZE], the ids that may come next; no other one is returned.
 
         Returns:
-            None if both are in force, or cannot be stated at this place.
+            None if all are in force, or cannot be stated at this place.
         """
+        if self.instruments is not None and grammar.lists_band:
+            for rank in sorted(vocab.INSTRUMENT_RANK[list(self.instruments)].tolist()):
+                if allowed[vocab.BAND.start + rank]:
+                    return vocab.BAND.start + rank
         if self.signature is not None and grammar.signature != self.signature and allowed[self._signature_id]:
             return self._signature_id
         if self.bpm is not None and grammar.bpm != self.bpm and allowed[self._bpm_id]:
             return self._bpm_id
         return None
+
+    def check_band(self, grammar: Grammar) -> None:
+        """Raises ValueError if the song goes on, and none of `instruments` is in its band list."""
+        if self.instruments is None or not grammar.band or grammar.lists_band:
+            return
+        if not set(self.instruments) & set(grammar.band):
+            raise ValueError(f"the song's band {grammar.band} has none of the instruments {self.instruments}")
 
     @property
     def _signature_id(self) -> int:

@@ -24,7 +24,7 @@ UNCONSTRAINED = Constraints()
 def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
     """The longest end of a song that begins at a bar line and has at most `limit` tokens.
 
-    Its first bar states time signature and tempo, as the samples of training do. None if the last bar
+    It restates the band list, time signature and tempo, as the samples of training do. None if the last bar
     alone is too long.
     """
     if len(ids) <= limit:
@@ -92,12 +92,14 @@ def generate(
         on_token: called after every token with the number of new tokens and of new bars begun.
 
     Raises:
-        ValueError: `bars` is below 1, or the prompt breaks the grammar.
+        ValueError: `bars` is below 1, the prompt breaks the grammar, or none of the instruments that
+            `constraints` allows is in its band list (`attributes.with_instruments` adds them).
     """
     if bars is not None and bars < 1:
         raise ValueError(f"bars must be positive, got {bars}")
     ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
     grammar = check(np.array(ids))
+    constraints.check_band(grammar)
     generator = torch.Generator().manual_seed(seed)
     attention = pick_attention(attention, model.device, model.config)
     within_constraints = constraints.allowed_ids()
@@ -107,10 +109,12 @@ def generate(
 
     while len(ids) - begin < max_tokens:
         allowed = grammar.allowed() & within_constraints
-        token = constraints.required_id(grammar, allowed) if new_bars else None
+        token = constraints.required_id(grammar, allowed) if new_bars or grammar.lists_band else None
         if token is None:
             last_bar = new_bars == bars and grammar.bar_ends
-            if len(ids) == begin:  # a new bar begins here, whatever the prompt ends with
+            if (
+                len(ids) == begin and not grammar.lists_band
+            ):  # a new bar begins here, whatever the prompt ends with
                 allowed[: vocab.CHORD.start] = allowed[vocab.CHORD.stop :] = False
             if grammar.inside_bar:  # no new time signature between the parts of a long bar
                 allowed[vocab.TS.start : vocab.TS.stop] = False

@@ -4,6 +4,7 @@ Only tokens are stored on disk; everything that attention and decoder need to kn
 by scans over whole arrays.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ for _kind, _family in ((KIND_T, vocab.T), (KIND_P, vocab.P), (KIND_L, vocab.L), 
 # The instrument that a token switches to; -1 leaves the current one in force.
 _SWITCH = np.full(vocab.VOCAB_SIZE, -1, dtype=np.int32)
 _SWITCH[[vocab.PAD, vocab.BOS, vocab.EOS]] = vocab.NO_INSTRUMENT
-_SWITCH[vocab.CHORD.start : vocab.CHORD.stop] = vocab.NO_INSTRUMENT
+# BAND tokens, too: without an instrument they are global keys, which every later token attends to.
+_SWITCH[vocab.BAND.start : vocab.CHORD.stop] = vocab.NO_INSTRUMENT
 _SWITCH[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
 
 
@@ -27,8 +29,8 @@ _SWITCH[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
 class TokenAttributes:
     """What attention needs to know of each token, int32 [n] each.
 
-    bar: index of the bar in its document, from 0; BOS counts to bar 0 and EOS to the last bar.
-    inst: 0..127 General MIDI program, 128 drums, 129 none (CHORD, TS, CUT, BPM, BOS, EOS).
+    bar: index of the bar in its document, from 0; BOS and BAND count to bar 0, EOS to the last bar.
+    inst: 0..127 General MIDI program, 128 drums, 129 none (BOS, BAND, CHORD, TS, CUT, BPM, EOS).
     kind: STRUCTURAL, KIND_T, KIND_P, KIND_L or KIND_V.
     onset: number of the onset group in the document, -1 for structural tokens.
     """
@@ -50,7 +52,7 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> TokenAttributes:
     Args:
         ids: token ids [n], any integer dtype.
         starts: ascending indices at which documents begin (the first is 0); None for one document.
-            Each document begins with BOS or CHORD.
+            Each document begins with BOS or BAND.
     """
     ids = np.asarray(ids)
     if len(ids) == 0:
@@ -132,6 +134,38 @@ def scan_bars(ids: np.ndarray) -> Bars:
     )
 
 
+def band_tokens(ids: np.ndarray) -> np.ndarray:
+    """The BAND tokens (uint16) with which a document says its instruments, in their order."""
+    ids = np.asarray(ids)
+    begin = int(len(ids) > 0 and ids[0] == vocab.BOS)
+    end = begin
+    while end < len(ids) and ids[end] in vocab.BAND:
+        end += 1
+    return ids[begin:end].astype(np.uint16)
+
+
+def band(ids: np.ndarray) -> np.ndarray:
+    """The instruments (int64, programs and `vocab.DRUMS`) of a document's band list, in its order."""
+    return vocab.INSTRUMENTS[band_tokens(ids).astype(np.int64) - vocab.BAND.start]
+
+
+def with_instruments(ids: np.ndarray, instruments: Iterable[int]) -> np.ndarray:
+    """The document with these instruments (programs, `vocab.DRUMS`) in its band list, too; uint16 [n].
+
+    A missing one goes before the first that comes after it in the order of `encode`, so a list in that order
+    stays in it; the groups of notes stay as they are.
+    """
+    ids = np.asarray(ids).astype(np.uint16)
+    old = band_tokens(ids)
+    begin = int(len(ids) > 0 and ids[0] == vocab.BOS)
+    listed = old.tolist()
+    for token in sorted(vocab.BAND.start + int(vocab.INSTRUMENT_RANK[inst]) for inst in instruments):
+        if token not in listed:
+            place = next((i for i, other in enumerate(listed) if other > token), len(listed))
+            listed.insert(place, token)
+    return np.concatenate((ids[:begin], listed, ids[begin + len(old) :])).astype(np.uint16)
+
+
 def cut_points(ids: np.ndarray) -> np.ndarray:
     """Token indices (int64) of the CHORD tokens at which a sample may begin: all true bar lines."""
     bars = scan_bars(ids)
@@ -142,13 +176,15 @@ def restated(ids: np.ndarray, point: int) -> tuple[np.ndarray, int]:
     """What a sample that begins at the bar line `point` must say first.
 
     Returns:
-        header: CHORD, TS, [CUT], BPM as uint16; TS and BPM are stated even where the song omits them.
+        header: the band list, then CHORD, TS, [CUT], BPM, as uint16; TS and BPM are stated even where the
+            song omits them. There is no BOS: it stands where songs really begin.
         skip: how many of the song's own tokens the header replaces, so that the sample is
             `header` followed by `ids[point + skip:]`.
     """
     bars = scan_bars(ids)
     bar = int(np.searchsorted(bars.token, point))
     header = [
+        *band_tokens(ids),
         ids[point],
         vocab.TS.start + bars.signature[bar],
         *([vocab.CUT.start + bars.steps[bar] - 1] if bars.cut[bar] else []),

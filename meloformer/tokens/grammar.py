@@ -1,20 +1,23 @@
 """Which tokens may follow: one automaton for validation and for the mask in generation.
 
-    song  := BOS bar+ EOS
+    song  := BOS BAND+ bar+ EOS
     bar   := CHORD [TS] [CUT] [BPM] group*
     group := INST note+
     note  := [T] P [L] [V]
 
 Beyond that shape it knows what makes a song canonical: TS and BPM stand in the first bar and where
-they change, TS stands after a bar that was cut short, instruments rise in their order, onsets rise
-inside a group, pitches inside an onset, onsets lie inside the bar, and T, L and V are left out when
-they repeat. A fragment of a song may begin at any bar and end after any token.
+they change, TS stands after a bar that was cut short, BAND lists each instrument at most once, the groups of
+a bar are of listed instruments and stand in the order of the list, onsets rise inside a group, pitches inside
+an onset, onsets lie inside the bar, and T, L and V are left out when they repeat. The list may have any
+order, and instruments that never play; what `encode` writes has the order of the INST ids, and all play.
+
+A fragment of a song may begin at any bar, with the band list but without BOS, and end after any token.
 """
 
 import numpy as np
 
 from . import vocab
-from .vocab import BPM, CHORD, CUT, INST, TS, L, P, T, V
+from .vocab import BAND, BPM, CHORD, CUT, INST, TS, L, P, T, V
 
 Ranges = list[tuple[int, int]]  # half-open ranges of ids
 
@@ -31,6 +34,8 @@ class Grammar:
 
     def __init__(self):
         self._after = ""  # family name of the previous token
+        self._band: list[int] = []  # ranks of the listed instruments
+        self._groups_after: list[Ranges] = []  # the INST ids that may follow, by place in the list
         self._first_bar = True
         self._signature: int | None = None
         self._part = -1
@@ -38,7 +43,7 @@ class Grammar:
         self._cut = False  # the current bar is cut short
         self._after_cut = False  # the bar before it was
         self._bpm: int | None = None
-        self._group = -1  # index of the group's INST; -1 before the first group of a bar
+        self._group = -1  # place of the group's instrument in the band list; -1 before a bar's first group
         self._onset = self._pitch = -1
         self._length: int | None = None
         self._velocity: int | None = None
@@ -47,11 +52,14 @@ class Grammar:
         """The ids that may come next, as half-open ranges (some may be empty); [] after EOS."""
         after = self._after
         if after == "":
-            return [(vocab.BOS, vocab.BOS + 1), (CHORD.start, CHORD.stop)]
+            return [(vocab.BOS, vocab.BOS + 1), (BAND.start, BAND.stop)]
         if after == "EOS":
             return []
-        if after == "BOS":
-            return [(CHORD.start, CHORD.stop)]
+        if after in ("BOS", "BAND"):
+            listed = sorted(self._band)
+            unlisted = zip([-1, *listed], [*listed, len(BAND)])
+            ranges = [(BAND.start + low + 1, BAND.start + high) for low, high in unlisted]
+            return [*ranges, (CHORD.start, CHORD.stop)] if listed else ranges
         if after == "INST":
             return [(T.start, T.start + self._bar_steps)]
         if after == "T":
@@ -84,7 +92,7 @@ class Grammar:
             ]
         return [
             *ranges,
-            (INST.start + self._group + 1, INST.stop),
+            *self._groups_after[self._group + 1],
             (CHORD.start, CHORD.stop),
             (vocab.EOS, vocab.EOS + 1),
         ]
@@ -108,7 +116,9 @@ class Grammar:
         family = vocab.family_of(token)
         value = token - family.start
         self._after = family.name
-        if family is CHORD:
+        if family is BAND:
+            self._band.append(value)
+        elif family is CHORD:
             self._begin_bar()
         elif family is TS:
             self._signature, self._part = value, 0
@@ -118,7 +128,7 @@ class Grammar:
         elif family is BPM:
             self._bpm = value
         elif family is INST:
-            self._group, self._onset, self._pitch = value, -1, -1
+            self._group, self._onset, self._pitch = self._band.index(value), -1, -1
             self._length = self._velocity = None
         elif family is T:
             self._onset, self._pitch = value, -1
@@ -130,6 +140,9 @@ class Grammar:
             self._velocity = value
 
     def _begin_bar(self) -> None:
+        if not self._groups_after:
+            groups = [(INST.start + rank, INST.start + rank + 1) for rank in self._band]
+            self._groups_after = [groups[place:] for place in range(len(groups) + 1)]
         self._first_bar = self._signature is None
         self._after_cut, self._cut = self._cut, False
         self._group = -1
@@ -138,6 +151,16 @@ class Grammar:
             self._part = (self._part + 1) % -(-nominal // vocab.MAX_BAR_STEPS)
             rest = nominal - self._part * vocab.MAX_BAR_STEPS
             self._bar_steps = min(rest, vocab.MAX_BAR_STEPS)
+
+    @property
+    def lists_band(self) -> bool:
+        """Whether the band list is being written, so that BAND may follow (unless all are listed)."""
+        return self._after in ("BOS", "BAND")
+
+    @property
+    def band(self) -> tuple[int, ...]:
+        """The instruments listed so far: programs and `vocab.DRUMS`, in the order of the list."""
+        return tuple(vocab.INSTRUMENTS[self._band].tolist())
 
     @property
     def signature(self) -> int | None:

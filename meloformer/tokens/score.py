@@ -6,6 +6,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -239,12 +240,13 @@ def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.
     return rounded.astype(np.int64)
 
 
-def to_midi(score: Score, chords: np.ndarray) -> miditoolkit.MidiFile:
+def to_midi(score: Score, chords: np.ndarray, band: Iterable[int] = ()) -> miditoolkit.MidiFile:
     """Write a score as a MIDI file with one track per instrument and chord labels as markers.
 
     Args:
         score: the song.
         chords: chord label of each bar, int64 [bars].
+        band: instruments whose tracks come first, in this order; the others follow in canonical order.
     """
     midi = miditoolkit.MidiFile(ticks_per_beat=TICKS_PER_QUARTER)
     labels = vocab.CHORD.labels
@@ -265,7 +267,10 @@ def to_midi(score: Score, chords: np.ndarray) -> miditoolkit.MidiFile:
         midi.markers.append(miditoolkit.Marker(labels[chord], tick))
     end = int(score.bar_start[-1] + score.bar_steps[-1])
 
-    order = np.lexsort((score.pitch, score.start, vocab.INSTRUMENT_RANK[score.inst]))
+    band = list(band)
+    place = len(band) + vocab.INSTRUMENT_RANK
+    place[band] = np.arange(len(band))
+    order = np.lexsort((score.pitch, score.start, place[score.inst]))
     for inst, indices in itertools.groupby(order, key=lambda i: int(score.inst[i])):
         drums = inst == vocab.DRUMS
         track = miditoolkit.Instrument(

@@ -26,36 +26,46 @@ class HIDTokenizer:
         """SHA-256 of the vocabulary, 64 hex digits; shards and checkpoints carry it."""
         return vocab.fingerprint()
 
-    def encode(self, song: str | os.PathLike | miditoolkit.MidiFile) -> np.ndarray:
+    def encode(
+        self, song: str | os.PathLike | miditoolkit.MidiFile, band: Iterable[int] | None = None
+    ) -> np.ndarray:
         """Token ids of a song, uint16 [n], from BOS to EOS.
 
         Args:
             song: the path of a MIDI file, or a parsed one (taken as it is, unmended).
+            band: the instruments (programs, 128 for drums) in the order in which to list them and to write
+                their groups; more than play may be listed. None lists those that play in the canonical order.
 
         Raises:
             MidiError: the file cannot become a song; `reason` says why.
+            ValueError: `band` names an instrument twice, none that exists, or not all that play.
         """
-        return self.encode_with_mends(song)[0]
+        return self.encode_with_mends(song, band)[0]
 
     def encode_with_mends(
-        self, song: str | os.PathLike | miditoolkit.MidiFile, *, sustain: bool = False
+        self,
+        song: str | os.PathLike | miditoolkit.MidiFile,
+        band: Iterable[int] | None = None,
+        *,
+        sustain: bool = False,
     ) -> tuple[np.ndarray, frozenset[str]]:
         """As `encode`, and the codes (`meloformer.midi.reader.MENDS`) of what was mended in the file.
 
         Args:
+            band: as for `encode`.
             sustain: whether notes of a file sound on while the pedal (controller 64) is down.
         """
         if isinstance(song, miditoolkit.MidiFile):
-            return encode_score(score.from_midi(song)), frozenset()
+            return encode_score(score.from_midi(song), band), frozenset()
         midi, notes, mends = read_notes(song, sustain=sustain)
         quantised = score.from_midi(midi, notes)
-        return encode_score(quantised), frozenset([*mends, *score.losses(midi, notes, quantised)])
+        return encode_score(quantised, band), frozenset([*mends, *score.losses(midi, notes, quantised)])
 
     def decode(self, ids: Iterable[int]) -> miditoolkit.MidiFile:
         """The song that token ids spell: int [n]. A fragment that ends with a note is decoded alike.
 
-        Each program has a track of its own. From 16 melodic programs on they share channels, and
-        then only `midi_writer.write_midi` writes a file that plays right.
+        Each program that plays has a track of its own, in the order of the band list. From 16 melodic
+        programs on they share channels, and then only `midi.writer.write_midi` writes a file that plays right.
 
         Raises:
             ValueError: the ids break the grammar (the message names the first bad token), hold no
@@ -65,7 +75,7 @@ class HIDTokenizer:
         state = grammar.check(ids)
         if not (state.bar_complete or (len(ids) and ids[-1] == vocab.EOS)):
             raise ValueError("the ids end where no song may end")
-        return score.to_midi(*decode_score(ids))
+        return score.to_midi(*decode_score(ids), attributes.band(ids))
 
     def token_name(self, token: int) -> str:
         """Name of an id, e.g. 'CHORD_A:min7'; IndexError if there is none."""
@@ -82,12 +92,13 @@ class HIDTokenizer:
         return {**vocab.to_json(), "fingerprint": self.fingerprint}
 
 
-def encode_score(song: Score) -> np.ndarray:
-    """Token ids of a quantised song, uint16 [n], from BOS to EOS."""
+def encode_score(song: Score, band: Iterable[int] | None = None) -> np.ndarray:
+    """Token ids of a quantised song, uint16 [n], from BOS to EOS; `band` as for `HIDTokenizer.encode`."""
+    ranks, place_of_rank = _band_list(np.unique(vocab.INSTRUMENT_RANK[song.inst]), band)
     bar_of_note = np.searchsorted(song.bar_start, song.start, side="right") - 1
     onset = song.start - song.bar_start[bar_of_note]
     rank = vocab.INSTRUMENT_RANK[song.inst]
-    order = np.lexsort((song.pitch, onset, rank, bar_of_note))
+    order = np.lexsort((song.pitch, onset, place_of_rank[rank], bar_of_note))
     bar_of_note, onset, rank = bar_of_note[order], onset[order], rank[order]
     length = vocab.length_to_index(song.length[order])
     velocity = song.velocity[order]
@@ -125,7 +136,28 @@ def encode_score(song: Score) -> np.ndarray:
     note_ids, note_rows = _flatten(note_slots)
     keys = np.concatenate((2 * bar_rows, 2 * bar_of_note[note_rows] + 1))
     body = np.concatenate((bar_ids, note_ids))[np.argsort(keys, kind="stable")]
-    return np.concatenate(([vocab.BOS], body, [vocab.EOS])).astype(np.uint16)
+    return np.concatenate(([vocab.BOS], vocab.BAND.start + ranks, body, [vocab.EOS])).astype(np.uint16)
+
+
+def _band_list(playing: np.ndarray, band: Iterable[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The ranks to list, in order, and the place of each rank in that list (int64 [129]).
+
+    Args:
+        playing: ranks of the instruments that play, ascending.
+        band: as for `HIDTokenizer.encode`.
+    """
+    ranks = playing
+    if band is not None:
+        band = list(band)
+        if not all(0 <= inst <= vocab.DRUMS for inst in band) or len(set(band)) < len(band):
+            raise ValueError(f"band must list instruments 0..{vocab.DRUMS}, each once, got {band}")
+        ranks = vocab.INSTRUMENT_RANK[np.array(band, dtype=np.int64)]
+        missing = vocab.INSTRUMENTS[np.setdiff1d(playing, ranks)]
+        if len(missing):
+            raise ValueError(f"band leaves out instruments that play: {missing.tolist()}")
+    place = np.zeros(len(vocab.INSTRUMENTS), dtype=np.int64)
+    place[ranks] = np.arange(len(ranks))
+    return ranks, place
 
 
 def _flatten(slots: list[tuple[np.ndarray, vocab.Family, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

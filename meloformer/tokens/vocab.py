@@ -12,12 +12,15 @@ from functools import cache
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Fingerprints of earlier versions, so that a refusal can name the version of old data.
+EARLIER_VERSIONS = {"e619bafa40d3a3fe0ce1bc25f7602ef33788cc7aa14e65fb5c2528fd96aab23f": 1}
 STEPS_PER_QUARTER = 24
 MAX_BAR_STEPS = 8 * STEPS_PER_QUARTER  # a longer bar is split into parts of this many steps
 MAX_NOTE_STEPS = 64 * STEPS_PER_QUARTER
-MIN_BPM, MAX_BPM = 10, 300  # ritardandi of real songs go below 20
+MIN_BPM, MAX_BPM = 4, 480  # ritardandi of real songs go below 20; a MIDI file can say no tempo below 3.6
 VELOCITY_BINS = 32
+RESERVED_IDS = 8
 DRUMS = 128  # the instrument number of drums; 0..127 are General MIDI programs
 NO_INSTRUMENT = 129
 IGNORE_INDEX = -100  # the target of a token that predicts nothing, as PyTorch's cross entropy has it
@@ -46,11 +49,11 @@ QUALITIES: dict[str, tuple[int, ...]] = {
     "min9": (0, 2, 3, 7, 10),
 }
 
-# INST ids stand in the order in which instruments are written inside a bar: drums, bass, then the
-# General MIDI families that mostly play chords, then those that mostly play melodies.
+# BAND and INST ids stand in the order in which `encode` lists instruments and writes them inside a bar:
+# drums, bass, then the General MIDI families that mostly play chords, then those that mostly play melodies.
 _FAMILY_ORDER = (4, 0, 2, 3, 1, 6, 11, 5, 7, 8, 9, 10, 12, 13, 14, 15)
 INSTRUMENTS = np.array([DRUMS, *(8 * family + i for family in _FAMILY_ORDER for i in range(8))])
-INSTRUMENT_RANK = np.argsort(INSTRUMENTS)  # [129] instrument number -> index of its INST id
+INSTRUMENT_RANK = np.argsort(INSTRUMENTS)  # [129] instrument number -> index of its BAND and INST id
 
 SIGNATURES: tuple[tuple[int, int], ...] = tuple((n, d) for d in (1, 2, 4, 8, 16, 32) for n in range(1, 25))
 SIGNATURE_STEPS = np.array([n * 4 * STEPS_PER_QUARTER // d for n, d in SIGNATURES], dtype=np.int64)
@@ -111,6 +114,7 @@ def _families() -> tuple[Family, ...]:
         "PAD": ("",),
         "BOS": ("",),
         "EOS": ("",),
+        "BAND": instruments,
         "CHORD": chords,
         "TS": tuple(f"{n}/{d}" for n, d in SIGNATURES),
         "CUT": tuple(str(steps) for steps in range(1, MAX_BAR_STEPS)),
@@ -120,6 +124,9 @@ def _families() -> tuple[Family, ...]:
         "P": tuple(str(pitch) for pitch in range(128)),
         "L": tuple(str(steps) for steps in LENGTHS),
         "V": tuple(str(b) for b in range(VELOCITY_BINS)),
+        # No song has these yet. Planned: a part of the song that stands first although it sounds later, so
+        # that infilling sees what follows. Ids kept free for it spare data and checkpoints a new format.
+        "RESERVED": tuple(str(i) for i in range(RESERVED_IDS)),
     }
     families, start = [], 0
     for name, family_labels in labels.items():
@@ -129,9 +136,9 @@ def _families() -> tuple[Family, ...]:
 
 
 FAMILIES = _families()
-PAD_FAMILY, BOS_FAMILY, EOS_FAMILY, CHORD, TS, CUT, BPM, INST, T, P, L, V = FAMILIES
+PAD_FAMILY, BOS_FAMILY, EOS_FAMILY, BAND, CHORD, TS, CUT, BPM, INST, T, P, L, V, RESERVED = FAMILIES
 PAD, BOS, EOS = PAD_FAMILY.start, BOS_FAMILY.start, EOS_FAMILY.start
-VOCAB_SIZE = V.stop
+VOCAB_SIZE = RESERVED.stop
 
 
 _FAMILY_OF = tuple(family for family in FAMILIES for _ in family.labels)
@@ -169,6 +176,14 @@ def fingerprint() -> str:
     """SHA-256 (64 hex digits) of the vocabulary; shards and checkpoints carry it."""
     text = json.dumps(to_json(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def mismatch(fingerprint: str) -> str:
+    """How data with another `fingerprint` was written, to complete the sentence "it was written ..."."""
+    version = EARLIER_VERSIONS.get(fingerprint)
+    if version is None:
+        return "with another tokenizer"
+    return f"in version {version} of the token format, and this program reads version {FORMAT_VERSION}"
 
 
 def velocity_to_bin(velocity: np.ndarray) -> np.ndarray:

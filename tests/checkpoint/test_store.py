@@ -277,6 +277,13 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert_one_line(error, "another token vocabulary", "tokenizer.json")
 
 
+def test_the_first_token_format_is_refused_by_name(tmp_path):
+    path = save(tmp_path, 1, tokenizer_json={**vocab.to_json(), "version": 1})
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert_one_line(error, "version 1 of the token format", "run preprocess again")
+
+
 def test_resuming_hashes_every_file_once(saved, monkeypatch):
     hashed = []
 

@@ -67,10 +67,11 @@ def test_cut_samples_restate_what_is_in_force(shards):
     assert len(cut) > 20
     for sample in cut:
         piece = samples.read(shards, sample)
-        has_cut = int(piece[2] in vocab.CUT)
-        assert piece[0] in vocab.CHORD
-        assert piece[1] in vocab.TS
-        assert piece[2 + has_cut] in vocab.BPM
+        band = attributes.band_tokens(shards[int(samples.song[sample])])
+        np.testing.assert_array_equal(piece[: len(band)], band)
+        chord, signature, *more = piece[len(band) : len(band) + 4]
+        assert len(band) and chord in vocab.CHORD and signature in vocab.TS
+        assert more[int(more[0] in vocab.CUT)] in vocab.BPM
         grammar.check(piece)
         assert (piece[-1] == vocab.EOS) == (samples.stop[sample] == shards.lengths[samples.song[sample]])
 

@@ -25,7 +25,7 @@ OTHER_FINGERPRINT = "ab" * 32
 def song(generator: np.random.Generator, bars: int) -> np.ndarray:
     """A song of the grammar: one chord of notes per bar."""
     first = vocab.INST.start, vocab.T.start, vocab.P.start, vocab.L.start, vocab.V.start
-    ids = [vocab.BOS]
+    ids = [vocab.BOS, vocab.BAND.start]
     for bar in range(bars):
         ids.append(generator.integers(vocab.CHORD.start, vocab.CHORD.stop))
         ids += [vocab.TS.start, vocab.BPM.start] if bar == 0 else []
@@ -192,6 +192,13 @@ def test_index_of_another_shard_is_refused(folder):
         ShardSet(folder)
 
 
+def test_data_of_the_first_token_format_is_refused_by_name(tmp_path):
+    (first,) = vocab.EARLIER_VERSIONS
+    folder = write_folder(tmp_path / "other", SONGS, (40,), fingerprint=first)
+    with pytest.raises(UserError, match=r"in version 1 of the token format.*run preprocess again"):
+        ShardSet(folder)
+
+
 def test_other_tokenizer_is_refused(tmp_path):
     folder = write_folder(tmp_path / "other", SONGS, (40,), fingerprint=OTHER_FINGERPRINT)
     with pytest.raises(UserError, match="another tokenizer"):
@@ -281,12 +288,13 @@ def test_verify_sees_a_changed_digest(folder):
         verify(folder)
 
 
-BAR = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
+BAND, BAR = vocab.BAND.start, [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
 BAD_SONGS = {
-    "token 2: id": ([vocab.BOS, vocab.CHORD.start, vocab.VOCAB_SIZE, vocab.EOS], 1),
-    "token 2: EOS may not follow": ([vocab.BOS, vocab.CHORD.start, vocab.EOS], 1),
-    "from BOS to EOS": ([*BAR, vocab.EOS], 1),
-    "number of bars": ([vocab.BOS, *BAR, vocab.EOS], 2),
+    "token 3: id": ([vocab.BOS, BAND, vocab.CHORD.start, vocab.VOCAB_SIZE, vocab.EOS], 1),
+    "token 3: EOS may not follow": ([vocab.BOS, BAND, vocab.CHORD.start, vocab.EOS], 1),
+    "token 1: CHORD_N may not follow BOS": ([vocab.BOS, *BAR, vocab.EOS], 1),
+    "from BOS to EOS": ([BAND, *BAR, vocab.EOS], 1),
+    "number of bars": ([vocab.BOS, BAND, *BAR, vocab.EOS], 2),
 }
 
 

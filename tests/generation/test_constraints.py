@@ -35,6 +35,24 @@ def test_constraints_hold_from_the_first_new_bar(model, prompt_seed):
     assert {name for name in names if name.startswith("INST")} <= {"INST_33", "INST_drums"}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_new_song_lists_exactly_the_instruments_asked_for(model, seed):
+    constraints = Constraints(instruments=(73, 33, vocab.DRUMS))
+    ids = generate(model, bars=2, max_tokens=200, constraints=constraints, seed=seed)
+    assert attributes.band(ids).tolist() == [vocab.DRUMS, 33, 73]
+
+
+def test_a_band_that_has_none_of_the_instruments_is_refused(model):
+    prompt = TOKENIZER.encode(compose(1, bars=2))
+    stranger = next(i for i in range(128) if i not in attributes.band(prompt))
+    constraints = Constraints(instruments=(stranger,))
+    with pytest.raises(ValueError, match="none of the instruments"):
+        generate(model, prompt, bars=1, constraints=constraints)
+    joined = attributes.with_instruments(prompt, [stranger])
+    ids = generate(model, joined, bars=1, max_tokens=60, constraints=constraints)
+    np.testing.assert_array_equal(ids[: len(joined) - 1], joined[:-1])
+
+
 def test_bars_in_parts_are_counted_whole_and_not_broken_by_a_constraint(model):
     constraints = Constraints(signature=vocab.SIGNATURE_INDEX[20, 4])
     ids = generate(
@@ -48,15 +66,15 @@ def test_only_what_violates_a_constraint_is_ruled_out():
     assert Constraints().allowed_ids().all()
     waltz = Constraints(signature=vocab.SIGNATURE_INDEX[3, 4], bpm=90, instruments=(0, 33))
     names = {name for name, out in zip(vocab.names(), ~waltz.allowed_ids()) if out}
-    assert {name.split("_")[0] for name in names} == {"TS", "CUT", "BPM", "INST"}
-    assert not names & {"TS_3/4", "BPM_90", "INST_0", "INST_33"}
+    assert {name.split("_")[0] for name in names} == {"TS", "CUT", "BPM", "BAND", "INST"}
+    assert not names & {"TS_3/4", "BPM_90", "BAND_0", "BAND_33", "INST_0", "INST_33"}
 
 
 def test_what_is_in_force_is_not_required_again():
     constraints = Constraints(signature=vocab.SIGNATURE_INDEX[4, 4], bpm=100)
     bar, anything = vocab.CHORD.start, np.ones(vocab.VOCAB_SIZE, dtype=bool)
-    ids = [vocab.BOS, bar, vocab.TS.start + vocab.SIGNATURE_INDEX[4, 4]]
-    assert constraints.required_id(check(np.array(ids[:2])), anything) == ids[2]
+    ids = [vocab.BOS, vocab.BAND.start, bar, vocab.TS.start + vocab.SIGNATURE_INDEX[4, 4]]
+    assert constraints.required_id(check(np.array(ids[:3])), anything) == ids[3]
     tempo = vocab.BPM.start + 100 - vocab.MIN_BPM
     assert constraints.required_id(check(np.array(ids)), anything) == tempo
     assert constraints.required_id(check(np.array(ids)), ~anything) is None

@@ -62,9 +62,11 @@ def test_a_long_past_is_left_out_at_a_bar_line():
     ids = TOKENIZER.encode(compose(2, bars=60))[:-1]
     kept = context(ids, 600)
     longest_bar = np.diff(attributes.cut_points(ids)).max()
-    assert 600 - longest_bar - 4 <= len(kept) <= 600
+    band = attributes.band_tokens(ids)
+    assert 600 - longest_bar - 4 - len(band) <= len(kept) <= 600
     grammar.check(kept)
-    assert kept[0] in vocab.CHORD and kept[1] in vocab.TS
+    np.testing.assert_array_equal(kept[: len(band)], band)
+    assert kept[len(band)] in vocab.CHORD and kept[len(band) + 1] in vocab.TS
     np.testing.assert_array_equal(kept[-90:], ids[-90:])
     assert context(ids, len(ids)) is ids
 

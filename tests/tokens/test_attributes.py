@@ -49,6 +49,42 @@ def test_a_packed_row_has_the_facts_of_its_songs():
         np.testing.assert_array_equal(getattr(packed, name), apart, err_msg=name)
 
 
+def test_band_tokens_are_global_and_of_bar_0():
+    ids = TOKENIZER.encode(compose(0, bars=2))
+    scanned, at = attributes.scan(ids), vocab.BAND.mask(ids)
+    assert at.sum() > 2
+    for name, value in (
+        ("bar", 0),
+        ("inst", vocab.NO_INSTRUMENT),
+        ("kind", attributes.STRUCTURAL),
+        ("onset", -1),
+    ):
+        assert (getattr(scanned, name)[at] == value).all()
+
+
+def test_instruments_join_a_band_in_its_order():
+    ids = TOKENIZER.encode(compose(0, bars=2))
+    band = attributes.band(ids).tolist()
+    added = attributes.with_instruments(ids, [127, band[0], 41])
+    grammar.check(added)
+    wanted = sorted({*band, 127, 41}, key=lambda inst: vocab.INSTRUMENT_RANK[inst])
+    assert attributes.band(added).tolist() == wanted
+    np.testing.assert_array_equal(added[len(wanted) + 1 :], ids[len(band) + 1 :])
+    np.testing.assert_array_equal(attributes.with_instruments(ids, band), ids)
+    turned = np.concatenate((ids[:1], ids[1 : 1 + len(band)][::-1], ids[1 + len(band) :]))
+    assert sorted(attributes.band(attributes.with_instruments(turned, [127])).tolist()) == sorted(
+        [*band, 127]
+    )
+
+
+def test_what_follows_a_token_changes_none_of_its_attributes():
+    ids = TOKENIZER.encode(compose(1, bars=4))
+    whole = vars(attributes.scan(ids))
+    for end in range(1, len(ids), 7):
+        for name, values in vars(attributes.scan(ids[:end])).items():
+            np.testing.assert_array_equal(values, whole[name][:end], err_msg=name)
+
+
 def test_an_empty_row_has_no_facts():
     assert len(attributes.scan(np.zeros(0, dtype=np.uint16)).bar) == 0
 
@@ -62,6 +98,8 @@ def test_a_song_cut_at_any_bar_line_goes_on_the_same(make):
         header, skip = attributes.restated(ids, int(point))
         piece = np.concatenate((header, ids[point + skip :]))
         grammar.check(piece)
+        assert vocab.BOS not in piece
+        np.testing.assert_array_equal(attributes.band(piece), attributes.band(ids))
         rest = attributes.scan_bars(piece)
         for name in ("chord", "signature", "part", "steps", "bpm"):
             np.testing.assert_array_equal(getattr(rest, name), getattr(whole, name)[-len(rest.token) :])

@@ -8,7 +8,7 @@ from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.songs import example
 
-BEGIN = "BOS CHORD_N TS_4/4 BPM_120"
+BEGIN = "BOS BAND_0 BAND_73 CHORD_N TS_4/4 BPM_120"
 NOTE = "INST_0 T_0 P_60 L_24 V_20"
 
 
@@ -23,10 +23,11 @@ def ids(text):
         f"{BEGIN} {NOTE} EOS",
         f"{BEGIN} {NOTE} P_64 P_67 L_12 V_3 T_5 P_60 EOS",
         f"{BEGIN} CHORD_N CHORD_C:maj {NOTE} INST_73 T_191 P_0 L_1 V_0".replace("4/4", "8/4") + " EOS",
-        "BOS CHORD_N TS_4/4 CUT_95 BPM_120 CHORD_N TS_4/4 CHORD_N EOS",
-        "BOS CHORD_N TS_24/4 BPM_120 CHORD_N CHORD_N CHORD_N TS_4/4 EOS",
-        "BOS CHORD_N TS_24/4 BPM_120 CHORD_N TS_24/4 EOS",  # a new bar line inside a bar of three parts
-        "CHORD_N TS_3/4 BPM_20 INST_drums",  # a fragment
+        "BOS BAND_0 CHORD_N TS_4/4 CUT_95 BPM_120 CHORD_N TS_4/4 CHORD_N EOS",
+        "BOS BAND_0 CHORD_N TS_24/4 BPM_120 CHORD_N CHORD_N CHORD_N TS_4/4 EOS",
+        "BOS BAND_0 CHORD_N TS_24/4 BPM_120 CHORD_N TS_24/4 EOS",  # a bar line inside a bar of three parts
+        f"BOS BAND_73 BAND_0 CHORD_N TS_4/4 BPM_120 {NOTE.replace('_0', '_73', 1)} {NOTE} EOS",  # any order
+        "BAND_drums CHORD_N TS_3/4 BPM_20 INST_drums",  # a fragment
     ],
 )
 def test_songs_of_the_grammar_pass(text):
@@ -38,27 +39,35 @@ def test_songs_of_the_grammar_pass(text):
     [
         ("EOS", 0),
         ("BOS EOS", 1),
-        ("BOS CHORD_N BPM_120", 2),
-        ("BOS CHORD_N TS_4/4 EOS", 3),
-        ("BOS CHORD_N TS_4/4 CUT_96", 3),
-        (f"{BEGIN} P_60", 4),
-        (f"{BEGIN} INST_0 P_60", 5),
-        (f"{BEGIN} INST_0 T_96", 5),
-        (f"{BEGIN} INST_0 T_0 P_60 V_3", 7),
-        (f"{BEGIN} INST_0 T_0 P_60 L_3 EOS", 8),
-        (f"{BEGIN} {NOTE} P_60", 9),
-        (f"{BEGIN} {NOTE} T_0", 9),
-        (f"{BEGIN} {NOTE} P_61 L_24", 10),
-        (f"{BEGIN} {NOTE} P_61 V_20", 10),
-        (f"{BEGIN} {NOTE} INST_0", 9),
-        (f"{BEGIN} {NOTE} INST_drums", 9),
-        (f"{BEGIN} CHORD_N TS_4/4", 5),
-        (f"{BEGIN} CHORD_N BPM_120", 5),
-        (f"{BEGIN} CHORD_N BPM_121 TS_3/4", 6),
-        ("BOS CHORD_N TS_4/4 CUT_5 BPM_120 CHORD_N CHORD_N", 6),
-        ("BOS CHORD_N TS_4/4 CUT_5 BPM_120 INST_0 T_5", 6),
-        (f"{BEGIN} EOS CHORD_N", 5),
+        ("BOS BAND_0 CHORD_N BPM_120", 3),
+        ("BOS BAND_0 CHORD_N TS_4/4 EOS", 4),
+        ("BOS BAND_0 CHORD_N TS_4/4 CUT_96", 4),
+        (f"{BEGIN} P_60", 6),
+        (f"{BEGIN} INST_0 P_60", 7),
+        (f"{BEGIN} INST_0 T_96", 7),
+        (f"{BEGIN} INST_0 T_0 P_60 V_3", 9),
+        (f"{BEGIN} INST_0 T_0 P_60 L_3 EOS", 10),
+        (f"{BEGIN} {NOTE} P_60", 11),
+        (f"{BEGIN} {NOTE} T_0", 11),
+        (f"{BEGIN} {NOTE} P_61 L_24", 12),
+        (f"{BEGIN} {NOTE} P_61 V_20", 12),
+        (f"{BEGIN} {NOTE} INST_0", 11),
+        (f"{BEGIN} {NOTE} INST_drums", 11),
+        (f"{BEGIN} CHORD_N TS_4/4", 7),
+        (f"{BEGIN} CHORD_N BPM_120", 7),
+        (f"{BEGIN} CHORD_N BPM_121 TS_3/4", 8),
+        ("BOS BAND_0 CHORD_N TS_4/4 CUT_5 BPM_120 CHORD_N CHORD_N", 7),
+        ("BOS BAND_0 CHORD_N TS_4/4 CUT_5 BPM_120 INST_0 T_5", 7),
+        (f"{BEGIN} EOS CHORD_N", 7),
         ("PAD", 0),
+        ("RESERVED_0", 0),
+        ("CHORD_N", 0),
+        ("BOS CHORD_N", 1),
+        ("BOS BAND_0 BAND_0", 2),
+        ("BOS BAND_0 INST_0", 2),
+        (f"{BEGIN} INST_1", 6),
+        (f"{BEGIN} BAND_1", 6),
+        (f"{BEGIN} {NOTE.replace('INST_0', 'INST_73')} INST_0", 11),
     ],
 )
 def test_what_breaks_the_grammar_is_named(text, index):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from benchmarks.fidelity import measure
 from meloformer.composer.compose import compose
 from meloformer.errors import MidiError
-from meloformer.tokens import grammar, vocab
+from meloformer.tokens import attributes, grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.songs import EXAMPLE, example, song, through_file
@@ -36,7 +36,7 @@ def test_a_small_song_token_by_token():
     assert (
         names(midi)
         == (
-            "BOS CHORD_C:maj TS_4/4 BPM_120 INST_drums T_0 P_36 L_6 V_25 "
+            "BOS BAND_drums BAND_0 CHORD_C:maj TS_4/4 BPM_120 INST_drums T_0 P_36 L_6 V_25 "
             "INST_0 T_0 P_60 L_24 V_20 P_64 T_24 P_67 L_12 "
             "CHORD_N BPM_90 "
             "CHORD_N TS_3/4 INST_0 T_0 P_60 L_96 V_10 CHORD_N EOS"
@@ -46,8 +46,8 @@ def test_a_small_song_token_by_token():
 
 def test_a_short_bar_says_its_length_and_the_next_states_its_signature():
     midi = song([(0, 60, 0, 24), (0, 60, 200, 220)], signatures=[(4, 4, 0), (4, 4, 50)])
-    assert names(midi)[1:4] == ["CHORD_N", "TS_4/4", "CUT_50"]
-    again = names(midi).index("CHORD_N", 2)
+    assert names(midi)[2:5] == ["CHORD_N", "TS_4/4", "CUT_50"]
+    again = names(midi).index("CHORD_N", 3)
     assert names(midi)[again + 1] == "TS_4/4"
     assert [ts.time for ts in TOKENIZER.decode(TOKENIZER.encode(midi)).time_signature_changes] == [0, 1000]
 
@@ -61,6 +61,43 @@ def test_decode_gives_each_program_a_track_and_chords_as_markers():
 def test_empty_bars_are_kept_and_marked():
     midi = TOKENIZER.decode(TOKENIZER.encode(song([(0, 60, 96 * 3, 96 * 3 + 9), (0, 60, 96 * 6, 96 * 7)])))
     assert [m.time for m in midi.markers] == [480 * 4 * bar for bar in range(7)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_listed_instrument_plays_and_every_other_one_is_silent(seed):
+    ids = TOKENIZER.encode(compose(seed))
+    band = attributes.band(ids)
+    playing = set(attributes.scan(ids).inst[vocab.P.mask(ids)].tolist())
+    assert set(band.tolist()) == playing and len(band) == len(playing) > 1
+    assert (np.diff(vocab.INSTRUMENT_RANK[band]) > 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_band_in_another_order_is_kept_in_tokens_and_tracks(seed):
+    midi = compose(seed, bars=8)
+    ids = TOKENIZER.encode(midi)
+    order = np.random.default_rng(seed).permutation(attributes.band(ids))
+    turned = TOKENIZER.encode(midi, band=order)
+    grammar.check(turned)
+    np.testing.assert_array_equal(attributes.band(turned), order)
+    np.testing.assert_array_equal(np.sort(turned), np.sort(ids))
+    decoded = TOKENIZER.decode(turned)
+    assert [128 if track.is_drum else track.program for track in decoded.instruments] == order.tolist()
+    np.testing.assert_array_equal(TOKENIZER.encode(decoded, band=order), turned)
+    np.testing.assert_array_equal(TOKENIZER.encode(decoded), ids)
+
+
+@pytest.mark.parametrize("band", [[0], [0, 128, 128], [0, 128, 129], [-1, 0, 128]])
+def test_a_band_that_cannot_be_is_refused(band):
+    with pytest.raises(ValueError, match="band"):
+        TOKENIZER.encode(song([(0, 60, 0, 9), (128, 36, 0, 9)]), band=band)
+
+
+def test_a_band_may_list_who_never_plays():
+    ids = TOKENIZER.encode(song([(0, 60, 0, 9)]), band=[73, 0])
+    grammar.check(ids)
+    assert attributes.band(ids).tolist() == [73, 0]
+    assert len(TOKENIZER.decode(ids).instruments) == 1
 
 
 def assert_idempotent(midi):
@@ -92,7 +129,7 @@ note = st.tuples(
     st.integers(0, 80 * quarter),
     st.integers(1, 127),
 ).map(lambda n: (n[0], n[1], n[2], n[2] + n[3], n[4]))
-tempo = st.tuples(st.floats(1, 1000), st.integers(0, 40 * quarter))
+tempo = st.tuples(st.floats(0.5, 1500), st.integers(0, 40 * quarter))
 
 
 @given(

@@ -15,7 +15,8 @@ def test_every_id_has_one_name_and_back():
 def test_the_families_hold_what_the_design_lists():
     assert len(vocab.CHORD) == 217
     assert set(vocab.SIGNATURES) == {(n, d) for n in range(1, 25) for d in (1, 2, 4, 8, 16, 32)}
-    assert vocab.names()[vocab.BPM.start] == "BPM_10" and vocab.names()[vocab.BPM.stop - 1] == "BPM_300"
+    assert vocab.names()[vocab.BPM.start] == "BPM_4" and vocab.names()[vocab.BPM.stop - 1] == "BPM_480"
+    assert vocab.BAND.labels == vocab.INST.labels and len(vocab.RESERVED) == 8
     assert len(vocab.T) == 192 and len(vocab.P) == 128 and len(vocab.V) == 32
 
 
@@ -24,6 +25,13 @@ def test_instruments_stand_drums_first_then_bass():
     assert set(vocab.INSTRUMENTS[1:9]) == set(range(32, 40))
     assert sorted(vocab.INSTRUMENTS) == list(range(129))
     assert (vocab.INSTRUMENTS[vocab.INSTRUMENT_RANK] == np.arange(129)).all()
+
+
+def test_old_data_is_told_its_version():
+    (first,) = (name for name, version in vocab.EARLIER_VERSIONS.items() if version == 1)
+    assert vocab.mismatch(first) == "in version 1 of the token format, and this program reads version 2"
+    assert vocab.mismatch("0" * 64) == "with another tokenizer"
+    assert vocab.fingerprint() not in vocab.EARLIER_VERSIONS
 
 
 def test_the_kernels_number_instruments_alike():
