@@ -99,6 +99,9 @@ PROGRESSIONS = {
 }  # fmt: skip
 
 
+_INTERVALS = {**QUALITIES, "min6": (0, 3, 7, 9)}  # which the labels of bars do without
+
+
 class Chord(NamedTuple):
     root: int  # pitch class
     intervals: tuple[int, ...]  # semitones above the root
@@ -112,7 +115,7 @@ class Chord(NamedTuple):
         if degree[0].islower():
             suffix = {"": "min", "7": "min7", "6": "min6"}.get(suffix, suffix)
         root = (tonic + _NUMERALS[numeral] - text.count("b", 0, len(text) - len(degree))) % 12
-        return cls(root, QUALITIES[suffix or "maj"])
+        return cls(root, _INTERVALS[suffix or "maj"])
 
 
 class Hit(NamedTuple):

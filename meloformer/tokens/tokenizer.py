@@ -65,7 +65,8 @@ class HIDTokenizer:
         """The song that token ids spell: int [n]. A fragment that ends with a note is decoded alike.
 
         Each program that plays has a track of its own, in the order of the band list. From 16 melodic
-        programs on they share channels, and then only `midi.writer.write_midi` writes a file that plays right.
+        programs on they share channels, and then only `midi.writer.write_midi` writes
+        a file that plays right.
 
         Raises:
             ValueError: the ids break the grammar (the message names the first bad token), hold no

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from meloformer.tokens import vocab
+from meloformer.composer.compose import compose
+from meloformer.tokens import attributes, vocab
 from meloformer.tokens.chords import label_bars, pitch_class_weights
+from meloformer.tokens.tokenizer import HIDTokenizer
 
 
 def label(pitches, length=24):
@@ -27,13 +31,70 @@ def test_special_bars(pitches, expected):
     assert label(pitches) == expected
 
 
-def test_a_note_counts_in_every_bar_it_sounds_in_by_its_time_there():
-    weights, lowest = pitch_class_weights(
-        np.array([0, 90]), np.array([24, 110]), np.array([60, 50]), np.array([0, 96, 192])
+def test_a_note_counts_in_every_bar_by_its_time_there_and_the_place_of_its_onset():
+    weights, bass = pitch_class_weights(
+        np.array([0, 90, 120]), np.array([24, 110, 10]), np.array([60, 50, 41]), np.array([0, 96, 192, 288])
     )
-    assert weights[:, 0].tolist() == [24, 0, 0]
-    assert weights[:, 2].tolist() == [6, 96, 8]
-    assert lowest.tolist() == [50, 50, 50]
+    assert weights[:, 0].tolist() == [4 * 24, 0, 0, 0]  # on the bar line
+    assert weights[:, 2].tolist() == [2 * 6, 3 * 96, 3 * 8, 0]  # off the beat, then sounding on
+    assert weights[:, 5].tolist() == [0, 3 * 10, 0, 0]  # on a quarter
+    assert bass.tolist() == [0, 2, 2, 0]  # the F comes after the first quarter, the bar at 288 is silent
+
+
+def bars_of(*bars):
+    """Notes of bars of four quarters, each the pitches of one chord that sounds through."""
+    notes = [(96 * at, 96, pitch) for at, pitches in enumerate(bars) for pitch in pitches]
+    return (*np.array(notes, dtype=np.int64).reshape(-1, 3).T, 96 * np.arange(len(bars)))
+
+
+def labels(*bars):
+    return [vocab.CHORD.labels[index] for index in label_bars(*bars_of(*bars))]
+
+
+def test_a_bar_that_goes_on_keeps_its_label():
+    chord, third_missing, root_alone = (48, 52, 55), (48, 55), (48,)
+    assert labels(chord, third_missing, chord) == ["C:maj"] * 3
+    assert labels(chord, root_alone, chord) == ["C:maj"] * 3
+    assert labels(chord, (), chord) == ["C:maj", "N", "C:maj"]
+    assert labels(chord, (45, 48, 52), chord) == ["C:maj", "A:min", "C:maj"]
+    assert labels(root_alone) == ["N"] and labels(third_missing) == ["C:5"]
+
+
+def test_the_bass_decides_between_chords_of_the_same_notes():
+    assert labels((48, 52, 55, 57)) == ["C:6"]
+    assert labels((45, 48, 52, 55)) == ["A:min7"]
+
+
+bar_of_notes = st.lists(st.tuples(st.integers(0, 95), st.integers(1, 200), st.integers(30, 80)), max_size=8)
+
+
+@given(st.lists(bar_of_notes, min_size=1, max_size=12), st.integers(-11, 11))
+@settings(deadline=None, max_examples=300)
+def test_transposing_a_song_transposes_every_label_and_nothing_else(bars, semitones):
+    notes = [(96 * at + onset, *rest) for at, notes in enumerate(bars) for onset, *rest in notes]
+    start, length, pitch = np.array(notes, dtype=np.int64).reshape(-1, 3).T
+    bar_start = 96 * np.arange(len(bars))
+    before = label_bars(start, length, pitch, bar_start)
+    root, quality = np.divmod(before - 1, len(vocab.QUALITIES))
+    expected = np.where(before == 0, 0, 1 + (root + semitones) % 12 * len(vocab.QUALITIES) + quality)
+    np.testing.assert_array_equal(label_bars(start, length, pitch + semitones, bar_start), expected)
+
+
+@pytest.mark.parametrize("semitones", [*range(-5, 0), *range(1, 7)])
+def test_transposed_songs_have_the_same_tokens_but_pitches_and_labels(semitones):
+    midi = compose(2, bars=16)
+    ids = HIDTokenizer().encode(midi).astype(np.int64)
+    for track in midi.instruments:
+        for note in track.notes:
+            note.pitch += 0 if track.is_drum else semitones
+    assert all(0 <= note.pitch <= 127 for track in midi.instruments for note in track.notes)
+    moved = HIDTokenizer().encode(midi).astype(np.int64)
+    pitched = vocab.P.mask(ids) & (attributes.scan(ids).inst != vocab.DRUMS)
+    chord = vocab.CHORD.mask(ids) & (ids != vocab.CHORD.start)
+    expected = ids + np.where(pitched, semitones, 0)
+    shifted = ids - vocab.CHORD.start - 1 + semitones * len(vocab.QUALITIES)
+    expected = np.where(chord, vocab.CHORD.start + 1 + shifted % (len(vocab.CHORD) - 1), expected)
+    np.testing.assert_array_equal(moved, expected)
 
 
 def test_a_passing_note_does_not_change_the_chord():
