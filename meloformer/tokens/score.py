@@ -22,6 +22,7 @@ MAX_TICK = 2**40  # keeps the arithmetic of steps inside 64 bits
 MAX_DRIFT = 0.05  # seconds; what a listener may notice between two players
 MAX_TEMPO_ERROR = 0.95  # BPM that a bar may be off to catch up
 MAX_EMPTY_BARS = 8  # a longer silence is told
+MAX_PIECES = 1_000_000  # of notes longer than the longest length; bounds memory, too
 MAX_BARS = 20_000  # beyond any music; bounds the memory that a hostile file can ask for
 
 
@@ -131,8 +132,12 @@ def resolve_overlaps(
     """Make notes sayable: one note per instrument, pitch and start, none sounding into the next.
 
     Of notes that begin together the longest stays (the loudest of equals); a note that reaches into
-    the next of its pitch is cut there. Lengths become the nearest of `vocab.LENGTHS` that fits.
-    Takes and returns int64 [n] arrays: start, length (steps), pitch, velocity, inst.
+    the next of its pitch is cut there. A note longer than the longest length is struck again each time that
+    length is over. Lengths become the nearest of `vocab.LENGTHS` that fits.
+    Takes and returns int64 arrays, [n] and at least as many: start, length (steps), pitch, velocity, inst.
+
+    Raises:
+        MidiError: `too_long`, if long notes would become more than MAX_PIECES notes.
     """
     if len(start) == 0:
         return start, length, pitch, velocity, inst
@@ -142,10 +147,18 @@ def resolve_overlaps(
     first = np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0))
     order, key, start, length = order[first], key[first], start[first], length[first]
 
-    gap = np.full(len(start), vocab.MAX_NOTE_STEPS)
+    gap = np.full(len(start), np.iinfo(np.int64).max)
     same = key[1:] == key[:-1]
     gap[:-1][same] = np.diff(start)[same]
     length = np.minimum(length, gap)
+
+    pieces = -(-length // vocab.MAX_NOTE_STEPS)
+    if pieces.sum() - len(pieces) > MAX_PIECES:
+        raise MidiError("too_long", f"long notes would become more than {MAX_PIECES} notes")
+    note = np.repeat(np.arange(len(start)), pieces)
+    passed = (np.arange(len(note)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * vocab.MAX_NOTE_STEPS
+    order, start, gap = order[note], start[note] + passed, gap[note] - passed
+    length = np.minimum(length[note] - passed, vocab.MAX_NOTE_STEPS)
     nearest = vocab.LENGTHS[vocab.length_to_index(length)]
     fitting = vocab.LENGTHS[vocab.length_to_index_at_most(np.minimum(gap, vocab.MAX_NOTE_STEPS))]
     return start, np.minimum(nearest, fitting), pitch[order], velocity[order], inst[order]

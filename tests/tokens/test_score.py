@@ -96,15 +96,30 @@ def test_notes_outside_midi_are_a_programming_error(bad):
         ([(0, 60, 0, 48), (0, 60, 24, 48)], [(0, 1), (1, 2)]),
         ([(0, 60, 0, 48), (0, 60, 0, 24)], [(0, 2)]),
         ([(0, 60, 0, 0)], [(0, 1 / 24)]),
-        ([(0, 60, 0, 24 * 90)], [(0, 64)]),
+        ([(0, 60, 0, 24 * 88)], [(0, 64), (64, 88)]),
+        ([(0, 60, 0, 24 * 150), (0, 60, 24 * 129, 24 * 130)], [(0, 64), (64, 128), (128, 129), (129, 130)]),
         ([(0, 60, 0, 37), (0, 60, 37, 50)], [(0, 36 / 24), (37 / 24, 50 / 24)]),
     ],
-    ids=["restruck", "unison", "zero length", "longest", "rounded length would overlap"],
+    ids=[
+        "restruck",
+        "unison",
+        "zero length",
+        "beyond the longest",
+        "beyond the longest, restruck",
+        "rounded length would overlap",
+    ],
 )
 def test_notes_of_one_pitch_are_made_sayable(notes, expected):
     found = score.from_midi(song(notes))
     midi = score.to_midi(found, np.zeros(len(found.bar_start), dtype=np.int64))
     assert notes_by_key(midi)[0, 60] == [pytest.approx(times) for times in expected]
+
+
+def test_long_notes_that_would_become_too_many_are_refused(monkeypatch):
+    monkeypatch.setattr(score, "MAX_PIECES", 3)
+    assert len(score.from_midi(song([(0, 60, 0, 24 * 64 * 4)])).start) == 4
+    with pytest.raises(MidiError, match="too_long"):
+        score.from_midi(song([(0, 60, 0, 24 * 64 * 5)]))
 
 
 def test_tempo_is_the_mean_of_the_bar_so_that_time_is_kept():
