@@ -57,3 +57,7 @@ def shards(songs, tmp_path_factory):
     from helpers.folders import write_folder
 
     return ShardSet(write_folder(tmp_path_factory.mktemp("data") / "shards", songs, (10, 0, 14)))
+
+
+# The fixtures `corpus`, `processed` and `in_process`; imported here, where Triton has been told how to run.
+from helpers.preprocess_runs import corpus, in_process, processed  # noqa: E402, F401
