@@ -1,7 +1,10 @@
 """`python -m benchmarks.preprocess FOLDER`: the memory that preprocess takes, and its speed (Linux)."""
 
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -13,6 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.common import folder_report
 from benchmarks.common.machine import describe, provenance
+from benchmarks.common.markdown import table
 from meloformer import cli
 from meloformer.data import build
 from meloformer.data.inputs import find_files
@@ -64,14 +68,49 @@ def memory() -> dict[str, float]:
     }
 
 
-def speed(folder: str) -> dict[str, float]:
-    """Encoding on one core: all of it, and next to it what miditoolkit takes to parse the same files.
+class OtherCheckout:
+    """`encode_file` of another checkout of this repository, in a process of its own."""
 
-    Files that miditoolkit by itself cannot read are left out.
+    _SERVER = """
+import sys, time
+from meloformer.data.build import encode_file
+for line in sys.stdin:
+    started = time.process_time()
+    encode_file(line[:-1])
+    print(time.process_time() - started, flush=True)
+"""
+
+    def __init__(self, folder: str):
+        git = ["git", "-C", folder, "rev-parse", "HEAD"]
+        self.commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        if not self.commit or not Path(folder, "meloformer", "data", "build.py").is_file():
+            raise UserError(f"{folder}: is not a checkout of this repository with meloformer/data/build.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self._SERVER],
+            cwd=folder,  # first in the path of the process, before what is installed
+            env={**os.environ, "PYTHONPATH": str(Path(folder).resolve())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def seconds(self, path: str) -> float:
+        """CPU time that it takes for a file."""
+        self._process.stdin.write(f"{os.path.abspath(path)}\n")
+        self._process.stdin.flush()
+        if not (answer := self._process.stdout.readline()):
+            raise UserError(f"the other checkout failed on {path}")
+        return float(answer)
+
+
+def speed(folder: str, other: OtherCheckout | None) -> dict[str, float | str]:
+    """Encoding on one core, in CPU time: here, in another checkout, and what miditoolkit takes to parse.
+
+    Each file is read by all of them in turn. Those that miditoolkit by itself cannot read are left out.
     """
     seconds, songs, tokens = Counter(), 0, []
     for path in tqdm(find_files(folder), unit="file"):
-        Path(path).read_bytes()  # now neither reading comes from the disk
+        Path(path).read_bytes()  # now no reading comes from the disk
         started = time.process_time()
         result = build.encode_file(path)
         encoded = time.process_time()
@@ -87,42 +126,66 @@ def speed(folder: str) -> dict[str, float]:
         songs += 1
         tokens.append(len(result[0]))
         seconds.update(encode=encoded - started, parse=parsed - encoded, check=checked - parsed)
+        if other:
+            seconds["other"] += other.seconds(path)
     if not songs:
         raise UserError(f"{folder}: no file could be read")
-    return {
+    figures = {
+        "folder": Path(folder).name,
         "songs": songs,
         "tokens_per_song": sum(tokens) / songs,
         "files_per_s_and_core": songs / seconds["encode"],
         "files_per_s_of_miditoolkits_parse_alone": songs / seconds["parse"],
-        "ms_per_file_beyond_the_parse": 1e3 * (seconds["encode"] - seconds["parse"]) / songs,
         "tokens_per_s_of_verify": sum(tokens) / seconds["check"],
     }
+    if other:
+        figures["other_commit"] = other.commit
+        figures["files_per_s_of_the_other"] = songs / seconds["other"]
+    return figures
 
 
 def page(result: dict) -> str:
     """The figures as a Markdown page."""
-    memory, speed = result["memory"], result["speed"]
+    memory, speeds = result["memory"], result["speed"]
+    has_other = all("other_commit" in row for row in speeds)
+    head = ["files", "songs", "tokens a song", "files/s", "miditoolkit's parse alone, files/s"]
+    rows = [
+        [
+            row["folder"],
+            f"{row['songs']:,}",
+            f"{row['tokens_per_song']:,.0f}",
+            f"{row['files_per_s_and_core']:.1f}",
+            f"{row['files_per_s_of_miditoolkits_parse_alone']:.1f}",
+        ]
+        for row in speeds
+    ]
+    if has_other:
+        head += [f"at {speeds[0]['other_commit'][:7]}, files/s", "times as fast"]
+        for cells, row in zip(rows, speeds):
+            there = row["files_per_s_of_the_other"]
+            cells += [f"{there:.1f}", f"{row['files_per_s_and_core'] / there:.2f}"]
+    checked = max(row["tokens_per_s_of_verify"] for row in speeds)
     return (
         "# What preprocess takes\n\n"
-        "| figure | value |\n|---|---|\n"
-        f"| parent process, {memory['few_files']:,} files | {memory['mib_with_few_files']:.0f} MiB |\n"
-        f"| each further file, up to {memory['many_files']:,}, paths of {memory['characters_per_path']} "
-        f"characters | {memory['bytes_per_further_file']:.0f} bytes |\n"
-        f"| files per second and core ({speed['songs']} real songs, {speed['tokens_per_song']:,.0f} tokens "
-        f"in the mean) | {speed['files_per_s_and_core']:.1f} |\n"
-        "| the same if miditoolkit only parsed them | "
-        f"{speed['files_per_s_of_miditoolkits_parse_alone']:.1f} |\n"
-        f"| beyond that parse | {speed['ms_per_file_beyond_the_parse']:.1f} ms per file |\n"
-        f"| `--verify`, tokens per second | {speed['tokens_per_s_of_verify']:,.0f} |\n\n"
-        "Memory is peak resident memory of the whole process: Python, libraries, all that the run keeps. "
-        f"Made by `python -m benchmarks.preprocess FOLDER --json FILE` on "
+        f"Encoding on one core, by CPU time, each file by all programs in turn:\n\n{table(head, rows)}\n"
+        f"`--verify` checks {checked:,.0f} tokens per second.\n\n"
+        f"Memory of the parent process: {memory['mib_with_few_files']:.0f} MiB with "
+        f"{memory['few_files']:,} files, {memory['bytes_per_further_file']:.0f} bytes for each further one "
+        f"(up to {memory['many_files']:,}, with paths of {memory['characters_per_path']} characters): peak "
+        "resident memory of the whole process with Python, libraries and all that the run keeps.\n\n"
+        "Made by `python -m benchmarks.preprocess FOLDER... --json FILE` on "
         f"{provenance(result['machine'])}.\n"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = folder_report.parse("python -m benchmarks.preprocess", __doc__.splitlines()[0], argv)
-    result = {"memory": memory(), "speed": speed(args.folder)}
+    parser = cli.Parser(prog="python -m benchmarks.preprocess", description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder of MIDI files, or a list file")
+    parser.add_argument("--against", metavar="CHECKOUT", help="also time this other checkout, file by file")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, and a page beside it")
+    args = parser.parse_args(argv)
+    other = OtherCheckout(args.against) if args.against else None
+    result = {"speed": [speed(folder, other) for folder in args.folders], "memory": memory()}
     result["machine"] = describe()  # last, since it imports torch
     folder_report.publish(result, page(result), args.json)
 
