@@ -24,6 +24,11 @@ MAX_QUARTERS = 20_000  # two and three quarter hours at 120 BPM; a note beyond i
 MAX_PARTS = 4_096  # (track, channel, program): each becomes an instrument of the song
 MAX_CHANGES = 50_000  # tempi and time signatures; a tempo curve drawn every 10 ms for 8 minutes
 
+# With more damaged events (`smf.Scan.damaged`) than these two allow, a song is refused. docs/midi.md says how
+# they were chosen.
+MIN_DAMAGED_EVENTS = 8
+EVENTS_PER_DAMAGED_ONE = 400
+
 # 1000 BPM. Slower tempi need no limit: the three bytes of the event cannot hold less than 3.6 BPM.
 MIN_MICROSECONDS_PER_QUARTER = 60_000
 MAX_DENOMINATOR_EXPONENT = 7  # a 128th note
@@ -34,6 +39,8 @@ REASONS = {
     "too_big": f"the file has more than {MAX_FILE_BYTES} bytes",
     "not_midi": "there is no complete MIDI header at the start of the file",
     "format_2": "several independent songs share the file (format 2)",
+    "too_damaged": f"at least {MIN_DAMAGED_EVENTS} events, and more than one of {EVENTS_PER_DAMAGED_ONE}, "
+    "cannot have been written as they stand",
     "bad_division": "the header gives no usable length of a tick",
     "no_notes": "no note could be found",
     "too_long": f"most notes start more than {MAX_QUARTERS} quarter notes in, or there are too many bars",
@@ -71,7 +78,7 @@ MENDS = {
     "unclosed": "a note without an end was ended with its track",
     "zero_length": "a note of no length was given one tick",
     "tempo_clipped": "a tempo slower or faster than tokens can say was brought to the nearest they can",
-    "note_cut": "a note longer than the longest that tokens can say was cut to that",
+    "note_struck_on": "a note too long for one token was struck again whenever the longest length was over",
     "long_silence": "more than 8 bars in a row are empty; they were kept",
 }
 
@@ -142,6 +149,9 @@ def _read(
         with_notes = sum(any(_is_onset(event) for event in track.events) for track in found.tracks)
         if with_notes > 1:
             raise MidiError("format_2", f"{with_notes} independent tracks with notes")
+    events = sum(len(track.events) for track in found.tracks)
+    if found.damaged >= MIN_DAMAGED_EVENTS and found.damaged * EVENTS_PER_DAMAGED_ONE > events:
+        raise MidiError("too_damaged", f"{found.damaged} damaged events beside {events} whole ones")
     ticks_per_quarter, fixed_tempo = _division(found.division)
     limit = MAX_QUARTERS * ticks_per_quarter
     limits = pairing.Limits(limit, MAX_NOTES, ticks_per_quarter)

@@ -25,6 +25,7 @@ SYSEX = -2  # stands for the type of a meta event where a system-exclusive messa
 _CONTROLLERS = frozenset({BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, *range(ALL_NOTES_OFF, 128)})
 
 _SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # every other system status stands alone
+_RECORDED = frozenset({0xF7, 0xF8, 0xFE})  # an escape event; clock and active sensing, as some recorders keep
 _HEADER_BYTES = 14
 _READ_AHEAD = bytes(16)  # lets the scan look past the end instead of checking before every byte
 _LOW_28_BITS = (1 << 28) - 1  # the largest number a MIDI file can hold
@@ -57,6 +58,7 @@ class Scan:
         sysex: (tick, port, first 12 bytes behind F0 and the length) of system-exclusive messages.
         metas: (tick, type, payload) of tempi and time signatures of all tracks; payloads are cut to 8 bytes.
         mends: how often each repair was made, by the codes of `meloformer.midi.reader.MENDS`.
+        damaged: how many events cannot have been written as they stand (see `_read_events`).
     """
 
     format: int
@@ -65,6 +67,7 @@ class Scan:
     metas: list[tuple[int, int, bytes]] = field(default_factory=list)
     sysex: list[tuple[int, int, bytes]] = field(default_factory=list)
     mends: Counter[str] = field(default_factory=Counter)
+    damaged: int = 0
 
 
 def scan(data: bytes) -> Scan:
@@ -200,6 +203,10 @@ def _read_events(
 
     Returns the position behind the last event and whether the mark was found. The position is beyond `limit`
     if the last event did not fit; that event is dropped.
+
+    Counted as damaged are notes with a data byte above 127, data bytes without a status, times of more than 4
+    bytes, and system statuses. What a program writes by habit is not: controllers above 127, negative times,
+    messages without a length, the clock and active sensing of a recording.
     """
     add, metas, mends = track.events.append, found.metas, found.mends
     tick = status = port = 0
@@ -216,11 +223,14 @@ def _read_events(
                 if tick + delta < 0:
                     delta = 0
                 sort = True
+            elif pos - began > 4:
+                found.damaged += 1
         tick += delta
 
         byte = data[pos]
         if byte < 0x80 and not status:
             mends["stray_bytes"] += 1
+            found.damaged += 1
             while byte < 0x80 and pos < limit:
                 pos += 1
                 byte = data[pos]
@@ -230,6 +240,8 @@ def _read_events(
             pos, kind, payload = _read_system(data, pos, limit, mends)
             if pos > limit:
                 break
+            if 0xF0 < byte < 0xFF and byte not in _RECORDED:
+                found.damaged += 1
             if kind == END_OF_TRACK and not payload:
                 if pos >= believed_from:
                     ended = True
@@ -256,6 +268,7 @@ def _read_events(
             break
         if (first | second) & 0x80:
             mends["clipped"] += 1
+            found.damaged += status < 0xA0
             first, second = min(first, 127), min(second, 127)
         if status < 0xA0 or (
             first in _CONTROLLERS if status & 0xF0 == CONTROLLER else status & 0xF0 == PROGRAM

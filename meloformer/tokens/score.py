@@ -104,7 +104,7 @@ def losses(midi: miditoolkit.MidiFile, notes: np.ndarray, song: Score) -> list[s
     if any(not vocab.MIN_BPM - 0.5 <= t.tempo <= vocab.MAX_BPM + 0.5 for t in midi.tempo_changes):
         codes.append("tempo_clipped")
     if (notes[:, 1] - notes[:, 0] > longest).any():
-        codes.append("note_cut")
+        codes.append("note_struck_on")
     edges = np.zeros(len(song.bar_start) + 1, dtype=np.int64)
     np.add.at(edges, np.searchsorted(song.bar_start, song.start, side="right") - 1, 1)
     np.add.at(edges, np.searchsorted(song.bar_start, song.start + song.length, side="left"), -1)

@@ -24,7 +24,7 @@ def too_fast() -> int:
         pytest.param(song(track(NOTE)), set(), id="nothing"),
         pytest.param(song(track(tempo(0, too_fast()), NOTE)), {"tempo_clipped"}, id="fast"),
         pytest.param(song(track(on(0, 60), off(LONGEST, 60))), set(), id="longest_note"),
-        pytest.param(song(track(on(0, 60), off(LONGEST + 1, 60))), {"note_cut"}, id="note_too_long"),
+        pytest.param(song(track(on(0, 60), off(LONGEST + 1, 60))), {"note_struck_on"}, id="note_too_long"),
         pytest.param(song(track(NOTE, on(9 * BAR - QUARTER, 60), off(9, 60))), set(), id="8_empty_bars"),
         pytest.param(
             song(track(NOTE, on(10 * BAR - QUARTER, 60), off(9, 60))), {"long_silence"}, id="9_empty_bars"

@@ -186,7 +186,7 @@ def test_a_path_and_its_parsed_song_encode_alike(tmp_path):
 
 
 def test_what_was_mended_in_a_file_is_told():
-    assert TOKENIZER.encode_with_mends(EXAMPLE)[1] == {"note_cut", "struck_again", "unclosed"}
+    assert TOKENIZER.encode_with_mends(EXAMPLE)[1] == {"note_struck_on", "struck_again", "unclosed"}
     assert TOKENIZER.encode_with_mends(example())[1] == frozenset()
 
 

@@ -1,0 +1,23 @@
+"""What the tests of reading look at in a song, and the note most of their files have."""
+
+from helpers.smf_bytes import off, on
+
+NOTE = on(0, 60) + off(480, 60)
+C4 = (0, False, 60, 0, 480, 64)  # what NOTE is: program, is_drum, pitch, start, end, velocity
+
+
+def notes(midi) -> list[tuple]:
+    """(program, is_drum, pitch, start, end, velocity), sorted."""
+    return sorted(
+        (int(i.program), i.is_drum, n.pitch, n.start, n.end, n.velocity)
+        for i in midi.instruments
+        for n in i.notes
+    )
+
+
+def signatures(midi) -> list[tuple[int, int, int]]:
+    return [(s.time, s.numerator, s.denominator) for s in midi.time_signature_changes]
+
+
+def tempi(midi) -> list[tuple[int, float]]:
+    return [(t.time, round(t.tempo, 3)) for t in midi.tempo_changes]
