@@ -19,6 +19,7 @@ from meloformer.training.distributed import Job, full_tensor, shard_model
 from meloformer.training.stop import STOPPED
 
 from helpers.compiled_layers import SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step
+from helpers.shared_work import once
 from helpers.tiny_train import TINY
 from helpers.training import (
     TINY_TRAIN,
@@ -39,7 +40,10 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """Runs of two processes, by name: their folder, and exit codes and output of each start."""
-    folder = tmp_path_factory.mktemp("sharded")
+    return once(tmp_path_factory, "sharded", lambda folder: make_runs(data, folder))
+
+
+def make_runs(data, folder):
     every_step = {"save_every": 1, "keep_last": STEPS}
     sharded = ["--shard_state"]
 
