@@ -70,6 +70,7 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
             "size": size,
             "attention": attention,
             "kind_rule": kind_rule,
+            "near_bars": config.near_bars,
             "tokens_per_row": length,
             "checkpoint_activations": recompute,
             "gpus": job.world,

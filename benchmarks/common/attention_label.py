@@ -1,20 +1,31 @@
-"""Label and colour of an attention, with its kind rule, on pages and charts that compare several."""
+"""Label and colour of an attention, with its rule, on pages and charts that compare several."""
 
 from collections.abc import Iterable
 
-ORIGINAL_RULE = "alike"  # the only kind rule until there was a choice; results from then do not name it
+from meloformer.model.transformer import DENSE
+
+# The only rule until there was a choice; results from then do not name it.
+ORIGINAL_RULE = {"kind_rule": "alike", "near_bars": "0,1,2,4"}
 
 
 def attention_label(run: dict) -> str:
-    """`attention` of a run or a row, and its `kind_rule` unless that is the original one."""
-    kind_rule = run.get("kind_rule", ORIGINAL_RULE)
-    return run["attention"] if kind_rule == ORIGINAL_RULE else f"{run['attention']}, {kind_rule}"
+    """`attention` of a run or a row, its `kind_rule` and `near_bars` unless they are the original ones, and
+    what was taken away from the model (`without`)."""
+    label = run["attention"]
+    if label != DENSE:
+        kind_rule, near_bars = (run.get(name, original) for name, original in ORIGINAL_RULE.items())
+        if kind_rule != ORIGINAL_RULE["kind_rule"]:
+            label += f", {kind_rule}"
+        if near_bars != ORIGINAL_RULE["near_bars"]:
+            label += f", near {near_bars.replace(',', ' ')}"
+    return f"{label}, no {run['without']}" if run.get("without") else label
 
 
 # The palette of Okabe and Ito, safe for colour-blind readers; other labels take a colour of `_LEFT`.
 _COLOURS = {
     "triton": "#0072B2",
     "triton, next": "#009E73",
+    "triton, any, near 0 1": "#009E73",
     "dense": "#E69F00",
     "flex": "#CC79A7",
 }

@@ -13,7 +13,8 @@ MEANINGS = f"""\
   the lowest of a run, *last* the one after its last step.
 - **What the runs share**: they differ in attention, kind rule and seed alone. Runs of one seed see the same
   rows of tokens in the same order, and are validated after the same numbers of tokens.
-- **A name after the attention** is the kind rule (`--kind_rule`), where it is not the original one, `alike`.
+- **Behind the attention** stand the kind rule (`--kind_rule`) and the near bars (`--near_bars`) where they
+  are not those of the original scheme, `alike` and 0,1,2,4.
 - **dense**: a plain causal Transformer without summary tokens, its number of parameters within 2 %.
 - **At equal tokens, at equal time**: the lowest loss that each run reached within what the shortest run took.
   The range is that over the seeds. Read a difference only where two ranges do not overlap, and then for

@@ -22,19 +22,19 @@ _IRRELEVANT = (
     *("data_dir", "output_dir", "device", "max_skipped_steps", "sample_every", "save_every"),
     *("save_every_minutes", "keep_last", "tensorboard", "wandb"),
 )
-_VARIED = ("attention", "kind_rule", "seed")  # what runs that are compared may differ in
+_VARIED = ("attention", "kind_rule", "near_bars", "seed")  # what runs that are compared may differ in
 
 
 def read_run(folder: Path) -> dict:
     """A run as JSON values.
 
     Returns:
-        `name`, `attention`, `kind_rule`, `seed`; `settings` and `origin`, which must be equal in all runs
-        of a comparison; figures of its summary; `tokens_per_s` over all steps except slow ones (the first,
-        and those of more than `SLOW` times the median step); `slow_steps` and `slow_seconds`; `validation`,
-        lists with an entry for each validation: `step`, `tokens` so far, `seconds` of the steps that were
-        not slow, `all_seconds`, and losses in nats per token, `val_loss` and `val_loss_KIND` by kind of
-        token.
+        `name`, `attention`, `kind_rule`, `near_bars`, `seed`; `settings` and `origin`, which must be equal
+        in all runs of a comparison; figures of its summary; `tokens_per_s` over all steps except slow ones
+        (the first, and those of more than `SLOW` times the median step); `slow_steps` and `slow_seconds`;
+        `validation`, lists with an entry for each validation: `step`, `tokens` so far, `seconds` of the
+        steps that were not slow, `all_seconds`, and losses in nats per token, `val_loss` and
+        `val_loss_KIND` by kind of token.
 
     Raises:
         UserError: the run has not finished, its files are damaged, or there are fewer than two validations.
@@ -60,7 +60,7 @@ def read_run(folder: Path) -> dict:
     return {
         "name": folder.resolve().name,
         "attention": summary["attention"],
-        "kind_rule": config.get("kind_rule", ORIGINAL_RULE),
+        **{name: config.get(name, original) for name, original in ORIGINAL_RULE.items()},
         "seed": config["seed"],
         "settings": {key: value for key, value in config.items() if key not in (*_IRRELEVANT, *_VARIED)},
         "origin": {key: summary[key] for key in ("data", "device", "processes", "precision", "versions")},

@@ -36,7 +36,8 @@ class Run:
         self.config, self.job = config, job
         model = chosen_model(config, SIZES[config.model_size])
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars}
-        limits |= {"kind_rule": model.kind_rule, "fixed_num_summaries": config.fixed_num_summaries}
+        limits |= {"kind_rule": model.kind_rule, "near_bars": model.near_bars}
+        limits |= {"fixed_num_summaries": config.fixed_num_summaries}
         self.data = PackedSongs(shards, "train", **limits)
         self.data.require_samples()
         self.stepper = Stepper(config, model, job)

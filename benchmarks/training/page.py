@@ -11,7 +11,8 @@ from meloformer.errors import UserError
 MEANINGS = """\
 - **Tokens/s**: real tokens, without padding, per second of wall time of whole training steps, data loading
   included; with several GPUs, of all of them together.
-- **A name after the attention** is the kind rule (`--kind_rule`), where it is not the original one, `alike`.
+- **Behind the attention** stand the kind rule (`--kind_rule`) and the near bars (`--near_bars`) where they
+  are not those of the original scheme, `alike` and 0,1,2,4.
 - **Times dense, times flex**: tokens/s over those of dense, and of flex with the same kind rule, at the same
   size, length, number of GPUs and recomputation; over the fastest of them if there are several batch sizes.
 - **Rows per batch** are per GPU. Where memory is short, half as many are tried, and so on.

@@ -80,7 +80,10 @@ class ModelConfig:
 
     def as_dense(self) -> "ModelConfig":
         """A dense model of as many parameters: what a layer saves on summaries, 6 dim^2, widens its FFN."""
-        return self if self.dense else replace(self, dense=True, ffn=self.ffn + 2 * self.dim)
+        if self.dense:
+            return self
+        no_rule = {"near_bars": NEAR_BARS, "kind_rule": KIND_RULE}
+        return replace(self, dense=True, ffn=self.ffn + 2 * self.dim, **no_rule)
 
 
 SIZES: dict[str, ModelConfig] = {
@@ -176,7 +179,7 @@ class MeloFormer(nn.Module):
 
         Args:
             ids_BN: token ids, int64 [B, N].
-            structure: of the same tokens, with near_bars and kind_rule of the configuration.
+            structure: of the same tokens; unless the model is dense, with its near_bars and kind_rule.
             attention: a name, or what `attention_for(structure)` returned (make it once per batch if
                 the model runs more than once on it, or is compiled).
 
@@ -184,7 +187,7 @@ class MeloFormer(nn.Module):
         """
         if ids_BN.shape != structure.doc.shape:
             raise ValueError(f"ids {list(ids_BN.shape)} do not fit structure {list(structure.doc.shape)}")
-        for name in ("near_bars", "kind_rule"):
+        for name in () if self.config.dense else ("near_bars", "kind_rule"):
             its, mine = getattr(structure, name), getattr(self.config, name)
             if its != mine:
                 raise ValueError(f"structure has {name} {its}, not {mine}")

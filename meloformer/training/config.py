@@ -14,11 +14,12 @@ from .. import cli
 from ..errors import UserError
 from ..files import write_atomic
 from ..kernels import BACKENDS
-from ..kernels.structure import KIND_RULE, KIND_RULES
+from ..kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
 from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig
 
 CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")
+MAX_NEAR_BAR = 10_000  # beyond any song
 _NOT_SAVED = ("resume", "dry_run")  # settings of one invocation, not of the run
 
 
@@ -43,6 +44,7 @@ class TrainConfig:
     max_steps: int | None = None
     attention: str = "auto"
     kind_rule: str = KIND_RULE
+    near_bars: str = ",".join(map(str, NEAR_BARS))
     device: str = "auto"
     precision: str = "auto"
     compile: bool | None = None
@@ -114,6 +116,13 @@ def make_parser() -> cli.Parser:
         "scheme), the kinds that usually follow it (next), or all (any)",
         choices=KIND_RULES,
     )
+    add(
+        "near_bars",
+        "distances, in bars, at which a token sees the notes of other instruments (0 is its own bar; the "
+        "original scheme has 0,1,2,4)",
+        type=_distances,
+        metavar="N,N",
+    )
     add("device", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     add("precision", "of matrix products; auto is bf16 on CUDA and fp32 elsewhere", choices=PRECISIONS)
     switch(
@@ -154,16 +163,31 @@ def make_parser() -> cli.Parser:
 
 
 def chosen_model(config: TrainConfig, preset: ModelConfig) -> ModelConfig:
-    """`preset` with the attention and kind rule of `config`; without --kind_rule it keeps its own.
+    """`preset` with the attention, kind rule and near bars of `config`; without flags it keeps its own.
 
     Raises:
-        UserError: `config` asks for a dense model and a kind rule.
+        UserError: `config` asks for a dense model and a rule.
     """
-    if config.attention != DENSE:
-        return preset if config.kind_rule == KIND_RULE else replace(preset, kind_rule=config.kind_rule)
-    if config.kind_rule != KIND_RULE:
-        raise UserError(f"--kind_rule {config.kind_rule}: not with --attention {DENSE}, which sees all kinds")
-    return preset.as_dense()
+    chosen = {
+        name: getattr(config, name)
+        for name in ("kind_rule", "near_bars")
+        if getattr(config, name) != getattr(TrainConfig, name)
+    }
+    if config.attention == DENSE:
+        for name, value in chosen.items():
+            raise UserError(f"--{name} {value}: not with --attention {DENSE}, which sees all earlier tokens")
+        return preset.as_dense()
+    if "near_bars" in chosen:
+        chosen["near_bars"] = tuple(map(int, chosen["near_bars"].split(",")))
+    return replace(preset, **chosen)
+
+
+def _distances(text: str) -> str:
+    """Distances in bars, ascending, as the text that the settings of a run keep."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) <= MAX_NEAR_BAR for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 0,1 of numbers up to {MAX_NEAR_BAR}")
+    return ",".join(map(str, sorted(set(map(int, parts)))))
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:

@@ -22,6 +22,8 @@ from meloformer.kernels.structure import regular_sees, summary_sees
 STRUCTURAL, T, P, L, V = range(5)
 DRUMS, NONE = 128, 129
 NEAR_BARS = (0, 1, 2, 4)
+ORIGINAL = {"near_bars": NEAR_BARS, "kind_rule": "alike"}  # the rule of `structure`, for a model
+NEAR_BARS_OF = {"alike": NEAR_BARS, "next": NEAR_BARS, "any": (0, 1)}
 NOTE = {T, P, L, V}
 SEES = {
     "alike": {T: {T, P}, P: {T, P}, L: set(), V: {V}},
@@ -112,7 +114,11 @@ def facts(batch: Batch, length: int | None = None) -> dict[str, Tensor]:
 def structure(
     batch: Batch, length: int | None = None, num_summaries: int | None = None, kind_rule: str = "alike"
 ) -> Structure:
-    return Structure.build(**facts(batch, length), num_summaries=num_summaries, kind_rule=kind_rule)
+    """By the original scheme, but for the kind rule; `any` goes with the near bars of the default."""
+    near_bars = NEAR_BARS_OF[kind_rule]
+    return Structure.build(
+        **facts(batch, length), num_summaries=num_summaries, near_bars=near_bars, kind_rule=kind_rule
+    )
 
 
 class Case(NamedTuple):
@@ -136,9 +142,10 @@ def case(name: str, seed: int = 0, kind_rule: str = "alike") -> Case:
 
 
 def oracle_masks(
-    batch: Batch, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = "alike"
+    batch: Batch, near_bars: tuple[int, ...] | None = None, kind_rule: str = "alike"
 ) -> tuple[Tensor, Tensor]:
-    """Who sees whom by the table of the design: bool [B, M, M + N] and [B, N, M + N]."""
+    """Who sees whom by the design's table, near bars as in `structure`: bool [B, M, M + N], [B, N, M + N]."""
+    near_bars = NEAR_BARS_OF[kind_rule] if near_bars is None else near_bars
     length = max(sum(map(len, row)) for row in batch)
     bars = [[(d, bar) for d, s in enumerate(row) for bar in sorted({t.bar for t in s})] for row in batch]
     num_summaries = max(1, *map(len, bars))

@@ -7,11 +7,11 @@ import torch
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import ModelConfig
 
-from helpers.attention_cases import of_length, structure
+from helpers.attention_cases import ORIGINAL, of_length, structure
 from helpers.model_cases import random_ids
 
 LENGTH, SUMMARIES = 96, 40
-SPARSE = ModelConfig(layers=4, dim=32, heads=2, ffn=48)
+SPARSE = ModelConfig(layers=4, dim=32, heads=2, ffn=48, **ORIGINAL)
 
 
 class StaticAttention:

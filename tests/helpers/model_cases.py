@@ -1,11 +1,20 @@
 """Tiny models for tests, and what of their input reaches what of their output."""
 
+from dataclasses import replace
+
 import torch
 
 from meloformer.model.transformer import MeloFormer, ModelConfig
 from meloformer.tokens import vocab
 
-TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=48)
+from helpers.attention_cases import NEAR_BARS_OF, ORIGINAL
+
+TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=48, **ORIGINAL)
+
+
+def of_rule(kind_rule: str) -> ModelConfig:
+    """TINY with the rule of `attention_cases.structure(..., kind_rule=kind_rule)`."""
+    return replace(TINY, near_bars=NEAR_BARS_OF[kind_rule], kind_rule=kind_rule)
 
 
 def tiny_model(config: ModelConfig = TINY, dtype=torch.float64) -> MeloFormer:

@@ -14,6 +14,7 @@ from meloformer.model.transformer import RECOMPUTE, MeloFormer, ModelConfig
 from meloformer.training.distributed import Job
 from meloformer.training.stepper import Stepper
 
+from helpers.attention_cases import ORIGINAL
 from helpers.compiled_layers import LENGTH, SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step
 from helpers.plan_cases import DEVICE
 from helpers.tiny_train import TINY
@@ -75,7 +76,7 @@ def test_the_kernels_operators_in_compiled_layers():
     """Two graphs serve any number of summaries."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = MeloFormer(ModelConfig(layers=2, dim=32, heads=1, ffn=48)).to(DEVICE)
+    model = MeloFormer(ModelConfig(layers=2, dim=32, heads=1, ffn=48, **ORIGINAL)).to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_layers(backend=counter)
     for number, summaries in enumerate((SUMMARIES, SUMMARIES, 2 * SUMMARIES, 128, 160)):
@@ -152,7 +153,7 @@ def test_what_is_compiled_follows_the_flag_and_the_device(data, tmp_path, monkey
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 def test_recomputing_changes_no_gradient_and_keeps_less(recompute, dense):
-    shape = ModelConfig(layers=4, dim=64, heads=2, ffn=256)
+    shape = ModelConfig(layers=4, dim=64, heads=2, ffn=256, **ORIGINAL)
     shape = shape.as_dense() if dense else shape
     packed, ids = next(batches(1))
     found = {}

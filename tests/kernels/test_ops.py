@@ -10,7 +10,7 @@ from meloformer.kernels import make_attention
 from meloformer.kernels.triton_backend import Backend
 from meloformer.model.transformer import MeloFormer, ModelConfig
 
-from helpers.attention_cases import PHASES, case, random_inputs, song, structure
+from helpers.attention_cases import ORIGINAL, PHASES, case, random_inputs, song, structure
 from helpers.plan_cases import DEVICE
 
 
@@ -47,7 +47,7 @@ def batch(seed):
 @pytest.mark.slow
 def test_a_compiled_model_is_one_graph_for_all_batches():
     torch.manual_seed(0)
-    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64)).to(DEVICE)
+    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64, **ORIGINAL)).to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
     for seed in range(3):

@@ -52,7 +52,7 @@ def test_full_tiles():
     assert statistics["visible"] == int(mask.sum()) < statistics["computed"]
 
 
-@pytest.mark.parametrize("length", [None, 2100], ids=["part of a block", "padding"])
+@pytest.mark.parametrize("length", [None, 700], ids=["part of a block", "padding"])
 def test_lines_have_no_more_tiles_than_their_columns_need(length):
     """Columns that all tokens of a line see are full, by queries and by keys; slots without a token do not
     count against it."""
@@ -79,8 +79,8 @@ def test_lines_have_no_more_tiles_than_their_columns_need(length):
 
 @pytest.mark.parametrize("near_bars", [(), (0,), (3, 0, 3), (1, 7, 40)], ids=str)
 def test_near_bars(near_bars):
-    batch = [[song(Random(1), 12, (0, 33), resting=0.2)]]
-    packed = Structure.build(**facts(batch), near_bars=near_bars)
+    batch = [[song(Random(1), 9, (0, 33), resting=0.2)]]
+    packed = Structure.build(**facts(batch), near_bars=near_bars, kind_rule="alike")
     check_coverage(Plan(packed.to(DEVICE)), oracle_masks(batch, near_bars)[1])
 
 
@@ -118,26 +118,24 @@ def test_tokens_of_a_class_are_treated_alike(kind_rule):
                 assert (classes[one] == classes[other]) == alike, (one, other)
 
 
-@pytest.mark.parametrize(
-    "seed, kind_rule", [*((seed, "alike") for seed in range(4)), (0, "next"), (1, "any")]
-)
+@pytest.mark.parametrize("seed, kind_rule", [(0, "alike"), (1, "alike"), (0, "next"), (1, "any")])
 def test_tokens_without_any_grammar(seed, kind_rule):
     """Facts drawn at random: the rule on tiles is the rule of `structure`, whatever the tokens."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int, length: int = 190) -> torch.Tensor:
+    def draw(high: int, length: int = 140) -> torch.Tensor:
         return torch.randint(high, (2, length), generator=generator)
 
     drawn = {"doc": draw(3).sort().values, "bar": draw(9), "inst": draw(3) + 127, "kind": draw(5)}
     drawn["bar"] = (drawn["doc"] * 9 + drawn["bar"]).sort().values  # ascending within a document
-    drawn["doc"][0, 170:] = -1
+    drawn["doc"][0, 120:] = -1
     packed = Structure.build(**drawn, onset=draw(12), kind_rule=kind_rule)
     check_coverage(Plan(packed.to(DEVICE)), dense_case(packed).regular_mask)
 
 
 @pytest.mark.parametrize("split", [1, 2, 0])
 def test_work_is_complete_and_in_order(split):
-    batch = [[song(Random(4), 12, (0, 33), resting=0.1)], [song(Random(5), 3)]]
+    batch = [[song(Random(4), 8, (0, 33), resting=0.1)], [song(Random(5), 3)]]
     plan = Plan(structure(batch).to(DEVICE), split=split).finalize()
     q, k = plan.batch * plan.q_blocks, plan.batch * plan.k_blocks
     needs = plan.needs.tolist()
@@ -217,7 +215,7 @@ class TestCapacity:
     @pytest.mark.parametrize("short", range(4), ids=["candidates", "tiles", "masked", "slots"])
     def test_each_shortage_is_noticed(self, short):
         """A capacity that is a little too small in one respect gives the plan of one that is not."""
-        batch = [[song(Random(6), 12, (0, 33))]]
+        batch = [[song(Random(6), 6, (0, 33))]]
         packed = structure(batch).to(DEVICE)
         good = Plan(packed, split=1).finalize()
         needs = good.needs.tolist()
@@ -233,7 +231,7 @@ class TestCapacity:
     def test_nothing_is_counted_that_was_not_looked_at(self, share):
         """With too little room for candidates, what comes after sees fewer of them, but never what is not
         there: it would write anywhere."""
-        packed = structure([[song(Random(6), 12, (0, 33))]]).to(DEVICE)
+        packed = structure([[song(Random(6), 6, (0, 33))]]).to(DEVICE)
         good = Plan(packed, split=1).finalize()
         candidates, tiles, masked, *_ = needs = good.needs.tolist()
         some = int(share * candidates)

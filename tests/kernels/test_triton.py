@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from meloformer.kernels import make_attention, triton_backend
+from meloformer.kernels import ops as _registers_the_operators  # noqa: F401
 from meloformer.kernels.launch import TABLE, Launch, Launches, override, untuned
 from meloformer.kernels.plan import Plan
 from meloformer.kernels.triton_backend import Backend
@@ -20,6 +21,7 @@ from helpers.attention_cases import (
     FULL_COLUMNS,
     INPUTS,
     NEW_RULES,
+    ORIGINAL,
     PHASES,
     case,
     check_low_precision,
@@ -263,7 +265,7 @@ def test_no_product_begins_with_a_transpose():
 
 def model_gradients(backend, packed, ids):
     torch.manual_seed(0)
-    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64)).to(DEVICE)
+    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64, **ORIGINAL)).to(DEVICE)
     logits = model(ids, packed, make_attention(packed, backend))
     logits.square().mean().backward()
     return [logits, *(p.grad for p in model.parameters())]
@@ -280,7 +282,7 @@ def test_the_model_learns_as_with_the_reference():
 def test_no_token_sees_what_comes_later():
     """The gradient of logits with respect to later embeddings, and other documents, is exactly 0."""
     packed = case("documents").structure.to(DEVICE)
-    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64)).to(DEVICE)
+    model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64, **ORIGINAL)).to(DEVICE)
     ids = torch.randint(400, packed.doc.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     attention = make_attention(packed, "triton")
     embedded = []

@@ -1,6 +1,6 @@
 """The model as a whole: what may influence what, sizes, and the loss."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -20,7 +20,7 @@ from helpers.attention_cases import (
     CASES,
     DRUMS,
     NEAR_BARS,
-    NEW_RULES,
+    ORIGINAL,
     SEES,
     of_length,
     oracle_masks,
@@ -28,7 +28,7 @@ from helpers.attention_cases import (
     song,
     structure,
 )
-from helpers.model_cases import TINY, influence, random_ids, tiny_model
+from helpers.model_cases import TINY, influence, of_rule, random_ids, tiny_model
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 pytestmark = [
@@ -119,7 +119,7 @@ def design_written_out(model, ids, batch) -> torch.Tensor:
 def test_forward_is_the_design_written_out(backend):
     random = Random(10)
     batch = [[song(random, 4), song(random, 2)]]
-    ids, model = random_ids(batch), tiny_model(ModelConfig(layers=3, dim=32, heads=2, ffn=48))
+    ids, model = random_ids(batch), tiny_model(ModelConfig(layers=3, dim=32, heads=2, ffn=48, **ORIGINAL))
     with torch.no_grad():
         logits = model(ids, structure(batch), backend)[0]
         expected = design_written_out(model, ids, batch)
@@ -134,7 +134,7 @@ def test_no_token_sees_what_comes_later_or_other_documents(backend, kind_rule):
     random = Random(1)
     batch = [[song(random, 3), song(random, 2), of_length(random, 20)], [song(random, 4)]]
     packed, ids = structure(batch, kind_rule=kind_rule), random_ids(batch)
-    model = tiny_model(replace(TINY, kind_rule=kind_rule))
+    model = tiny_model(of_rule(kind_rule))
     attention = make_attention(packed, backend)
     for row in range(len(batch)):
         for token in range(0, int((packed.doc[row] >= 0).sum()), 5):
@@ -152,7 +152,7 @@ def test_no_token_sees_what_comes_later_or_other_documents(backend, kind_rule):
 def test_one_layer_reaches_exactly_what_the_rule_says(kind_rule):
     batch = [[song(Random(2), 4), song(Random(3), 2)]]
     packed, ids = structure(batch, kind_rule=kind_rule), random_ids(batch)
-    model = tiny_model(replace(TINY, layers=1, kind_rule=kind_rule))
+    model = tiny_model(replace(of_rule(kind_rule), layers=1))
     attention = make_attention(packed, "reference")
     _, regular_mask = oracle_masks(batch, kind_rule=kind_rule)
     directly = regular_mask[0, :, -packed.doc.shape[1] :]
@@ -296,7 +296,7 @@ def test_wrong_structure_is_refused():
     with pytest.raises(ValueError, match="do not fit"):
         tiny_model()(ids[:, 1:], packed)
     with pytest.raises(ValueError, match="near_bars"):
-        tiny_model(ModelConfig(layers=1, dim=32, heads=2, ffn=48, near_bars=(0,)))(ids, packed)
+        tiny_model(replace(TINY, near_bars=(0,)))(ids, packed)
     with pytest.raises(ValueError, match="structure has kind_rule alike, not next"):
         tiny_model(replace(TINY, kind_rule="next"))(ids, packed)
 
@@ -314,15 +314,9 @@ def test_config_normalises_and_refuses():
         replace(TINY, time_fraction=1.5)
     with pytest.raises(ValueError, match="unknown kind_rule 'other'"):
         replace(TINY, kind_rule="other")
-    for rule in NEW_RULES:
+    for rule in ("alike", "next"):
         with pytest.raises(ValueError, match=f"dense model has no kind_rule, got '{rule}'"):
-            replace(TINY, kind_rule=rule).as_dense()
-
-
-def test_a_configuration_without_a_kind_rule_has_the_original_one():
-    """As checkpoints hold it from before it was a choice."""
-    saved = {name: value for name, value in asdict(TINY).items() if name != "kind_rule"}
-    assert ModelConfig(**saved) == replace(TINY, kind_rule="alike")
+            replace(TINY, kind_rule=rule, dense=True)
 
 
 def batches_of_one_shape(number: int, length: int, num_summaries: int, device="cpu"):
@@ -362,7 +356,7 @@ class TestCompiledFlex:
         random = Random(1)
         batch = [[song(random, 5), song(random, 8)], [song(random, 6)]]
         packed, ids = structure(batch).to("cuda"), random_ids(batch).cuda()
-        model = tiny_model(ModelConfig(layers=2, dim=64, heads=2, ffn=64), torch.float32).cuda()
+        model = tiny_model(ModelConfig(layers=2, dim=64, heads=2, ffn=64, **ORIGINAL), torch.float32).cuda()
         attention = make_attention(packed, "flex")
         callee = torch.compile(model, dynamic=False) if whole_model else model
         probe = torch.zeros(*ids.shape, 64, device="cuda", requires_grad=True)
@@ -380,7 +374,7 @@ class TestCompiledFlex:
 
     @pytest.mark.parametrize("whole_model", [False, True], ids=["attention_compiled", "model_compiled"])
     def test_training_compiles_once_for_batches_of_one_shape(self, whole_model):
-        model = MeloFormer(ModelConfig(layers=2, dim=128, heads=2, ffn=128)).cuda()
+        model = MeloFormer(ModelConfig(layers=2, dim=128, heads=2, ffn=128, **ORIGINAL)).cuda()
         callee = torch.compile(model, dynamic=False) if whole_model else model
         for i, (packed, ids) in enumerate(batches_of_one_shape(5, 700, 256, "cuda")):
             with torch._dynamo.config.patch(error_on_recompile=i > 0):

@@ -55,7 +55,7 @@ def test_a_file_gives_settings_and_flags_go_before_it(tmp_path, name):
 def test_a_saved_configuration_is_taken_back(tmp_path):
     config = TrainConfig(
         data_dir="some: 'odd' folder", learning_rate=1e-9, deterministic=True, compile=False, wandb="no",
-        max_samples=3, kind_rule="next", resume="auto", dry_run=True,
+        max_samples=3, kind_rule="next", near_bars="0,3", resume="auto", dry_run=True,
     )  # fmt: skip
     save_config(config, tmp_path / "config.yaml")
     found = parse_args(["--config", str(tmp_path / "config.yaml")])
@@ -63,12 +63,16 @@ def test_a_saved_configuration_is_taken_back(tmp_path):
 
 
 def test_the_model_has_the_attention_that_was_asked_for():
-    assert chosen_model(TrainConfig(data_dir="d"), TINY) == TINY and TINY.kind_rule == "alike"
+    assert chosen_model(TrainConfig(data_dir="d"), TINY) == TINY and TINY.kind_rule == "any"
     found = chosen_model(parse_args("--data_dir d --kind_rule next".split()), TINY)
     assert found == dataclasses.replace(TINY, kind_rule="next")
+    found = chosen_model(parse_args("--data_dir d --near_bars 4,0,1".split()), TINY)
+    assert found == dataclasses.replace(TINY, near_bars=(0, 1, 4))
     assert chosen_model(TrainConfig(data_dir="d", attention="dense"), TINY) == TINY.as_dense()
-    with pytest.raises(UserError, match="--kind_rule any: not with --attention dense"):
-        chosen_model(TrainConfig(data_dir="d", attention="dense", kind_rule="any"), TINY)
+    with pytest.raises(UserError, match="--kind_rule next: not with --attention dense"):
+        chosen_model(TrainConfig(data_dir="d", attention="dense", kind_rule="next"), TINY)
+    with pytest.raises(UserError, match="--near_bars 0: not with --attention dense"):
+        chosen_model(TrainConfig(data_dir="d", attention="dense", near_bars="0"), TINY)
 
 
 @pytest.mark.parametrize(
