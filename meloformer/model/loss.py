@@ -1,6 +1,7 @@
 """The training loss, without copies of all logits in float32."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,45 @@ def next_token_loss(logits: Tensor, targets: Tensor, compiled: bool = False) -> 
     Returns:
         The sum in nats, and the count (int64) of targets that were not ignored; 0-d tensors.
     """
+    loss = weighted_loss(logits, targets, None, compiled)
+    return loss.objective, loss.count
+
+
+class WeightedLoss(NamedTuple):
+    """Sums over the targets that were not ignored, 0-d tensors.
+
+    Attributes:
+        objective: of nats times weights, float32; what to differentiate.
+        weight: of the weights, float32.
+        nats: of plain nats, float32, without gradient.
+        count: of targets, int64.
+    """
+
+    objective: Tensor
+    weight: Tensor
+    nats: Tensor
+    count: Tensor
+
+
+def weighted_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, compiled: bool = False
+) -> WeightedLoss:
+    """As `next_token_loss`, with a weight for each target.
+
+    Args:
+        weights: float32 [V or fewer], by the id of the target; None weighs all alike.
+    """
+    flat = targets.flatten()
+    real = flat != IGNORE_INDEX
+    of_targets = real.float() if weights is None else weights[flat.clamp(min=0)].masked_fill(~real, 0)
     total = _compiled() if compiled else _SummedCrossEntropy.apply
-    nats = total(logits.flatten(0, 1), targets.flatten())
-    return nats, (targets != IGNORE_INDEX).sum()
+    objective, nats = total(logits.flatten(0, 1), flat, of_targets)
+    return WeightedLoss(objective, of_targets.sum(), nats.detach(), real.sum())
 
 
-def _at_once(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+def _at_once(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    nats = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return (nats * weights).sum(), nats.detach().sum()
 
 
 @cache
@@ -39,29 +72,35 @@ def _compiled():
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Of logits [T, V] and targets [T], chunk by chunk; keeps the logits and a number per token."""
+    """Of logits [T, V], targets [T] and their weights [T] (0 where ignored), chunk by chunk: the weighted sum
+    and the plain one. Keeps the logits and three numbers per token."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        nats = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for chunk, target, of_chunk in zip(logits.split(CHUNK), targets.split(CHUNK), lse.split(CHUNK)):
+        weighted, plain = torch.zeros(2, dtype=torch.float32, device=logits.device).unbind()
+        for chunk, target, weight, of_chunk in zip(
+            *(x.split(CHUNK) for x in (logits, targets, weights, lse))
+        ):
             values = chunk.float()
             torch.logsumexp(values, dim=-1, out=of_chunk)
             of_target = values.gather(1, target.clamp(min=0)[:, None])[:, 0]
-            nats += (of_chunk - of_target).masked_fill(target == IGNORE_INDEX, 0).sum()
-        ctx.save_for_backward(logits, targets, lse)
-        return nats
+            nats = (of_chunk - of_target).masked_fill(target == IGNORE_INDEX, 0)
+            weighted += (nats * weight).sum()
+            plain += nats.sum()
+        ctx.save_for_backward(logits, targets, weights, lse)
+        ctx.mark_non_differentiable(plain)
+        return weighted, plain
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None, None]:
         refuse_second_gradients("next_token_loss")
-        logits, targets, lse = ctx.saved_tensors
+        logits, targets, weights, lse = ctx.saved_tensors
         out = torch.empty_like(logits)
-        parts = (x.split(CHUNK) for x in (logits, targets, lse, out))
-        for chunk, target, of_chunk, out_chunk in zip(*parts):
+        parts = (x.split(CHUNK) for x in (logits, targets, weights, lse, out))
+        for chunk, target, weight, of_chunk, out_chunk in zip(*parts):
             d_logits = (chunk.float() - of_chunk[:, None]).exp_()  # softmax, minus 1 at the target
             d_logits.scatter_add_(1, target.clamp(min=0)[:, None], d_logits.new_full((len(target), 1), -1.0))
-            d_logits *= gradient.expand(len(target)).masked_fill(target == IGNORE_INDEX, 0)[:, None]
+            d_logits *= (gradient * weight)[:, None]
             out_chunk.copy_(d_logits)
-        return out, None
+        return out, None, None

@@ -16,6 +16,7 @@ from ..files import write_atomic
 from ..kernels import BACKENDS
 from ..kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
 from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig
+from .family_weights import DEFAULT_WEIGHTS, parse_weights
 
 CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -37,6 +38,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 8
     learning_rate: float = 3e-4
     warmup_steps: int = 500
+    family_weights: str = DEFAULT_WEIGHTS
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 10
@@ -94,6 +96,13 @@ def make_parser() -> cli.Parser:
         "warmup_steps",
         "steps of linear warm-up, at most a tenth of the run; then cosine decay to a tenth of the peak",
         type=cli.integer(0),
+    )
+    add(
+        "family_weights",
+        "weights of the training loss by the family of the token to predict; families not named count 1, and "
+        "an empty text weighs all alike",
+        type=parse_weights,
+        metavar="INST=2,...",
     )
     add("weight_decay", "weight decay of AdamW, on matrices only", type=cli.number(0, 10))
     add("max_grad_norm", "clip the gradient norm at this value", type=cli.number(1e-9, 1e9))

@@ -20,10 +20,11 @@ from ..errors import UserError
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..model.device import pick_attention
-from ..model.loss import next_token_loss
+from ..model.loss import weighted_loss
 from ..model.transformer import MeloFormer, ModelConfig
 from .config import TrainConfig
 from .distributed import Job, full_tensor, gather_state, local_tensor, shard_like, shard_model
+from .family_weights import weight_table
 from .flops import training_flops
 from .guard import Guard, is_finite_step
 from .metrics import StepFigures
@@ -85,6 +86,8 @@ class Stepper:
                 bucket_cap_mb=_ONE_BUCKET_MB if job.one_machine else None,
                 gradient_as_bucket_view=True,
             )
+        weights = weight_table(config.family_weights)
+        self._weights = None if weights is None else weights.to(job.device)
         self._sums = self._zero_sums()
         self._side_stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
         self._in_use: PreparedBatch | None = None
@@ -158,14 +161,15 @@ class Stepper:
             self._in_use = prepared  # keeps its memory until an event follows all work on it
         with self._exchange(last):
             logits = self._forward(self.parallel, prepared)
-            nats, targets = next_token_loss(logits, batch.targets, self.compiled)
+            loss = weighted_loss(logits, batch.targets, self._weights, self.compiled)
             done("forward")
-            nats.backward()
+            loss.objective.backward()
         done("backward")
-        self._sums[0] += nats.detach()
-        self._sums[1] += targets
+        self._sums[0] += loss.nats
+        self._sums[1] += loss.count
         self._sums[2] += batch.tokens
         self._sums[3] += training_flops(self.model.config, batch.counts)
+        self._sums[4] += loss.weight
 
     def _exchange(self, now: bool) -> AbstractContextManager:
         """A context for forward and backward in which gradients are exchanged only if `now`."""
@@ -192,9 +196,9 @@ class Stepper:
             if flag:
                 place.fill_(1)  # a copy from the host would synchronize
         sums = self._job.sum(torch.cat([self._sums, own]))
-        # The exchange averaged over processes: scale to the mean over targets and clip in one pass.
+        # The exchange averaged over processes: scale to the weighted mean over targets and clip in one pass.
         gradients = [parameter.grad for parameter in self.model.parameters()]
-        scale = self._job.world / sums[1]
+        scale = self._job.world / sums[4]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) * scale
         clip = (self._config.max_grad_norm / (norm + _NORM_EPSILON)).clamp(max=1)
         torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], (scale * clip).float())
@@ -215,7 +219,7 @@ class Stepper:
         return lambda: self._figures(*read_numbers())
 
     def _figures(
-        self, nats: float, targets: float, tokens: float, flops: float, *others: float
+        self, nats: float, targets: float, tokens: float, flops: float, weight: float, *others: float
     ) -> tuple[StepFigures, list[bool]]:
         *any_flags, norm = others
         loss = nats / targets
@@ -259,8 +263,8 @@ class Stepper:
         return model.to(self._job.device)
 
     def _zero_sums(self) -> Tensor:
-        # nats, targets, tokens, floating-point operations
-        return torch.zeros(4, dtype=torch.float64, device=self._job.device)
+        # nats, targets, tokens, floating-point operations, weights of targets
+        return torch.zeros(5, dtype=torch.float64, device=self._job.device)
 
 
 def _read_later(numbers: Tensor) -> Callable[[], list[float]]:

@@ -1,4 +1,4 @@
-"""Loss and perplexity on the validation split, overall and by the kind of the predicted token."""
+"""Loss on the validation split: in total, per note, and by the family of the token to predict."""
 
 import math
 from collections.abc import Callable
@@ -7,20 +7,13 @@ import torch
 from torch import Tensor
 
 from ..data.batches import PackedSongs, State
-from ..model.loss import next_token_loss
-from ..tokens import attributes, vocab
+from ..model.loss import CHUNK
+from ..tokens import vocab
 from .distributed import Job
+from .family_weights import PREDICTED
 from .metrics import finite
 from .prefetch import prefetch
 from .stepper import Stepper
-
-KINDS = {
-    "T": attributes.KIND_T,
-    "P": attributes.KIND_P,
-    "L": attributes.KIND_L,
-    "V": attributes.KIND_V,
-    "structural": attributes.STRUCTURAL,
-}
 
 
 def validate(
@@ -39,9 +32,10 @@ def validate(
         stops: called after each batch; whether this process wants to stop.
 
     Returns:
-        `val_loss` (nats per token) and `val_perplexity`, and the same for each of `KINDS` that occurs,
-        as in `val_loss_T`; non-finite numbers are None. The whole result is None if any process wanted
-        to stop.
+        `val_loss` (nats per token), `val_perplexity`, `val_nats_per_note` (nats of all tokens over the number
+        of notes, which compares across vocabularies), and for each family that occurs `val_loss_INST`, nats
+        per token of that family, and `val_within_INST`, the same given that the family is right; non-finite
+        numbers are None. The whole result is None if any process wanted to stop.
     """
     stepper.model.eval()
     try:
@@ -50,36 +44,56 @@ def validate(
         stepper.model.train()
     if sums is None:
         return None
-    nats, count = job.sum(sums).tolist()
-    figures = _figures("", sum(nats), sum(count))
-    for name, kind_nats, kind_count in zip(KINDS, nats, count):
-        if kind_count:
-            figures |= _figures(f"_{name}", kind_nats, kind_count)
-    return figures
+    nats, within, count = job.sum(sums).tolist()
+    loss = sum(nats) / sum(count)
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
+    figures = {"val_loss": loss, "val_perplexity": perplexity}
+    if notes := count[PREDICTED.index(vocab.P)]:
+        figures["val_nats_per_note"] = sum(nats) / notes
+    for family, of_all, of_family, tokens in zip(PREDICTED, nats, within, count):
+        if tokens:
+            figures[f"val_loss_{family.name}"] = of_all / tokens
+            figures[f"val_within_{family.name}"] = of_family / tokens
+    return {name: finite(value) for name, value in figures.items()}
 
 
 @torch.no_grad()
 def _add_up(
     stepper: Stepper, data: PackedSongs, batch_size: int, job: Job, stops: Callable[[], bool]
 ) -> Tensor | None:
-    """Sums of nats and of targets by kind on this rank, float64 [2, kinds]; None if any process stops."""
-    kind_of = torch.from_numpy(attributes.KIND_OF_ID).to(job.device)
-    sums = torch.zeros(2, len(KINDS), dtype=torch.float64, device=job.device)
+    """`family_sums` over the rows of this rank; None if any process stops."""
+    sums = torch.zeros(3, len(PREDICTED), dtype=torch.float64, device=job.device)
     batches = data.batches(State(), batch_size, rank=job.rank, world=job.world, stop_epoch=1)
     for batch, _ in prefetch(batches):
         batch = batch.to(job.device)
-        logits = stepper.logits(batch)
-        kinds = kind_of[batch.targets.clamp(min=0)]
-        for column, kind in enumerate(KINDS.values()):
-            nats, count = next_token_loss(logits, batch.targets.where(kinds == kind, vocab.IGNORE_INDEX))
-            sums[0, column] += nats
-            sums[1, column] += count
+        sums += family_sums(stepper.logits(batch).flatten(0, 1), batch.targets.flatten())
         if job.any(stops()):
             return None
     return sums
 
 
-def _figures(suffix: str, nats: float, count: float) -> dict[str, float | None]:
-    loss = nats / count
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
-    return {f"val_loss{suffix}": finite(loss), f"val_perplexity{suffix}": finite(perplexity)}
+def family_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums by family of the target: float64 [3, PREDICTED].
+
+    Args:
+        logits: [T, V] any floating dtype. targets: int64 [T], negative where there is none.
+
+    Returns:
+        nats over all ids; nats over the ids of the family alone; the count of targets.
+    """
+    family_of = torch.full((logits.shape[1],), len(PREDICTED), device=logits.device)
+    for index, family in enumerate(PREDICTED):
+        family_of[family.start : family.stop] = index
+    sums = torch.zeros(3, len(PREDICTED) + 1, dtype=torch.float64, device=logits.device)
+    for chunk, target in zip(logits.split(CHUNK), targets.split(CHUNK)):
+        values, real = chunk.float(), target >= 0
+        target = target.clamp(min=0)
+        family = family_of[target].where(real, len(PREDICTED))
+        of_target = values.gather(1, target[:, None])[:, 0]
+        of_each = [values[:, f.start : f.stop].logsumexp(1) for f in PREDICTED]
+        of_family = torch.stack([*of_each, of_target], 1).gather(1, family[:, None])[:, 0]
+        columns = torch.stack(
+            [values.logsumexp(1) - of_target, of_family - of_target, torch.ones_like(of_target)]
+        )
+        sums.index_add_(1, family, columns.double())
+    return sums[:, :-1]

@@ -21,7 +21,7 @@ QUICK = [
     *("--device", "cpu", "--attention", "reference"),
 ]
 NAMED = (
-    *("size", "attention", "kind_rule", "tokens_per_row", "checkpoint_activations", "gpus"),
+    *("size", "attention", "kind_rule", "near_bars", "tokens_per_row", "checkpoint_activations", "gpus"),
     "rows_per_batch",
 )
 
@@ -103,8 +103,8 @@ def test_a_process_that_fails_ends_all_of_them_with_its_error(data, tmp_path):
 
 
 def test_skipped_steps_are_no_figures(data, tmp_path, monkeypatch):
-    loss = stepper.next_token_loss
-    monkeypatch.setattr(stepper, "next_token_loss", lambda *a: (loss(*a)[0] * math.nan, loss(*a)[1]))
+    loss = stepper.weighted_loss
+    monkeypatch.setattr(stepper, "weighted_loss", lambda *a: loss(*a)._replace(nats=loss(*a).nats * math.nan))
     target = tmp_path / "page.md"
     train.main([*QUICK, "--data_dir", str(data), "--output", str(target)])
     (found,) = json.loads(target.with_suffix(".json").read_text())["rows"]
@@ -119,7 +119,7 @@ def test_kind_rules_have_rows_of_their_own_beside_one_dense_one(data, tmp_path):
     assert [r["kind_rule"] for r in (alike, following, dense)] == ["alike", "next", "any"]
     assert alike["loss"] != following["loss"]
     assert [line.split(" | ")[1] for line in table_rows(target.read_text(), "Speed")] == [
-        "reference", "reference, next", "dense",
+        "reference, near 0 1", "reference, next, near 0 1", "dense",
     ]  # fmt: skip
 
 

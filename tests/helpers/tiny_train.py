@@ -33,7 +33,7 @@ def _meet_faults() -> None:
         if (fault["rank"], fault["attempt"]) == (rank, attempt)
     }
     now = ""
-    seed, loss, validate = stepper.Stepper.seed, stepper.next_token_loss, validation._add_up
+    seed, loss, validate = stepper.Stepper.seed, stepper.weighted_loss, validation._add_up
 
     def seed_and_fail(self, step):
         nonlocal now
@@ -57,12 +57,12 @@ def _meet_faults() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
     def loss_or_nan(*args):
-        nats, count = loss(*args)
+        sums = loss(*args)
         if now == "nan loss":
-            nats = nats * float("nan")
-        elif now == "inf gradient":
-            nats.register_hook(lambda gradient: gradient * float("inf"))
-        return nats, count
+            return sums._replace(objective=sums.objective * float("nan"), nats=sums.nats * float("nan"))
+        if now == "inf gradient":
+            sums.objective.register_hook(lambda gradient: gradient * float("inf"))
+        return sums
 
     def validate_and_fail(*args):
         if now.endswith("validation"):
@@ -70,7 +70,7 @@ def _meet_faults() -> None:
         return validate(*args)
 
     stepper.Stepper.seed = seed_and_fail
-    stepper.next_token_loss = loss_or_nan
+    stepper.weighted_loss = loss_or_nan
     validation._add_up = validate_and_fail
 
 

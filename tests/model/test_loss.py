@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from meloformer.model import loss
-from meloformer.model.loss import next_token_loss
+from meloformer.model.loss import next_token_loss, weighted_loss
 from meloformer.tokens.vocab import IGNORE_INDEX
 
 
@@ -21,6 +21,27 @@ def test_loss_is_a_sum_over_the_targets_that_count():
     torch.testing.assert_close(nats.double(), expected, rtol=1e-6, atol=0)
     nats, count = next_token_loss(logits, torch.full_like(targets, IGNORE_INDEX))
     assert nats == 0 and count == 0
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_weights_are_those_of_the_targets(chunk, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 10, 64, generator=generator).requires_grad_()
+    targets = torch.randint(0, 60, (2, 10), generator=generator)
+    targets[1, 4:] = IGNORE_INDEX
+    weights = torch.rand(60, generator=generator)
+    found = weighted_loss(logits, targets, weights)
+    each = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+    )
+    of_targets = torch.tensor([0 if t < 0 else float(weights[t]) for t in targets.flatten()])
+    torch.testing.assert_close(found.objective, (each * of_targets).sum())
+    torch.testing.assert_close(found.nats, each.sum())
+    torch.testing.assert_close(found.weight, of_targets.sum())
+    assert found.count == 14 and not found.nats.requires_grad
+    (got,), (want,) = (torch.autograd.grad(x, logits) for x in (found.objective, (each * of_targets).sum()))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

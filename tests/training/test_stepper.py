@@ -50,7 +50,7 @@ def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
 @pytest.mark.parametrize("share", [0.1, 10.0], ids=["clipped", "not clipped"])
 def test_gradients_are_means_over_targets_and_clipped_as_pytorch_does(data, tmp_path, share, monkeypatch):
     """Adam does not see by what its gradients are scaled: those that it is given are looked at."""
-    trainer = Trainer(config(data, tmp_path), TINY, start_job("cpu"))
+    trainer = Trainer(config(data, tmp_path, family_weights=""), TINY, start_job("cpu"))
     batch, stepper = trainer.data.batch(0, [0, 1]), trainer.stepper
     stepper.accumulate(stepper.prepare(batch), last=True)
     expected = [torch.nn.Parameter(torch.zeros_like(p)) for p in stepper.model.parameters()]

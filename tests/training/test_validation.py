@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from meloformer.tokens import attributes
+from meloformer.tokens import vocab
 from meloformer.training import validation
 from meloformer.training.distributed import start_job
 from meloformer.training.trainer import Trainer
-from meloformer.training.validation import KINDS, validate
+from meloformer.training.validation import validate
 
 from helpers.tiny_train import TINY
 from helpers.training import config
@@ -22,26 +22,43 @@ def run(trainer, stops=lambda: False):
     return validate(trainer.stepper, trainer.val_data, 1, trainer.job, stops)
 
 
-def test_loss_by_kind_is_the_mean_over_the_targets_of_that_kind(trainer):
+def test_losses_are_means_over_the_targets_of_a_family(trainer):
     found = run(trainer)
-    nats, kinds = [], []
+    log_p, targets = [], []
     for row in range(trainer.val_data.rows_per_epoch(0)):
         batch = trainer.val_data.batch(0, [row])
         with torch.no_grad():
             logits = trainer.stepper.model(batch.ids, batch.structure, "reference")
-        counts = batch.targets >= 0
-        nats.append(
-            torch.nn.functional.cross_entropy(logits[counts], batch.targets[counts], reduction="none")
-        )
-        kinds.append(torch.from_numpy(attributes.KIND_OF_ID)[batch.targets[counts]])
-    nats, kinds = torch.cat(nats), torch.cat(kinds)
+        real = batch.targets >= 0
+        log_p.append(logits[real].double().log_softmax(-1))
+        targets.append(batch.targets[real])
+    log_p, targets = torch.cat(log_p), torch.cat(targets)
+    nats = -log_p.gather(1, targets[:, None])[:, 0]
     assert found["val_loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
-    for name, kind in KINDS.items():
-        of_kind = nats[kinds == kind].mean().item()
-        assert found[f"val_loss_{name}"] == pytest.approx(of_kind, rel=1e-5)
-        assert found[f"val_perplexity_{name}"] == pytest.approx(math.exp(of_kind), rel=1e-4)
-    assert set(KINDS) == {"T", "P", "L", "V", "structural"}
+    assert found["val_perplexity"] == pytest.approx(math.exp(nats.mean().item()), rel=1e-4)
+    names, families = set(), [vocab.family_of(int(target)) for target in targets]
+    notes = sum(family is vocab.P for family in families)
+    assert found["val_nats_per_note"] == pytest.approx(nats.sum().item() / notes, rel=1e-5)
+    for family in set(families):
+        of = torch.tensor([one is family for one in families])
+        names |= {f"val_loss_{family.name}", f"val_within_{family.name}"}
+        assert found[f"val_loss_{family.name}"] == pytest.approx(nats[of].mean().item(), rel=1e-5)
+        within = nats[of] + log_p[of, family.start : family.stop].logsumexp(1)
+        assert found[f"val_within_{family.name}"] == pytest.approx(within.mean().item(), rel=1e-4, abs=1e-6)
+    assert {f"val_loss_{name}" for name in ("BAND", "CHORD", "INST", "T", "P", "L", "V", "EOS")} <= names
+    assert names == found.keys() - {"val_loss", "val_perplexity", "val_nats_per_note"}
     assert trainer.stepper.model.training
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_every_target_counts_once_whatever_the_chunks(chunk, monkeypatch):
+    monkeypatch.setattr(validation, "CHUNK", chunk)
+    logits = torch.randn(20, vocab.VOCAB_SIZE + 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([*(family.start for family in validation.PREDICTED), -100, -100])
+    nats, within, count = validation.family_sums(logits[: len(targets)], targets)
+    assert count.tolist() == [1] * len(validation.PREDICTED)
+    alone = [family.stop - family.start == 1 for family in validation.PREDICTED]
+    assert [w == 0 for w in within.tolist()] == alone and (within < nats).all()
 
 
 def test_a_stop_ends_it_without_figures(trainer):
@@ -51,7 +68,7 @@ def test_a_stop_ends_it_without_figures(trainer):
 
 
 def test_numbers_that_are_not_finite_are_none(trainer, monkeypatch):
-    loss = validation.next_token_loss
-    monkeypatch.setattr(validation, "next_token_loss", lambda *a: (loss(*a)[0] * math.inf, loss(*a)[1]))
+    sums = validation.family_sums
+    monkeypatch.setattr(validation, "family_sums", lambda *a: sums(*a) * math.inf)
     found = run(trainer)
-    assert found["val_loss"] is None and found["val_perplexity_P"] is None
+    assert found["val_loss"] is None and found["val_loss_P"] is None
