@@ -16,29 +16,32 @@ for _i in range(len(_TEMPLATES)):
     _root, _quality = divmod(_i, _N_QUALITIES)
     _TEMPLATES[_i, [(_root + tone) % 12 for tone in _QUALITIES[_quality]]] = 1
 
-# How much a note counts by where it begins: on the bar line, on a quarter note, elsewhere, in a bar before.
-_ON_BAR_LINE, _ON_QUARTER, _OFF_BEAT, _TIED = 4, 3, 2, 3
+# How much a note counts by where it begins: on a quarter note or in a bar before, elsewhere.
+_ON_QUARTER, _OFF_BEAT = 3, 2
+# Low notes make the harmony, high ones the melody, which strays from it: notes of less than so many semitones
+# over the bass count so many times.
+_LOW_SEMITONES, _LOW = 24, 2
 
 # A pitch class of less than this part of the bar's weight counts as missing.
 _MISSING_PART = 16
 # All of the following are in 64ths of the bar's weight.
 _UNIT = 64
-_MISSING_COST = 12  # for each tone of the chord that is missing
-_BASS_BONUS = 16  # the root is the bass
+_MISSING_COST = 10  # for each tone of the chord that is missing
+_BASS_BONUS = 18  # the root is the bass
 _BASS_TONE_BONUS = 4  # the bass is another tone of the chord
-_CHANGE_COST = 20  # the label differs from that of the bar before
+_CHANGE_COST = 12  # the label differs from that of the bar before
 # The rarer, the more a quality must explain; in the order of `vocab.QUALITIES`.
 _QUALITY_COSTS = {
     "maj": 0,
-    "min": 0,
+    "min": 2,
     "dim": 8,
     "aug": 14,
     "sus2": 12,
     "sus4": 12,
-    "5": 11,
+    "5": 9,
     "6": 24,
-    "7": 16,
-    "maj7": 16,
+    "7": 12,
+    "maj7": 12,
     "min7": 14,
     "hdim7": 20,
     "dim7": 20,
@@ -57,7 +60,8 @@ def pitch_class_weights(
         bar_start: first step of each bar [bars], ascending from 0; the last bar has no end.
 
     Returns:
-        weights: int64 [bars, 12], sounding steps times the weight of the place where the note begins.
+        weights: int64 [bars, 12], sounding steps times the weight of the place where the note begins and that
+            of its height over the bass.
         bass: int64 [bars], pitch class of the lowest note that sounds in the first quarter of the bar, of the
             whole bar if that quarter is silent; 0 in a silent bar.
     """
@@ -71,15 +75,18 @@ def pitch_class_weights(
     end = start + length
     sounding = np.minimum(end[note], bar_end[bar]) - np.maximum(start[note], bar_start[bar])
     onset = start[note] - bar_start[bar]
-    place = np.where(onset % vocab.STEPS_PER_QUARTER == 0, _ON_QUARTER, _OFF_BEAT)
-    place = np.select([onset == 0, onset < 0], [_ON_BAR_LINE, _TIED], place)
-    weights = np.zeros(bars * 12, dtype=np.int64)
-    np.add.at(weights, bar * 12 + pitch[note] % 12, sounding * place)
 
     early = onset < vocab.STEPS_PER_QUARTER
     lowest = np.full(bars, 256, dtype=np.int64)
     np.minimum.at(lowest, bar, pitch[note] + np.where(early, 0, 128))
-    return weights.reshape(bars, 12), np.where(lowest < 256, lowest % 128 % 12, 0)
+    bass = lowest % 128
+
+    on_quarter = (onset < 0) | (onset % vocab.STEPS_PER_QUARTER == 0)
+    weight = np.where(on_quarter, _ON_QUARTER, _OFF_BEAT)
+    weight *= np.where(pitch[note] - bass[bar] < _LOW_SEMITONES, _LOW, 1)
+    weights = np.zeros(bars * 12, dtype=np.int64)
+    np.add.at(weights, bar * 12 + pitch[note] % 12, sounding * weight)
+    return weights.reshape(bars, 12), np.where(lowest < 256, bass % 12, 0)
 
 
 def label_bars(start: np.ndarray, length: np.ndarray, pitch: np.ndarray, bar_start: np.ndarray) -> np.ndarray:

@@ -31,13 +31,18 @@ def test_special_bars(pitches, expected):
     assert label(pitches) == expected
 
 
-def test_a_note_counts_in_every_bar_by_its_time_there_and_the_place_of_its_onset():
+def test_a_note_counts_in_every_bar_by_its_time_there_its_place_and_its_height():
     weights, bass = pitch_class_weights(
-        np.array([0, 90, 120]), np.array([24, 110, 10]), np.array([60, 50, 41]), np.array([0, 96, 192, 288])
+        np.array([0, 90, 120, 0, 6]),
+        np.array([24, 110, 10, 24, 12]),
+        np.array([60, 50, 41, 83, 87]),
+        np.array([0, 96, 192, 288]),
     )
-    assert weights[:, 0].tolist() == [4 * 24, 0, 0, 0]  # on the bar line
-    assert weights[:, 2].tolist() == [2 * 6, 3 * 96, 3 * 8, 0]  # off the beat, then sounding on
-    assert weights[:, 5].tolist() == [0, 3 * 10, 0, 0]  # on a quarter
+    assert weights[:, 0].tolist() == [2 * 3 * 24, 0, 0, 0]  # on a quarter
+    assert weights[:, 2].tolist() == [2 * 2 * 6, 2 * 3 * 96, 2 * 3 * 8, 0]  # off the beat, then sounding on
+    assert weights[:, 5].tolist() == [0, 2 * 3 * 10, 0, 0]
+    assert weights[:, 11].tolist() == [2 * 3 * 24, 0, 0, 0]  # less than two octaves over the bass
+    assert weights[:, 3].tolist() == [2 * 12, 0, 0, 0]  # more
     assert bass.tolist() == [0, 2, 2, 0]  # the F comes after the first quarter, the bar at 288 is silent
 
 
