@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.structure import KIND_RULE, NEAR_BARS, Structure, summary_room
 from ..tokens import attributes, vocab
+from ..tokens.attributes import TokenAttributes
+from .augment import OFF, Augmentation, augment, seeds_of_epoch
 from .packing import find_samples, rows_of_epoch
 from .pairs import Counts, count_documents
 from .shards import ShardSet
@@ -69,6 +71,18 @@ class Batch:
         )
 
 
+class _Epoch(NamedTuple):
+    """Its number, its rows, the largest number of bars in a row, and the seeds of its samples' changes."""
+
+    number: int
+    rows: list[np.ndarray]
+    most_bars: int
+    seeds: np.ndarray
+
+
+_NO_SAMPLES = np.zeros(0, np.int64)
+
+
 class PackedSongs:
     """The rows of one split, epoch by epoch.
 
@@ -83,6 +97,7 @@ class PackedSongs:
         near_bars, kind_rule: of `Structure`.
         fixed_num_summaries: give all batches of an epoch as many summary slots as its fullest row needs, for
             an attention that compiles anew for each number.
+        augmentation: how far samples are changed, by (seed, epoch, sample); of the split "train" only.
 
     Attributes:
         samples: the `Samples` of the split, including the numbers of skipped songs and bars.
@@ -100,8 +115,11 @@ class PackedSongs:
         near_bars: tuple[int, ...] = NEAR_BARS,
         kind_rule: str = KIND_RULE,
         fixed_num_summaries: bool = False,
+        augmentation: Augmentation = OFF,
     ):
-        self.shards, self.split = shards, split
+        if split != "train" and augmentation != OFF:
+            raise ValueError(f"samples of the split {split!r} must stay as they are")
+        self.shards, self.split, self.augmentation = shards, split, augmentation
         self.max_seq_len, self.max_bars, self.seed = max_seq_len, max_bars, seed
         self.near_bars, self.kind_rule, self.fixed_num_summaries = near_bars, kind_rule, fixed_num_summaries
         self.samples = find_samples(
@@ -113,21 +131,21 @@ class PackedSongs:
             seed=seed,
         )
         # The last epoch asked for, in one attribute, since the loader thread reads it too.
-        self._epoch: tuple[int, list[np.ndarray], int] = (-1, [], 0)
+        self._epoch = _Epoch(-1, [], 0, np.zeros(0, np.uint64))
         # The `Counts` of each sample, 0 until it is first read; no pair crosses documents, so they add up.
         self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
 
     def rows(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, see `packing.rows_of_epoch`."""
-        return self._of(epoch)[1]
+        return self._of(epoch).rows
 
-    def _of(self, epoch: int) -> tuple[int, list[np.ndarray], int]:
-        """An epoch, its rows, and the largest number of bars in a row."""
+    def _of(self, epoch: int) -> "_Epoch":
         found = self._epoch
-        if found[0] != epoch:
+        if found.number != epoch:
             rows = rows_of_epoch(self.samples, [self.seed, epoch], self.max_seq_len, self.max_bars)
             most_bars = max((int(self.samples.bars[numbers].sum()) for numbers in rows), default=0)
-            found = self._epoch = (epoch, rows, most_bars)
+            seeds = seeds_of_epoch(self.seed, epoch, len(self.samples))
+            found = self._epoch = _Epoch(epoch, rows, most_bars, seeds)
         return found
 
     def rows_per_epoch(self, epoch: int) -> int:
@@ -136,36 +154,29 @@ class PackedSongs:
     def batch(self, epoch: int, rows: Iterable[int]) -> Batch:
         """A batch of the given rows of an epoch; a number past the last row gives a row of padding."""
         rows = list(rows)
-        _, of_epoch, most_of_epoch = self._of(epoch)
+        of_epoch = self._of(epoch)
         shape = (len(rows), self.max_seq_len)
         ids = np.full(shape, vocab.PAD, np.int64)
         targets = np.full(shape, vocab.IGNORE_INDEX, np.int64)
         doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
-        most_bars = num_targets = 0
-        counts = np.zeros(self._counts.shape[1], np.int64)
-        for b, number in enumerate(rows):
-            if number >= len(of_epoch):
-                continue
-            numbers = of_epoch[number]
-            documents = [self.samples.read(self.shards, int(sample)) for sample in numbers]
-            lengths = np.array([len(document) for document in documents])
-            row, n = np.concatenate(documents), int(lengths.sum())
-            ends = np.cumsum(lengths)
-            scanned = attributes.scan(row, starts=ends - lengths)
-            ids[b, :n] = row
-            targets[b, : n - 1] = row[1:]
-            targets[b, ends - 1] = vocab.IGNORE_INDEX
-            doc[b, :n] = np.repeat(np.arange(len(documents)), lengths)
-            bar[b, :n], inst[b, :n] = scanned.bar, scanned.inst
-            kind[b, :n], onset[b, :n] = scanned.kind, scanned.onset
-            most_bars = max(most_bars, int(self.samples.bars[numbers].sum()))
-            num_targets += n - len(documents)
-            if not self._counts[numbers].any(axis=1).all():
-                each = vars(scanned).values()
-                self._counts[numbers] = count_documents(ends - lengths, *each, self.near_bars, self.kind_rule)
-            counts += self._counts[numbers].sum(0)
+        held = [of_epoch.rows[row] if row < len(of_epoch.rows) else _NO_SAMPLES for row in rows]
+        numbers = np.concatenate([_NO_SAMPLES, *held])
+        ends = np.cumsum(self.samples.length[numbers])
+        tokens, scanned = self._documents(of_epoch, numbers, ends)
+        following = np.append(tokens[1:], np.uint16(vocab.PAD)).astype(np.int64)
+        following[ends - 1] = vocab.IGNORE_INDEX
+        stop = 0
+        for b, samples in enumerate(held):
+            lengths = self.samples.length[samples]
+            n = int(lengths.sum())
+            start, stop = stop, stop + n
+            ids[b, :n], targets[b, :n] = tokens[start:stop], following[start:stop]
+            doc[b, :n] = np.repeat(np.arange(len(samples)), lengths)
+            bar[b, :n], inst[b, :n] = scanned.bar[start:stop], scanned.inst[start:stop]
+            kind[b, :n], onset[b, :n] = scanned.kind[start:stop], scanned.onset[start:stop]
+        most_bars = max((int(self.samples.bars[samples].sum()) for samples in held), default=0)
         if self.fixed_num_summaries:
-            most_bars = most_of_epoch
+            most_bars = of_epoch.most_bars
         structure = Structure.build(
             *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
             num_summaries=summary_room(most_bars),
@@ -176,9 +187,34 @@ class PackedSongs:
             torch.from_numpy(ids),
             torch.from_numpy(targets),
             structure,
-            num_targets,
-            Counts(*counts.tolist()),
+            len(tokens) - len(numbers),
+            Counts(*self._counts[numbers].sum(0).tolist()),
         )
+
+    def _documents(
+        self, epoch: "_Epoch", numbers: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, TokenAttributes]:
+        """The given samples as an epoch has them, back to back: ids, uint16 [n], and attributes.
+
+        Args:
+            numbers: of the samples, int64 [D].
+            ends: where each of them ends, int64 [D].
+        """
+        documents = [self.samples.read(self.shards, int(sample)) for sample in numbers]
+        stored = np.concatenate([np.zeros(0, np.uint16), *documents])
+        starts = ends - self.samples.length[numbers]
+        if self.augmentation == OFF or not len(numbers):
+            ids, scanned = stored, attributes.scan(stored, starts)
+        else:
+            ids, scanned = augment(stored, starts, epoch.seeds[numbers], self.augmentation)
+        assert len(ids) == sum(map(len, documents)), "rows are packed by the lengths of samples"
+        if not self._counts[numbers].any(axis=1).all():
+            # As they are stored, for some kind rules count other pairs for each order of the band.
+            counted = attributes.scan(stored, starts) if self.augmentation.band_order else scanned
+            self._counts[numbers] = count_documents(
+                starts, *vars(counted).values(), self.near_bars, self.kind_rule
+            )
+        return ids, scanned
 
     def rows_by_rank(self, epoch: int, group: list[int], world: int) -> list[list[int]]:
         """Distribute a group of rows of an epoch over `world` processes, the same number to each.

@@ -11,12 +11,15 @@ from pathlib import Path
 import yaml
 
 from .. import cli
+from ..data import augment
+from ..data.augment import Augmentation
 from ..errors import UserError
 from ..files import write_atomic
 from ..kernels import BACKENDS
 from ..kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
 from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig
 from .family_weights import DEFAULT_WEIGHTS, parse_weights
+from ..tokens import vocab
 
 CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -54,6 +57,11 @@ class TrainConfig:
     shard_state: bool = False
     deterministic: bool = False
     seed: int = 0
+    augment: bool = True
+    augment_transpose: int = 6
+    augment_velocity: int = 2
+    augment_tempo: int = 10
+    augment_band_order: bool = True
     validate_every: int | None = None
     sample_every: int | None = None
     save_every: int | None = None
@@ -69,6 +77,15 @@ class TrainConfig:
         """Whether batches should all have room for as many summaries: FlexAttention compiles for each number,
         which takes longest of all."""
         return self.attention == "flex"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training samples are changed."""
+        if not self.augment:
+            return augment.OFF
+        return Augmentation(
+            self.augment_transpose, self.augment_velocity, self.augment_tempo, self.augment_band_order
+        )
 
 
 def make_parser() -> cli.Parser:
@@ -150,6 +167,29 @@ def make_parser() -> cli.Parser:
     )
     switch("deterministic", "bitwise reproducible on the same machine, at some cost in speed")
     add("seed", "seed of the weights and of the order of the data", type=cli.seed)
+    switch(
+        "augment",
+        "change training samples at random, anew in each epoch, as the following flags say, or not at all",
+    )
+    add(
+        "augment_transpose",
+        "transpose by up to this many semitones, 0 for never; 6, the most, reaches every key by -5 to +6",
+        type=cli.integer(0, augment.MAX_SEMITONES),
+        metavar="SEMITONES",
+    )
+    add(
+        "augment_velocity",
+        f"play louder or softer by up to this many velocity bins of {128 // vocab.VELOCITY_BINS} velocities",
+        type=cli.integer(0, augment.MAX_BINS),
+        metavar="BINS",
+    )
+    add(
+        "augment_tempo",
+        "play faster or slower by up to this many percent",
+        type=cli.integer(0, augment.MAX_PERCENT),
+        metavar="PERCENT",
+    )
+    switch("augment_band_order", "list the instruments of a song, and write their notes, in random order")
     add("validate_every", "validate every this many steps, in addition to after each epoch", **every)
     add("sample_every", "generate a song every this many steps, as MIDI file and piano roll", **every)
     add("save_every", "save a checkpoint every this many steps, in addition to after each epoch", **every)

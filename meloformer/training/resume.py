@@ -41,6 +41,7 @@ def run_identity(
         "data": hashlib.sha256(shards.digests.tobytes()).hexdigest(),
         "val_split": shards.val_split,
         **{name: getattr(config, name) for name in FIXED},
+        **{f"augment_{name}": value for name, value in dataclasses.asdict(config.augmentation).items()},
         "precision": precision,
         "packing": PACKING,
         "rows_per_step": world * config.batch_size * config.gradient_accumulation_steps,

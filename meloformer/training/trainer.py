@@ -78,7 +78,9 @@ class Trainer:
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars, "seed": config.seed}
         limits |= {"near_bars": model_config.near_bars, "kind_rule": model_config.kind_rule}
         limits["fixed_num_summaries"] = config.fixed_num_summaries
-        self.data = PackedSongs(shards, "train", max_samples=config.max_samples, **limits)
+        self.data = PackedSongs(
+            shards, "train", max_samples=config.max_samples, augmentation=config.augmentation, **limits
+        )
         self.data.require_samples()
         self.val_data = PackedSongs(shards, "val", max_samples=config.max_samples, **limits)
 

@@ -4,6 +4,7 @@ import json
 import pytest
 import yaml
 
+from meloformer.data.augment import OFF, Augmentation
 from meloformer.errors import UserError
 from meloformer.training.config import TrainConfig, chosen_model, make_parser, parse_args, save_config
 
@@ -73,6 +74,32 @@ def test_the_model_has_the_attention_that_was_asked_for():
         chosen_model(TrainConfig(data_dir="d", attention="dense", kind_rule="next"), TINY)
     with pytest.raises(UserError, match="--near_bars 0: not with --attention dense"):
         chosen_model(TrainConfig(data_dir="d", attention="dense", near_bars="0"), TINY)
+
+
+def test_augmentation_is_on_unless_turned_off():
+    def found(*flags):
+        return parse_args(["--data_dir", "d", *flags]).augmentation
+
+    assert found() == Augmentation(transpose=6, velocity=2, tempo=10, band_order=True)
+    flags = "--augment_transpose 0 --augment_velocity=1 --augment-tempo 50 --no_augment_band_order".split()
+    assert found(*flags) == Augmentation(transpose=0, velocity=1, tempo=50, band_order=False)
+    assert found("--no_augment", *flags) == OFF
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--augment_transpose=7", "7 is not at most 6"),
+        ("--augment_velocity=32", "32 is not at most 31"),
+        ("--augment_tempo=-1", "-1 is not at least 0"),
+        ("--augment_tempo=2.5", "'2.5' is not a whole number"),
+    ],
+)
+def test_augmentation_out_of_range_is_refused_in_one_line(capsys, flag, says):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--data_dir", "d", flag])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == 1 and says in told
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def test_a_run_is_not_begun_over_another(data, tmp_path):
         ({"weight_decay": 0.5}, "weight_decay was"),
         ({"batch_size": 2}, r"rows_per_step was 2 there and is 4 now \(processes"),
         ({"epochs": 3}, "epochs was"),
+        ({"augment_tempo": 5}, "augment_tempo was 10 there and is 5 now"),
+        ({"augment": False}, "augment_transpose was 6 there and is 0 now"),
         ({"kind_rule": "next"}, "model was {'kind_rule': 'alike'} there and is {'kind_rule': 'next'} now"),
     ],
     ids=str,

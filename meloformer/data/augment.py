@@ -1,0 +1,222 @@
+"""Augmentation: another key, loudness, tempo and order of the band for every sample, computed on token ids.
+
+A change keeps the number of tokens, which packing reads from the index, and the canonical form: the song that
+the changed ids spell encodes to them. So of each change only those values are drawn that fit the sample.
+
+Documents lie back to back, as in `attributes.scan`, and those of a batch are changed in one call: the loader
+is so fast that NumPy calls for every sample would double its time. What is done for every token is done in
+uint16, for the same reason.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..tokens import attributes, vocab
+from ..tokens.attributes import TokenAttributes
+from ..tokens.vocab import BAND, BPM, CHORD, DRUMS, INST, MAX_BPM, MIN_BPM, P, T, V
+
+MAX_SEMITONES = 6  # upwards; downwards one less, since -6 gives the key of +6
+MAX_BINS = vocab.VELOCITY_BINS - 1
+MAX_PERCENT = 50
+
+_LABELS = len(CHORD) - 1  # without N
+_FOR_TRANSPOSE, _FOR_VELOCITY, _FOR_TEMPO, _FOR_BAND = range(4)  # places in a sample's random stream
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far samples may be changed; 0 and False leave them as they are.
+
+    transpose: semitones up or down, 0 to `MAX_SEMITONES`; 6 reaches every key, by -5 to +6.
+    velocity: velocity bins up or down, 0 to `MAX_BINS`.
+    tempo: percent faster or slower, 0 to `MAX_PERCENT`.
+    band_order: whether the band is listed, and its groups are written, in random order.
+    """
+
+    transpose: int
+    velocity: int
+    tempo: int
+    band_order: bool
+
+    def __post_init__(self):
+        limits = {"transpose": MAX_SEMITONES, "velocity": MAX_BINS, "tempo": MAX_PERCENT}
+        for name, limit in limits.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} must be from 0 to {limit}, got {getattr(self, name)}")
+
+
+OFF = Augmentation(transpose=0, velocity=0, tempo=0, band_order=False)
+
+
+def seeds_of_epoch(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """A number for each sample, uint64 [samples], that decides its changes in this epoch."""
+    # The third number tells the stream from that of `packing.rows_of_epoch`.
+    return np.random.PCG64([seed, epoch, 1]).random_raw(samples)
+
+
+def augment(
+    ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray, settings: Augmentation
+) -> tuple[np.ndarray, TokenAttributes]:
+    """Documents with random changes, and the attributes of their tokens.
+
+    Args:
+        ids: token ids, uint16 [n], of whole songs or of samples as `Samples.read` gives them, back to back.
+        starts: ascending indices at which the documents begin, int64 [D]; the first is 0.
+        seeds: of each document, uint64 [D], from `seeds_of_epoch`. The changes of a document depend on its
+            own seed and ids alone.
+
+    Returns:
+        ids: uint16 [n], the documents beginning where they did.
+        scanned: `attributes.scan` of them.
+    """
+    ids = reorder_bands(ids, starts, seeds) if settings.band_order else ids.copy()
+    scanned = attributes.scan(ids, starts)
+    heads = np.flatnonzero((ids - np.uint16(CHORD.start)) < BPM.stop - CHORD.start)  # CHORD, TS, CUT, BPM
+    if settings.transpose:
+        melodic = scanned.inst != DRUMS
+        _transpose(ids, starts, melodic, heads, _uniform(seeds, _FOR_TRANSPOSE), settings.transpose)
+    if settings.velocity:
+        _shift(ids, starts, V, True, _uniform(seeds, _FOR_VELOCITY), settings.velocity, settings.velocity)
+    if settings.tempo:
+        _scale_tempo(ids, starts, heads, _uniform(seeds, _FOR_TEMPO), settings.tempo)
+    return ids, scanned
+
+
+def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """The documents with their bands listed, and their groups written, in random order; as for `augment`.
+
+    T, L and V begin anew in every group, so groups are moved as they are.
+    """
+    at = np.flatnonzero(ids < T.start)
+    head = ids[at]
+    begins = np.searchsorted(at, starts)  # every document begins with BOS or BAND
+    doc = np.repeat(np.arange(len(starts)), np.diff(begins, append=len(at)))
+
+    listed = np.flatnonzero(BAND.mask(head))
+    band_doc = doc[listed]
+    first = np.searchsorted(band_doc, np.arange(len(starts)))
+    within = np.arange(len(listed)) - first[band_doc]
+    order = np.lexsort((_random(seeds[band_doc], _FOR_BAND + within), band_doc))
+    band_at, band = at[listed], head[listed][order]
+    place = np.zeros(len(starts) * len(BAND), dtype=np.int64)
+    place[band_doc * len(BAND) + band - BAND.start] = 1 + within
+
+    # A document is parted into its band list, the headers of its bars, its groups and its end: `whole` says
+    # which parts keep their place, the groups between two of them being sorted.
+    is_group = INST.mask(head)
+    whole = CHORD.mask(head) | (head == vocab.EOS)
+    whole[begins] = True
+    part = np.flatnonzero(whole | is_group)
+    key = np.cumsum(whole[part], dtype=np.int64) * (1 + len(BAND))
+    group = np.flatnonzero(is_group[part])
+    of_group = part[group]
+    key[group] += place[doc[of_group] * len(BAND) + head[of_group] - INST.start]
+    order = np.argsort(key, kind="stable")  # fast where nearly in order
+
+    begin = at[part]
+    length = np.diff(begin, append=len(ids))[order]
+    moved = begin[order] - (np.cumsum(length) - length)
+    index = np.repeat(moved, length)
+    index += np.arange(len(ids))
+    out = ids[index]
+    out[band_at] = band
+    return out
+
+
+def _transpose(
+    ids: np.ndarray,
+    starts: np.ndarray,
+    melodic: np.ndarray,
+    heads: np.ndarray,
+    random: np.ndarray,
+    semitones: int,
+) -> None:
+    """Transpose each document, but for drums, by a shift that keeps its pitches in range.
+
+    Args:
+        melodic: which tokens are not of drums, bool [n].
+        heads: ascending indices that hold all chords.
+        random: in [0, 1), of each document; so in what follows.
+    """
+    shift = _shift(ids, starts, P, melodic, random, min(semitones, MAX_SEMITONES - 1), semitones)
+    chords = heads[(ids[heads] > CHORD.start) & (ids[heads] < CHORD.stop)]  # without N
+    label = ids[chords].astype(np.int64) - CHORD.start - 1
+    label += np.repeat(shift, _counts(chords, starts)) * len(vocab.QUALITIES)
+    ids[chords] = CHORD.start + 1 + label % _LABELS
+
+
+def _shift(
+    ids: np.ndarray,
+    starts: np.ndarray,
+    family: vocab.Family,
+    among: np.ndarray | bool,
+    random: np.ndarray,
+    down: int,
+    up: int,
+) -> np.ndarray:
+    """Shift a family's values in each document by one number from `-down` to `up` that keeps all in range.
+
+    Args:
+        among: which tokens to shift, bool [n].
+
+    Returns:
+        The shift of each document, int64 [D].
+    """
+    value = ids - np.uint16(family.start)  # modulo 2^16, so large before the family as well as after it
+    chosen = (value < len(family)) & among
+    top = len(family) - 1
+    value *= chosen
+    high = np.maximum.reduceat(value, starts).astype(np.int64)
+    depth = np.maximum.reduceat((top - value) * chosen, starts).astype(np.int64)  # below the top; 0 if none
+    low = np.where(np.logical_or.reduceat(chosen, starts), top - depth, 0)
+    shift = _pick(random, np.maximum(-low, -down), np.minimum(top - high, up))
+    ids += chosen * np.repeat(shift.astype(np.uint16), np.diff(starts, append=len(ids)))
+    return shift
+
+
+def _scale_tempo(
+    ids: np.ndarray, starts: np.ndarray, heads: np.ndarray, random: np.ndarray, percent: int
+) -> None:
+    """Change all tempi of each document by one percentage, rounded to whole numbers, halves up.
+
+    A tempo is written where it changes only. So a percentage is drawn that keeps every change a change, and
+    all tempi in range.
+    """
+    at = heads[BPM.mask(ids[heads])]
+    tempi = ids[at].astype(np.int64) - BPM.start + MIN_BPM
+    counts = _counts(at, starts)
+    percents = np.arange(-percent, percent + 1)
+    scaled = (tempi * (100 + percents[:, None]) + 50) // 100  # [percents, tempi]; exact, being integers
+    wrong = (scaled < MIN_BPM) | (scaled > MAX_BPM)
+    wrong[:, 1:] |= (scaled[:, 1:] == scaled[:, :-1]) & (
+        np.diff(np.repeat(np.arange(len(starts)), counts)) == 0
+    )
+    fits = np.add.reduceat(wrong, np.cumsum(counts) - counts, axis=1, dtype=np.int64) == 0  # [percents, D]
+    wanted = _pick(random, 0, fits.sum(axis=0) - 1)  # 0 percent always fits
+    row = (np.cumsum(fits, axis=0) > wanted).argmax(axis=0)
+    ids[at] = scaled[np.repeat(row, counts), np.arange(len(at))] - MIN_BPM + BPM.start
+
+
+def _counts(at: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """How many of the ascending indices `at` lie in each document, int64 [D]."""
+    return np.diff(np.searchsorted(at, starts), append=len(at))
+
+
+def _pick(random: np.ndarray, low: np.ndarray | int, high: np.ndarray) -> np.ndarray:
+    """A whole number from low to high, both included, for each of `random` in [0, 1); int64."""
+    return low + (random * (high - low + 1)).astype(np.int64)
+
+
+def _uniform(seeds: np.ndarray, place: int) -> np.ndarray:
+    """The random number in [0, 1) at a place of each seed's stream, float64."""
+    return (_random(seeds, place) >> np.uint64(11)) * 2.0**-53
+
+
+def _random(seeds: np.ndarray, place: np.ndarray | int) -> np.ndarray:
+    """The uint64 at a place of each seed's stream: SplitMix64 (Steele, Lea, Flood 2014), whose n-th number
+    follows from the seed and n."""
+    x = seeds + np.asarray(place + 1, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
