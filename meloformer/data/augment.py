@@ -21,7 +21,7 @@ MAX_BINS = vocab.VELOCITY_BINS - 1
 MAX_PERCENT = 50
 
 _LABELS = len(CHORD) - 1  # without N
-_FOR_TRANSPOSE, _FOR_VELOCITY, _FOR_TEMPO, _FOR_BAND = range(4)  # places in a sample's random stream
+_FOR_BAND = 3  # place in a sample's random stream; those before are for key, velocity and tempo
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def augment(
     ids = reorder_bands(ids, starts, seeds) if settings.band_order else ids.copy()
     scanned = attributes.scan(ids, starts)
     heads = np.flatnonzero((ids - np.uint16(CHORD.start)) < BPM.stop - CHORD.start)  # CHORD, TS, CUT, BPM
+    for_key, for_velocity, for_tempo = _uniform(seeds, np.arange(_FOR_BAND)[:, None])
     if settings.transpose:
-        melodic = scanned.inst != DRUMS
-        _transpose(ids, starts, melodic, heads, _uniform(seeds, _FOR_TRANSPOSE), settings.transpose)
+        _transpose(ids, starts, scanned.inst != DRUMS, heads, for_key, settings.transpose)
     if settings.velocity:
-        _shift(ids, starts, V, True, _uniform(seeds, _FOR_VELOCITY), settings.velocity, settings.velocity)
+        _shift(ids, starts, V, True, for_velocity, settings.velocity, settings.velocity)
     if settings.tempo:
-        _scale_tempo(ids, starts, heads, _uniform(seeds, _FOR_TEMPO), settings.tempo)
+        _scale_tempo(ids, starts, heads, for_tempo, settings.tempo)
     return ids, scanned
 
 
@@ -119,7 +119,7 @@ def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.
     moved = begin[order] - (np.cumsum(length) - length)
     index = np.repeat(moved, length)
     index += np.arange(len(ids))
-    out = ids[index]
+    out = ids.take(index)
     out[band_at] = band
     return out
 
@@ -168,9 +168,8 @@ def _shift(
     top = len(family) - 1
     value *= chosen
     high = np.maximum.reduceat(value, starts).astype(np.int64)
-    depth = np.maximum.reduceat((top - value) * chosen, starts).astype(np.int64)  # below the top; 0 if none
-    low = np.where(np.logical_or.reduceat(chosen, starts), top - depth, 0)
-    shift = _pick(random, np.maximum(-low, -down), np.minimum(top - high, up))
+    below_top = np.maximum.reduceat((top - value) * chosen, starts).astype(np.int64)
+    shift = _pick(random, np.maximum(below_top - top, -down), np.minimum(top - high, up))
     ids += chosen * np.repeat(shift.astype(np.uint16), np.diff(starts, append=len(ids)))
     return shift
 
@@ -185,14 +184,15 @@ def _scale_tempo(
     """
     at = heads[BPM.mask(ids[heads])]
     tempi = ids[at].astype(np.int64) - BPM.start + MIN_BPM
-    counts = _counts(at, starts)
+    first = np.searchsorted(at, starts)  # every document states its tempo
+    counts = np.diff(first, append=len(at))
     percents = np.arange(-percent, percent + 1)
     scaled = (tempi * (100 + percents[:, None]) + 50) // 100  # [percents, tempi]; exact, being integers
     wrong = (scaled < MIN_BPM) | (scaled > MAX_BPM)
-    wrong[:, 1:] |= (scaled[:, 1:] == scaled[:, :-1]) & (
-        np.diff(np.repeat(np.arange(len(starts)), counts)) == 0
-    )
-    fits = np.add.reduceat(wrong, np.cumsum(counts) - counts, axis=1, dtype=np.int64) == 0  # [percents, D]
+    repeats = scaled[:, 1:] == scaled[:, :-1]
+    repeats[:, first[1:] - 1] = False  # of two documents
+    wrong[:, 1:] |= repeats
+    fits = ~np.logical_or.reduceat(wrong, first, axis=1)  # [percents, D]
     wanted = _pick(random, 0, fits.sum(axis=0) - 1)  # 0 percent always fits
     row = (np.cumsum(fits, axis=0) > wanted).argmax(axis=0)
     ids[at] = scaled[np.repeat(row, counts), np.arange(len(at))] - MIN_BPM + BPM.start
@@ -208,15 +208,15 @@ def _pick(random: np.ndarray, low: np.ndarray | int, high: np.ndarray) -> np.nda
     return low + (random * (high - low + 1)).astype(np.int64)
 
 
-def _uniform(seeds: np.ndarray, place: int) -> np.ndarray:
-    """The random number in [0, 1) at a place of each seed's stream, float64."""
+def _uniform(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The random numbers in [0, 1) at given places of each seed's stream, float64; both broadcast."""
     return (_random(seeds, place) >> np.uint64(11)) * 2.0**-53
 
 
-def _random(seeds: np.ndarray, place: np.ndarray | int) -> np.ndarray:
-    """The uint64 at a place of each seed's stream: SplitMix64 (Steele, Lea, Flood 2014), whose n-th number
-    follows from the seed and n."""
-    x = seeds + np.asarray(place + 1, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _random(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The uint64 numbers at given places of each seed's stream: SplitMix64 (Steele, Lea, Flood 2014), whose
+    n-th number follows from the seed and n."""
+    x = seeds + (place + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

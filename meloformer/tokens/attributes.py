@@ -58,21 +58,36 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> TokenAttributes:
     if len(ids) == 0:
         empty = np.zeros(0, dtype=np.int32)
         return TokenAttributes(empty, empty, empty, empty)
-    kind = KIND_OF_ID[ids]
-    switch = _SWITCH[ids]
-    inst = switch[last_index(switch >= 0)]
-    chords = np.cumsum(vocab.CHORD.mask(ids), dtype=np.int32)
-    onsets = np.cumsum(kind == KIND_T, dtype=np.int32)
-    if starts is not None:
-        lengths = np.diff(starts, append=len(ids))
-        chords -= np.repeat(np.concatenate(([0], chords))[starts], lengths)
-        onsets -= np.repeat(np.concatenate(([0], onsets))[starts], lengths)
-    return TokenAttributes(
-        bar=np.maximum(chords - 1, 0).astype(np.int32),
-        inst=inst,
-        kind=kind,
-        onset=np.where(kind == STRUCTURAL, -1, onsets - 1).astype(np.int32),
+    if starts is None:
+        starts = np.zeros(1, dtype=np.int64)
+    kind = KIND_OF_ID.take(ids)
+    structural = kind == STRUCTURAL
+    # Bar and instrument are those of the last structural token, and only a few tokens are structural.
+    begins = structural.copy()
+    begins[starts] = True
+    run = np.flatnonzero(begins)
+    of_run = ids[run]
+    run_lengths = np.diff(run, append=len(ids))
+    switch = _SWITCH[of_run]
+    chords = _count_from(np.cumsum(vocab.CHORD.mask(of_run), dtype=np.int32), np.searchsorted(run, starts))
+    note_begins = np.flatnonzero(kind == KIND_T)
+    onsets = _count_from(np.arange(1, len(note_begins) + 1), np.searchsorted(note_begins, starts))
+    onset = np.repeat(
+        np.append(-1, onsets - 1).astype(np.int32), np.diff(note_begins, prepend=0, append=len(ids))
     )
+    onset[structural] = -1
+    return TokenAttributes(
+        bar=np.repeat(np.maximum(chords - 1, 0), run_lengths),
+        inst=np.repeat(switch[last_index(switch >= 0)], run_lengths),
+        kind=kind,
+        onset=onset,
+    )
+
+
+def _count_from(total: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Running totals that begin anew at each of the ascending indices `first`, which may be the length."""
+    before = np.append(0, total).astype(total.dtype)[first]
+    return total - np.repeat(before, np.diff(first, append=len(total)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from meloformer.data.augment import OFF
 from meloformer.tokens import vocab
 from meloformer.training import validation
 from meloformer.training.distributed import start_job
@@ -59,6 +60,11 @@ def test_every_target_counts_once_whatever_the_chunks(chunk, monkeypatch):
     assert count.tolist() == [1] * len(validation.PREDICTED)
     alone = [family.stop - family.start == 1 for family in validation.PREDICTED]
     assert [w == 0 for w in within.tolist()] == alone and (within < nats).all()
+
+
+def test_training_samples_alone_are_augmented(trainer):
+    assert trainer.data.augmentation == trainer.config.augmentation != OFF
+    assert trainer.val_data.augmentation == OFF
 
 
 def test_a_stop_ends_it_without_figures(trainer):
