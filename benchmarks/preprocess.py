@@ -26,17 +26,21 @@ from meloformer.tokens import grammar, vocab
 
 # The larger one lies just beyond a doubling of the set of digests: memory per file is at its worst there.
 FEW, MANY = 10_000, 315_000
+MOTIFS = 170  # as many as a real song has in the mean
 PATH = "/data/collections/lakh-full/{group:02x}/{number:032x}.mid"
 
 
 def _peak_mib(files: int, connection) -> None:
     """In a fresh process: peak resident memory of a run over made-up files, each of them a song."""
 
+    generator = np.random.default_rng(0)
+
     def run_tasks(function, items, **_):
         for i, path in enumerate(items):
             ids = np.full(8, vocab.P.start, np.uint16)
             ids[:2] = i % 65536, i // 65536
-            yield Result(path, (ids, 1, []))
+            motifs = np.sort(generator.integers(0, 2**64, MOTIFS, np.uint64))
+            yield Result(path, build.Encoded(ids, 1, [], motifs))
 
     build.run_tasks = run_tasks
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,6 @@ benchmarks.train`. See docs/benchmarks.md.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import tempfile
@@ -36,7 +35,7 @@ COMPOSED_BARS = range(40, 201)  # varied, as in a real collection
 def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) -> dict:
     """Measures every row; after each, process 0 writes all rows so far to `path`."""
     shards = ShardSet(folder)
-    digest = hashlib.sha256(shards.digests.tobytes()).hexdigest()[:12]
+    digest = shards.sha256()[:12]
     settings = {
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "precision": args.precision,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from meloformer import preprocess
-from meloformer.data import build, shards
+from meloformer.data import build, near_duplicates, shards
 from meloformer.data.inputs import find_files, in_order
 from meloformer.data.shards import ShardSet
 from meloformer.data.workers import Result
@@ -165,7 +165,7 @@ FALSIFIED = {
     "no tokens": (falsify(MANIFEST, lambda m: m.pop("tokens")), "tokens"),
     "vocab_size": (falsify(MANIFEST, lambda m: m.update(vocab_size=1)), "vocab_size"),
     "first shard dropped": (falsify(MANIFEST, lambda m: m["shards"].pop(0)), "manifest.json"),
-    "last shard dropped": (falsify(MANIFEST, lambda m: m["shards"].pop()), "shards"),
+    "last shard dropped": (falsify(MANIFEST, lambda m: m["shards"].pop()), "manifest.json"),
     "run of another val_split": (falsify(RUN, lambda run: run.update(val_split=0.9)), "run.json"),
     "junk after the run": (append(RUN, " "), "run.json"),
     "junk in the failures": (append(build.FAILED, "junk"), "failed.tsv"),
@@ -201,14 +201,17 @@ MAX_BYTES_PER_FILE = 500  # paths of 88 characters included
 @pytest.mark.parametrize("length", [10, 1000])
 def test_memory_per_file(tmp_path, monkeypatch, length):
     """The parent keeps of each file its path and a digest, and nothing that grows with the song."""
+    generator = np.random.default_rng(0)
 
     def run_tasks(function, items, **_):
         for i, path in enumerate(items):
             ids = np.full(length, vocab.P.start, np.uint16)
             ids[:2] = i % 65536, i // 65536
-            yield Result(path, (ids, 1, []))
+            motifs = np.sort(generator.integers(0, 2**64, 8, np.uint64))
+            yield Result(path, build.Encoded(ids, 1, [], motifs))
 
     monkeypatch.setattr(build, "run_tasks", run_tasks)
+    monkeypatch.setattr(near_duplicates, "_AT_ONCE", 1 << 10)  # so that these are many motifs already
 
     def peak(count):
         names = tmp_path / f"{count}.txt"

@@ -7,30 +7,40 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ..errors import MidiError, UserError
-from ..files import TEMPORARY, atomic_writer, exclusive_lock, read_json, sync_folder, write_json
-from ..midi.reader import MENDS, REASONS
+from ..files import (
+    TEMPORARY,
+    atomic_writer,
+    exclusive_lock,
+    read_json,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
 from ..tokens import vocab
 from ..tokens.tokenizer import HIDTokenizer
-from . import shards, workers
-from .inputs import find_files, hash_of_names, in_order
+from . import near_duplicates, shards
+from .division import Division, divide
+from .inputs import find_files, hash_of_names, in_order, named_files
+from .motifs import motifs
+from .table import ALL_REASONS, print_table
 from .workers import Failure, Result, run_tasks
 
 RUN = "run.json"
 FAILED = "failed.tsv"
 ELSEWHERE = "use another --output, or --overwrite to delete what is there"
-ALL_REASONS = {**REASONS, **workers.REASONS, "duplicate": "same tokens as an earlier file"}
 
 _OURS = re.compile(
-    rf"(shard-\d{{5,}}\.(bin|idx|json)|{shards.MANIFEST}|{shards.TOKENIZER}|{RUN}|{FAILED})"
+    rf"(shard-\d{{5,}}\.(bin|idx|motifs|json)|{shards.MANIFEST}|{shards.TOKENIZER}|{shards.DIVISION}|{RUN}|{FAILED})"
     rf"({re.escape(TEMPORARY)})?"
 )
 
@@ -43,42 +53,59 @@ def _tokenizer() -> HIDTokenizer:
     return HIDTokenizer()
 
 
-def encode_file(path: str, sustain: bool = False) -> tuple[np.ndarray, int, list[str]] | Failure:
-    """Token ids (uint16 [n]), bars and mend codes of a MIDI file, or why it is refused."""
+class Encoded(NamedTuple):
+    """A MIDI file as tokens: ids uint16 [n], its bars, what was mended, and its motifs (uint64 [m])."""
+
+    ids: np.ndarray
+    bars: int
+    mends: list[str]
+    motifs: np.ndarray
+
+
+def encode_file(path: str, sustain: bool = False) -> Encoded | Failure:
+    """The tokens of a MIDI file, or why it is refused."""
     try:
         ids, mends = _tokenizer().encode_with_mends(path, sustain=sustain)
     except MidiError as error:
         return Failure(error.reason, error.detail)
-    return ids, int(np.count_nonzero(vocab.CHORD.mask(ids))), sorted(mends)
+    return Encoded(ids, int(np.count_nonzero(vocab.CHORD.mask(ids))), sorted(mends), motifs(ids))
 
 
 # --- all files: in the parent ---------------------------------------------------------------------
 
 
 def write_shards(
-    folder: Path, results: Iterable[Result], total: int, shard_size: int, finished: int, seen: set[bytes]
+    folder: Path,
+    results: Iterable[Result],
+    total: int,
+    shard_size: int,
+    finished: int,
+    seen: set[bytes],
+    named: Set[str],
 ) -> None:
     """Write shards `finished`, `finished` + 1, ...: shard k holds files k * shard_size and after.
 
     Args:
         results: what `encode_file` made of files `finished * shard_size` .. `total` - 1, in order.
         seen: digests of the songs that are there already; the new ones are added.
+        named: the files that --val_list names.
     """
     results = iter(results)
     for number in range(finished, -(-total // shard_size)):
         files = min(shard_size, total - number * shard_size)
-        kept, mends, failures = 0, Counter(), []
+        kept, named_digests, mends, failures = [], [], Counter(), []
         with shards.ShardWriter(folder, number, vocab.fingerprint()) as writer:
             for result in islice(results, files):
                 value = result.failure or result.value
                 if not isinstance(value, Failure):
-                    ids, bars, mended = value
-                    digest = shards.content_digest(ids)
+                    digest = shards.content_digest(value.ids)
+                    if result.item in named:
+                        named_digests.append(digest.hex())
                     if digest not in seen:
                         seen.add(digest)
-                        writer.add(ids, bars, digest)
-                        kept += 1
-                        mends.update(mended)
+                        writer.add(value.ids, value.bars, digest, value.motifs)
+                        kept.append(result.item)
+                        mends.update(value.mends)
                         continue
                     value = Failure("duplicate", f"its tokens have the digest {digest.hex()}")
                 failures.append([result.item, value.reason, value.detail])
@@ -86,7 +113,9 @@ def write_shards(
             writer.finish(
                 {
                     "files": files,
-                    "kept": kept,
+                    "kept": len(kept),
+                    "paths": kept,
+                    "named": named_digests,
                     "dropped": dict(dropped),
                     "mends": dict(mends),
                     "failures": failures,
@@ -112,8 +141,12 @@ def _check_report(source: Path, record: dict) -> None:
     for cells in failures:
         if not (isinstance(cells, list) and [type(cell) for cell in cells] == [str] * 3):
             raise UserError(f"{source}: its list of failures is damaged")
+    if not all(
+        type(cell) is str for key in ("paths", "named") for cell in shards.field(source, record, key, list)
+    ):
+        raise UserError(f"{source}: its list of songs is damaged")
     agree = (
-        kept == record["shard"]["songs"]
+        kept == record["shard"]["songs"] == len(record["paths"])
         and files == kept + len(failures)
         and dropped == Counter(reason for _, reason, _ in failures)
         and all(type(times) is int for times in mends.values())
@@ -155,6 +188,8 @@ def preprocess(
     limit: int | None = None,
     seed: int = 0,
     val_split: float = 0.05,
+    val_list: str | None = None,
+    keep_near_duplicates: bool = False,
     timeout_s: int = 10,
     memory_mb: int = 1024,
     sustain: bool = False,
@@ -163,10 +198,12 @@ def preprocess(
     """What the command does; see `--help` for the arguments.
 
     Raises:
-        UserError: the input names no files, none of them became a song, or `output` is taken.
+        UserError: the input names no files, none of them became a song, `val_list` names other files, or
+            `output` is taken.
         OSError: the disk is full, or the like; the same call goes on where it stopped.
     """
     files = in_order(find_files(source), seed, limit)
+    named = None if val_list is None else named_files(val_list, source, files)
     run = {
         "version": shards.VERSION,
         "fingerprint": vocab.fingerprint(),
@@ -175,7 +212,9 @@ def preprocess(
         "seed": seed,
         "limit": limit,
         "shard_size": shard_size,
-        "val_split": val_split,
+        "val_split": val_split if named is None else 0.0,
+        "val_list": None if named is None else hash_of_names(sorted(named)),
+        "keep_near_duplicates": keep_near_duplicates,
         "timeout_s": timeout_s,
         "memory_mb": memory_mb,
         "sustain": sustain,
@@ -185,11 +224,13 @@ def preprocess(
     with exclusive_lock(folder, f"{folder}: another preprocess is running there"):
         _claim(folder, run, overwrite)
         count = -(-len(files) // shard_size)
-        _run(folder, run, files, count, num_workers)
-        print_table(folder, count)
+        _run(folder, run, files, count, num_workers, named or frozenset())
+        print_table(shards.ShardSet(folder), _records(folder, count))
 
 
-def _run(folder: Path, run: dict, files: list[str], count: int, num_workers: int) -> None:
+def _run(
+    folder: Path, run: dict, files: list[str], count: int, num_workers: int, named: frozenset[str]
+) -> None:
     seen: set[bytes] = set()
     finished, counts = 0, Counter()
     for record in _records(folder, count, rehash=True):
@@ -214,7 +255,8 @@ def _run(folder: Path, run: dict, files: list[str], count: int, num_workers: int
             )
             shown = _with_progress(results, len(files), counts)
             with contextlib.closing(results), contextlib.closing(shown):  # the bar ends before an error shows
-                write_shards(folder, shown, len(files), run["shard_size"], finished, seen)
+                write_shards(folder, shown, len(files), run["shard_size"], finished, seen, named)
+        seen.clear()  # what follows needs memory, too
         _finish(folder, run, count)
 
 
@@ -229,27 +271,65 @@ def _with_progress(results: Iterator[Result], total: int, counts: Counter) -> It
 
 
 def _finish(folder: Path, run: dict, count: int) -> None:
-    """Write `failed.tsv`, the tokenizer and, last, the manifest."""
+    """Write the division, `failed.tsv`, the tokenizer and, last, the manifest."""
     songs, reasons = 0, Counter()
-    with atomic_writer(folder / FAILED) as table:
-        table.write(b"path\treason\tdetail\n")
-        for record in _records(folder, count):
-            songs += record["kept"]
-            reasons.update(record["dropped"])
-            for failure in record["failures"]:
-                table.write(b"\t".join(os.fsencode(_escape(cell)) for cell in failure) + b"\n")
+    for record in _records(folder, count):
+        songs += record["kept"]
+        reasons.update(record["dropped"])
+    division = _division(folder, run)
+    _write_failures(folder, count, division)
     if not songs:
         reason, times = reasons.most_common(1)[0]
         raise UserError(
             f"none of {run['files']} files became a song ({times} times {reason}: "
             f"{ALL_REASONS.get(reason, reason)}); see {folder / FAILED}"
         )
+    write_atomic(folder / shards.DIVISION, division.side.tobytes())
     write_json(folder / shards.TOKENIZER, _tokenizer().to_json())
-    write_json(folder / shards.MANIFEST, _manifest(folder, run))
+    write_json(folder / shards.MANIFEST, _manifest(folder, run, division))
 
 
-def _manifest(folder: Path, run: dict) -> dict:
-    """The manifest of a folder whose other files are all there, made from them and from `run`."""
+def _division(folder: Path, run: dict) -> Division:
+    """Where the songs of all finished shards stand, by their motifs, `run`, and what --val_list named."""
+    lengths, digests, hashes, named = [], [], [], set()
+    for record in _records(folder, -(-run["files"] // run["shard_size"])):
+        index = shards.read_index(folder / record["shard"]["idx"]["name"], run["fingerprint"])
+        lengths.append(np.diff(index.offsets))
+        digests.append(index.digests)
+        hashes.append(shards.read_motifs(folder / record["shard"]["motifs"]["name"], record["kept"]))
+        named.update(bytes.fromhex(digest) for digest in record["named"])
+    digests = np.concatenate(digests)
+    return divide(
+        near_duplicates.clusters(near_duplicates.Motifs(hashes), digests),
+        np.concatenate(lengths),
+        digests,
+        val_split=run["val_split"],
+        named=None if run["val_list"] is None else named,
+        keep_all=run["keep_near_duplicates"],
+    )
+
+
+def _write_failures(folder: Path, count: int, division: Division) -> None:
+    """Write `failed.tsv`: the files that gave no song and, shard by shard after them, the near-duplicates."""
+    left_out = np.flatnonzero(division.side == shards.LEFT_OUT)
+    wanted, names, first = {*left_out.tolist(), *division.kept[left_out].tolist()}, {}, 0
+    for record in _records(folder, count):
+        names.update((first + i, path) for i, path in enumerate(record["paths"]) if first + i in wanted)
+        first += record["kept"]
+    first = 0
+    with atomic_writer(folder / FAILED) as table:
+        table.write(b"path\treason\tdetail\n")
+        for record in _records(folder, count):
+            last = first + record["kept"]
+            lefts = left_out[np.searchsorted(left_out, first) : np.searchsorted(left_out, last)].tolist()
+            doubles = ((names[song], "near_duplicate", f"of {names[division.kept[song]]}") for song in lefts)
+            for failure in (*record["failures"], *doubles):
+                table.write(b"\t".join(os.fsencode(_escape(cell)) for cell in failure) + b"\n")
+            first = last
+
+
+def _manifest(folder: Path, run: dict, division: Division) -> dict:
+    """The manifest of a folder whose other files are all there, made from them, `run` and its division."""
     count = -(-run["files"] // run["shard_size"])
     entries = [record["shard"] for record in _records(folder, count)]
     return {
@@ -259,8 +339,15 @@ def _manifest(folder: Path, run: dict) -> dict:
         "val_split": run["val_split"],
         "songs": sum(entry["songs"] for entry in entries),
         "tokens": sum(entry["tokens"] for entry in entries),
+        "near_duplicates": {
+            "clusters": division.clusters,
+            "songs": division.clustered,
+            "largest_cluster": division.largest,
+            "left_out": int(np.count_nonzero(division.side == shards.LEFT_OUT)),
+        },
         "run": shards.file_entry(folder / RUN),
         "failed": shards.file_entry(folder / FAILED),
+        "division": shards.file_entry(folder / shards.DIVISION),
         "tokenizer": shards.file_entry(folder / shards.TOKENIZER),
         "records": [shards.file_entry(folder / f"{shards.shard_name(i)}.json") for i in range(count)],
         "shards": entries,
@@ -281,7 +368,13 @@ def verify(folder: str | os.PathLike) -> shards.ShardSet:
     if min(shards.field(marker, run, key, int) for key in ("files", "shard_size")) < 1:
         raise UserError(f"{marker}: is damaged")
     shards.field(marker, run, "val_split", (int, float))
-    expected = _manifest(songs.folder, run)
+    shards.field(marker, run, "val_list", (str, type(None)))
+    if type(run.get("keep_near_duplicates")) is not bool:
+        raise UserError(f"{marker}: is damaged")
+    division = _division(songs.folder, run)
+    if not np.array_equal(division.side, songs.division):
+        raise UserError(f"{songs.folder / shards.DIVISION}: does not agree with the run and the shards")
+    expected = _manifest(songs.folder, run, division)
     wrong = [key for key in expected if songs.manifest.get(key) != expected[key]]
     if wrong:
         raise UserError(f"{source}: does not agree with the run and the shards ({', '.join(wrong)} differ)")
@@ -292,36 +385,3 @@ def _escape(cell: str) -> str:
     for character, escaped in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
         cell = cell.replace(character, escaped)
     return cell
-
-
-def print_table(folder: Path, count: int) -> None:
-    """The summary of a finished folder, from its records and indexes."""
-    songs = shards.ShardSet(folder)
-    totals, dropped, mends = Counter(), Counter(), Counter()
-    for record in _records(folder, count):
-        totals.update(files=record["files"], kept=record["kept"])
-        dropped.update(record["dropped"])
-        mends.update(record["mends"])
-    _line("files", totals["files"])
-    _line("kept", totals["kept"])
-    _line("dropped", sum(dropped.values()))
-    for reason, times in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
-        _line(f"  {reason}", times, ALL_REASONS.get(reason, ""))
-    if mends:
-        _line("files mended with", "")
-    for code, times in sorted(mends.items(), key=lambda item: (-item[1], item[0])):
-        _line(f"  {code}", times, MENDS.get(code, ""))
-    _line("train songs", len(songs.split("train")))
-    _line("val songs", len(songs.split("val")))
-    _line("tokens", int(songs.lengths.sum()))
-    percentiles = (0, 5, 25, 50, 75, 95, 100)
-    print(f"{'percentile':<16}" + "".join(f"{p:>9}" for p in percentiles))
-    for name, values in (("tokens per song", songs.lengths), ("bars per song", songs.bars)):
-        print(f"{name:<16}" + "".join(f"{v:>9,.0f}" for v in np.percentile(values, percentiles)))
-
-
-def _line(label: str, number: int | str, text: str = "") -> None:
-    print(f"{label:<24}{number:>13,}  {text}".rstrip() if number != "" else label)
-
-
-# --- the command ----------------------------------------------------------------------------------

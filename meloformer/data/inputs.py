@@ -1,4 +1,4 @@
-"""The MIDI files that --input names, and their order."""
+"""The MIDI files that --input names, their order, and those that --val_list names."""
 
 import hashlib
 import os
@@ -28,20 +28,53 @@ def find_files(source: str) -> list[str]:
             raise UserError(f"{source}: holds no MIDI files ({', '.join(SUFFIXES)})")
         return files
     beside = os.path.dirname(source)
+    return [_beside(name, beside) for name in _list(f"--input {source}", source, "a folder or a list")]
+
+
+def named_files(path: str, source: str, files: list[str]) -> frozenset[str]:
+    """Those of `files` that the list `path` (of --val_list) names.
+
+    A line is a path relative to the folder `source`, or to the folder of the list `source`; or a path as it
+    stands. What `files` itself says of a path, absolute or not, does not matter.
+
+    Raises:
+        UserError: the list cannot be read, is empty, or names a file that is not among `files`.
+    """
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    names = _list(f"--val_list {path}", path, "a list")
+    places = {
+        name: [os.path.abspath(place) for place in (os.path.join(folder, name), name)] for name in names
+    }
+    wanted = {place for both in places.values() for place in both}
+    there: dict[str, list[str]] = {}
+    for file in files:
+        if (place := os.path.abspath(file)) in wanted:
+            there.setdefault(place, []).append(file)
+    named = []
+    for name, both in places.items():
+        found = next((there[place] for place in both if place in there), None)
+        if found is None:
+            raise UserError(f"--val_list {path}: {name!r} is not among the {len(files)} files of --input")
+        named += found
+    return frozenset(named)
+
+
+def _list(flag: str, path: str, wanted: str) -> list[str]:
+    """The lines of a list file, in their order; `flag` names it in errors."""
     try:
-        with open(source, "rb") as lines:
-            files = [_beside(name, beside) for name in _names(source, lines)]
+        with open(path, "rb") as lines:
+            names = list(_names(flag, lines, wanted))
     except OSError as error:
-        raise UserError(f"--input {source}: cannot be read ({error.strerror})") from None
-    if not files:
-        raise UserError(f"--input {source}: the list is empty")
-    return files
+        raise UserError(f"{flag}: cannot be read ({error.strerror})") from None
+    if not names:
+        raise UserError(f"{flag}: the list is empty")
+    return names
 
 
-def _names(source: str, lines: Iterable[bytes]) -> Iterator[str]:
+def _names(flag: str, lines: Iterable[bytes], wanted: str) -> Iterator[str]:
     for number, line in enumerate(lines):
         if b"\0" in line:
-            raise UserError(f"--input {source}: is not a text file; give a folder or a list of paths")
+            raise UserError(f"{flag}: is not a text file; give {wanted} of paths")
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():

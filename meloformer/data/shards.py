@@ -26,13 +26,16 @@ from ..files import (
     write_json,
 )
 from ..tokens import grammar, vocab
+from .motifs import MOTIF_DTYPE, motifs
 
 MAGIC = b"MELOSHRD"
-VERSION = 1
+VERSION = 2  # version 1 had neither motifs nor a division
 TOKEN_DTYPE = np.dtype("<u2")
 DIGEST_BYTES = 16
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+DIVISION = "division.bin"
+TRAIN, VALIDATION, LEFT_OUT = range(3)  # the bytes of the division
 
 _HEADER = struct.Struct("<8sII32sQQ")  # magic, version, bytes per token, fingerprint, songs, tokens
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -41,15 +44,6 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 def content_digest(ids: np.ndarray) -> bytes:
     """16-byte BLAKE2b digest of a song's token ids (uint16 [n])."""
     return hashlib.blake2b(_token_bytes(ids), digest_size=DIGEST_BYTES).digest()
-
-
-def in_validation(digests: np.ndarray, val_split: float) -> np.ndarray:
-    """Which songs (digests uint8 [n, 16]) belong to the validation set (bool [n]).
-
-    Depends on each song's content alone, not on other songs, their order or the shards.
-    """
-    number = np.ascontiguousarray(digests[:, :8]).view("<u8")[:, 0]
-    return number < np.uint64(int(val_split * 2.0**64))
 
 
 def _token_bytes(ids: np.ndarray) -> memoryview:
@@ -146,40 +140,55 @@ def read_index(path: Path, fingerprint: str) -> Index:
     return Index(offsets, digests, bars)
 
 
+def read_motifs(path: Path, songs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The .motifs file of a shard: all hashes (uint64, mapped) and where each song's lie (int64 [songs + 1]).
+
+    Raises:
+        UserError: it is damaged, or not of that many songs.
+    """
+    numbers = _map(path, MOTIF_DTYPE)
+    at = len(numbers) - songs - 1
+    offsets = numbers[max(at, 0) :].astype(np.int64)
+    if at < 0 or offsets[0] != 0 or offsets[-1] != at or (np.diff(offsets) < 0).any():
+        raise UserError(f"{path}: its motifs are damaged")
+    return numbers[:at], offsets
+
+
 class ShardWriter:
     """Writes one shard: `add` songs, then `finish`. Until then there are temporary files only.
 
-    Memory: 28 bytes per song; tokens go to the file as they come.
+    Memory: 36 bytes per song; tokens and motifs go to their files as they come.
     """
 
     def __init__(self, folder: Path, number: int, fingerprint: str):
         self._folder, self._name, self._fingerprint = Path(folder), shard_name(number), fingerprint
-        self._path = self._folder / f"{self._name}.bin"
-        self._file = open(temporary_of(self._path), "wb")
-        self._hash = hashlib.sha256()
+        self._tokens = _HashedFile(self._folder / f"{self._name}.bin")
+        self._motifs = _HashedFile(self._folder / f"{self._name}.motifs")
         self._offsets, self._bars, self._digests = array("q", [0]), array("i"), bytearray()
+        self._motif_offsets = array("q", [0])
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self._file.close()
+        self._tokens.file.close()
+        self._motifs.file.close()
 
-    def add(self, ids: np.ndarray, bars: int, digest: bytes) -> None:
-        """Append a song: ids uint16 [n], n > 0; `digest` is its `content_digest`."""
-        data = _token_bytes(ids)
-        self._file.write(data)
-        self._hash.update(data)
+    def add(self, ids: np.ndarray, bars: int, digest: bytes, motifs: np.ndarray) -> None:
+        """Append a song: ids uint16 [n], n > 0; its `content_digest`; and its `motifs`, uint64 [m]."""
+        self._tokens.write(_token_bytes(ids))
+        self._motifs.write(memoryview(np.ascontiguousarray(motifs, MOTIF_DTYPE)).cast("B"))
         self._offsets.append(self._offsets[-1] + len(ids))
+        self._motif_offsets.append(self._motif_offsets[-1] + len(motifs))
         self._bars.append(bars)
         self._digests += digest
 
     def finish(self, report: dict) -> dict:
         """Complete the shard; returns its completion record, which includes `report`.
 
-        The record is written after .bin and .idx are synced: a shard with a record is finished.
+        The record is written after the shard's other files are synced: a shard with a record is finished.
         """
-        put_in_place(self._file, self._path)
+        self._motifs.write(np.array(self._motif_offsets, dtype="<i8").tobytes())
         songs, tokens = len(self._bars), self._offsets[-1]
         header = _HEADER.pack(
             MAGIC, VERSION, TOKEN_DTYPE.itemsize, bytes.fromhex(self._fingerprint), songs, tokens
@@ -187,11 +196,10 @@ class ShardWriter:
         offsets = np.array(self._offsets, dtype="<i8").tobytes()
         bars = np.array(self._bars, dtype="<i4").tobytes()
         index = header + offsets + bytes(self._digests) + bars
+        shard = {"bin": self._tokens.put_in_place(), "motifs": self._motifs.put_in_place()}
         index_name = f"{self._name}.idx"
         write_atomic(self._folder / index_name, index)
-        # Of what was to be written: hashes of the files read back would seal what a disk garbled, too.
-        shard = {
-            "bin": _entry(self._path.name, tokens * TOKEN_DTYPE.itemsize, self._hash.hexdigest()),
+        shard |= {
             "idx": _entry(index_name, len(index), hashlib.sha256(index).hexdigest()),
             "songs": songs,
             "tokens": tokens,
@@ -199,6 +207,27 @@ class ShardWriter:
         record = {"shard": shard, **report}
         write_json(self._folder / f"{self._name}.json", record)
         return record
+
+
+class _HashedFile:
+    """A file written bit by bit, and the hash of what was to be written.
+
+    A hash of the file read back would seal what a disk garbled, too.
+    """
+
+    def __init__(self, path: Path):
+        self.file, self._path = open(temporary_of(path), "wb"), path
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    def put_in_place(self) -> dict:
+        """Sync and rename it; returns its entry of a manifest."""
+        put_in_place(self.file, self._path)
+        return _entry(self._path.name, self._size, self._hash.hexdigest())
 
 
 def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | None:
@@ -213,7 +242,7 @@ def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | No
     shard = field(path, record, "shard", dict)
     for key in ("songs", "tokens"):
         field(path, shard, key, int)
-    for key in ("bin", "idx"):
+    for key in ("bin", "idx", "motifs"):
         (intact_file if rehash else _listed_file)(path, shard, key)
     return record
 
@@ -230,10 +259,11 @@ class ShardSet:
     Attributes:
         folder: the folder it was opened from.
         manifest: the content of its manifest.
-        val_split: the fraction of songs meant for validation.
+        val_split: the fraction of songs meant for validation; 0 if they were named.
         lengths: int64 [songs], tokens of each song.
         bars: int32 [songs], bars (CHORD tokens) of each song.
         digests: uint8 [songs, 16], content digests.
+        division: uint8 [songs], TRAIN, VALIDATION or LEFT_OUT.
 
     Raises:
         UserError: something in the folder is missing or damaged, or belongs to another tokenizer than
@@ -281,6 +311,10 @@ class ShardSet:
         self.lengths = np.concatenate([np.diff(index.offsets) for index in indexes])
         self.bars = np.concatenate([index.bars for index in indexes])
         self.digests = np.concatenate([index.digests for index in indexes])
+        path = _listed_file(source, self.manifest, "division")
+        self.division = _map(path, np.dtype(np.uint8))
+        if len(self.division) != len(self) or self.division.max(initial=0) > LEFT_OUT:
+            raise UserError(f"{path}: does not divide the songs of {MANIFEST}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -293,17 +327,23 @@ class ShardSet:
         return self._tokens[shard][offsets[i] : offsets[i + 1]]
 
     def split(self, name: str) -> np.ndarray:
-        """Numbers of the songs in "train" or "val" (int64, ascending)."""
+        """Numbers of the songs in "train" or "val" (int64, ascending); near-duplicates may be in neither."""
         if name not in ("train", "val"):
             raise ValueError(f"no split {name!r}: it is 'train' or 'val'")
-        return np.flatnonzero(in_validation(self.digests, self.val_split) == (name == "val"))
+        return np.flatnonzero(self.division == (VALIDATION if name == "val" else TRAIN))
+
+    def sha256(self) -> str:
+        """Of all songs and on which side each is (64 hex digits)."""
+        return hashlib.sha256(self.digests.tobytes() + self.division.tobytes()).hexdigest()
 
 
-def _map(path: Path) -> np.ndarray:
+def _map(path: Path, dtype: np.dtype = TOKEN_DTYPE) -> np.ndarray:
     with open_to_read(path) as file:
-        if os.fstat(file.fileno()).st_size == 0:  # a shard without songs cannot be mapped
-            return np.empty(0, TOKEN_DTYPE)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), TOKEN_DTYPE)
+        size = os.fstat(file.fileno()).st_size
+        if size < dtype.itemsize:  # a shard without songs cannot be mapped
+            return np.empty(0, dtype)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype, size // dtype.itemsize)
 
 
 def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSet:
@@ -317,16 +357,23 @@ def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSe
     songs = ShardSet(folder, fingerprint)
     source = songs.folder / MANIFEST
     intact_file(source, songs.manifest, "tokenizer")
+    intact_file(source, songs.manifest, "division")
     for number, shard in enumerate(songs.manifest["shards"]):
         path = intact_file(source, shard, "bin")
         index_path = intact_file(source, shard, "idx")
+        motifs_path = intact_file(source, shard, "motifs")
+        hashes, offsets = read_motifs(motifs_path, songs._first[number + 1] - songs._first[number])
         record = read_record(songs.folder, number)
         if record is None or record["shard"] != shard:
             raise UserError(f"{songs.folder / shard_name(number)}.json: does not agree with {MANIFEST}")
         for song in range(songs._first[number], songs._first[number + 1]):
+            i = song - songs._first[number]
             problem = _song_problem(songs[song], songs.digests[song], songs.bars[song])
+            if problem is None and not np.array_equal(
+                motifs(songs[song]), hashes[offsets[i] : offsets[i + 1]]
+            ):
+                problem = f"has other motifs than {motifs_path.name} says"
             if problem:
-                i = song - songs._first[number]
                 raise UserError(f"{path}: song {i} {problem} ({index_path.name})")
     return songs
 

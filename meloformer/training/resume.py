@@ -1,7 +1,6 @@
 """Which checkpoint a run resumes from, and the check that it is the same run."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ def run_identity(
     """The values that must be equal for a checkpoint to be resumed, as JSON values."""
     return {
         "model": json.loads(json.dumps(dataclasses.asdict(model))),
-        "data": hashlib.sha256(shards.digests.tobytes()).hexdigest(),
+        "data": shards.sha256(),
         "val_split": shards.val_split,
         **{name: getattr(config, name) for name in FIXED},
         **{f"augment_{name}": value for name, value in dataclasses.asdict(config.augmentation).items()},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from meloformer.data import shards
+from meloformer.data.division import in_validation
 from meloformer.data.shards import ShardSet, ShardWriter, content_digest, verify
 from meloformer.errors import UserError
 from meloformer.files import TEMPORARY
@@ -72,7 +73,7 @@ def test_the_bytes_are_as_documented(pristine):
     """Reads the files with struct alone, by docs/data.md."""
     index = (pristine / "shard-00002.idx").read_bytes()
     magic, version, width = struct.unpack_from("<8sII", index, 0)
-    assert (magic, version, width) == (b"MELOSHRD", 1, 2)
+    assert (magic, version, width) == (b"MELOSHRD", 2, 2)
     assert index[16:48].hex() == vocab.fingerprint()
     songs, tokens = struct.unpack_from("<QQ", index, 48)
     assert songs == 25
@@ -104,7 +105,7 @@ def test_split_depends_on_content_only(pristine, tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.999])
 def test_val_split_is_a_share(share):
     digests = np.random.default_rng(0).integers(0, 256, (20_000, 16), dtype=np.uint8)
-    assert shards.in_validation(digests, share).mean() == pytest.approx(share, abs=0.01)
+    assert in_validation(digests, share).mean() == pytest.approx(share, abs=0.01)
 
 
 def test_verify_accepts_what_was_written(pristine):
@@ -137,7 +138,7 @@ def patch_manifest(folder: Path, change) -> None:
 INDEX = "shard-00000.idx"
 INDEX_DAMAGE = {
     "magic": (0, b"X", "not a shard index"),
-    "version": (8, b"\2", "format version 2"),
+    "version": (8, b"\3", "format version 3"),
     "token width": (12, b"\4", "format version"),
     "fingerprint": (16, b"\0\0\0\0", "another tokenizer"),
     "more songs": (48, struct.pack("<Q", 16), "size does not fit"),
@@ -242,7 +243,7 @@ def test_broken_manifest_is_refused(folder, case):
 
 
 FIELD_DAMAGE = {
-    "version": ("version", 2),
+    "version": ("version", 1),
     "version not a number": ("version", "1"),
     "no fingerprint": ("fingerprint", None),
     "val_split 1": ("val_split", 1.0),
@@ -305,7 +306,7 @@ def test_verify_looks_into_songs(tmp_path, message):
     folder = write_folder(tmp_path / "data", SONGS[:1], (1,))
     with ShardWriter(folder, 0, vocab.fingerprint()) as writer:
         ids = np.array(ids, dtype=np.uint16)
-        writer.add(ids, bars, content_digest(ids))
+        writer.add(ids, bars, content_digest(ids), np.zeros(0, np.uint64))
         entry = writer.finish({})["shard"]
     patch_manifest(folder, lambda manifest: manifest.update(shards=[entry]))
     with pytest.raises(UserError, match=message):

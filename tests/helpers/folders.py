@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from meloformer.data import shards
+from meloformer.data.division import in_validation
+from meloformer.data.motifs import motifs
 from meloformer.data.shards import ShardWriter, content_digest
-from meloformer.files import write_json
+from meloformer.files import write_atomic, write_json
 from meloformer.tokens import vocab
 
 
@@ -24,14 +26,18 @@ def write_folder(
         with ShardWriter(folder, number, fingerprint) as writer:
             for ids in songs[at : at + count]:
                 bars = int(np.count_nonzero(vocab.CHORD.mask(ids)))
-                writer.add(ids, bars, content_digest(ids))
+                writer.add(ids, bars, content_digest(ids), motifs(ids))
             entries.append(writer.finish({"files": count})["shard"])
         at += count
     write_json(folder / shards.TOKENIZER, {"a": 1})
+    digests = np.frombuffer(b"".join(map(content_digest, songs)), np.uint8).reshape(-1, shards.DIGEST_BYTES)
+    side = np.where(in_validation(digests, val_split), shards.VALIDATION, shards.TRAIN)
+    write_atomic(folder / shards.DIVISION, side.astype(np.uint8).tobytes())
     manifest = {
         "version": shards.VERSION,
         "fingerprint": fingerprint,
         "val_split": val_split,
+        "division": shards.file_entry(folder / shards.DIVISION),
         "tokenizer": shards.file_entry(folder / shards.TOKENIZER),
         "shards": entries,
     }

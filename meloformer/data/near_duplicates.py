@@ -1,0 +1,171 @@
+"""Clusters of songs that share most of their motifs, in time and memory that grow with the number of songs.
+
+No song is compared with all others. Songs that have a motif in common stand together once all motifs are
+sorted, and each is compared with the next few there alone; the comparison itself is exact.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .motifs import MOTIF_DTYPE
+
+# Two songs are near-duplicates if they share SHARE of the motifs of the one that has fewer, and MARGIN more.
+# Of 3,034 real songs few pairs share between a fifth and a half. Nine in ten of those above have drum bars in
+# common, too, which are in no motif (of other pairs, 3 in 1,000). The margin asks for more of short songs;
+# those of fewer than 6 motifs are never joined.
+SHARE, MARGIN = 0.5, 3
+MIN_MOTIFS = int(MARGIN / (1 - SHARE))
+NEIGHBOURS = 2  # with one, and with all, the clusters of those songs are the same
+# A motif in more songs than this, and than one in a thousand, says nothing: a scale, a chord on every beat.
+COMMON = 256
+
+_AT_ONCE = 1 << 20  # motifs that are sorted at a time, by some 80 bytes each
+_MAX_PASSES = 256  # over the files; beyond, more are sorted at a time
+
+
+class Motifs:
+    """The motifs of many songs, by number: `motifs[song]` is a view, uint64 [m], ascending.
+
+    Args:
+        parts: hashes (uint64, the songs back to back) and offsets (int64 [n + 1]) of n songs each.
+
+    Attributes:
+        counts: int32 [songs], motifs of each song.
+    """
+
+    def __init__(self, parts: Sequence[tuple[np.ndarray, np.ndarray]]):
+        self._parts = parts
+        self._first = np.cumsum([0, *(len(offsets) - 1 for _, offsets in parts)])
+        self.counts = np.concatenate([np.diff(offsets).astype(np.int32) for _, offsets in parts])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, song: int) -> np.ndarray:
+        part = int(np.searchsorted(self._first, song, side="right")) - 1
+        hashes, offsets = self._parts[part]
+        i = song - self._first[part]
+        return hashes[offsets[i] : offsets[i + 1]]
+
+    def between(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """All motifs from `low` to `high` (uint64) and their songs (int64), song by song."""
+        found, songs = [], []
+        for first, (hashes, offsets) in zip(self._first, self._parts):
+            at = np.flatnonzero((hashes >= low) & (hashes <= high))
+            found.append(hashes[at])
+            songs.append(np.searchsorted(offsets, at, side="right") - 1 + first)
+        return np.concatenate(found), np.concatenate(songs)
+
+    def slices(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`between` for consecutive ranges that hold all motifs: as many of each as fits in memory."""
+        total = int(self.counts.sum(dtype=np.int64))
+        passes = 1
+        while passes < _MAX_PASSES and total > passes * _AT_ONCE:
+            passes *= 2
+        width = 2**64 // passes
+        for i in range(passes):
+            yield self.between(i * width, (i + 1) * width - 1)
+
+
+def clusters(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
+    """For each song the lowest number among the songs of its cluster (int64 [songs]).
+
+    Near-duplicates form a cluster with their near-duplicates, and so on. Which songs do depends on their
+    content alone, not on their numbers.
+
+    Args:
+        digests: content digests, uint8 [songs, 16], all different.
+    """
+    songs = len(motifs)
+    common = _common(motifs)
+    counts = motifs.counts.copy()
+    for hashes, of in motifs.slices():
+        np.subtract.at(counts, of[_in(hashes, common)], 1)
+    order = _similar_first(motifs, digests)
+    rank = np.empty(songs, np.int64)
+    rank[order] = np.arange(songs)
+
+    joined = _Sets(songs)
+    for hashes, of in motifs.slices():
+        tells = ~_in(hashes, common) & (counts[of] >= MIN_MOTIFS)
+        hashes, place = hashes[tells], rank[of[tells]]
+        at = np.lexsort((place, hashes))
+        for one, other in _neighbours(hashes[at], place[at], songs):
+            one, other = int(order[one]), int(order[other])
+            if joined.find(one) == joined.find(other):
+                continue
+            needed = SHARE * min(counts[one], counts[other]) + MARGIN
+            if shared(motifs[one], motifs[other], common) >= needed:
+                joined.join(one, other)
+    return np.array([joined.find(song) for song in range(songs)], dtype=np.int64)
+
+
+def shared(one: np.ndarray, other: np.ndarray, common: np.ndarray) -> int:
+    """How many motifs two songs have in common, those in `common` not counted (all uint64, ascending)."""
+    if len(one) > len(other):
+        one, other = other, one
+    both = one[_in(one, other)]
+    return len(both) - int(np.count_nonzero(_in(both, common)))
+
+
+def _in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Which of `values` are in `ascending` (bool)."""
+    if not len(ascending):
+        return np.zeros(len(values), bool)
+    at = np.searchsorted(ascending, values)
+    at[at == len(ascending)] = 0
+    return ascending[at] == values
+
+
+def _common(motifs: Motifs) -> np.ndarray:
+    """The motifs of too many songs to tell any, ascending."""
+    limit = max(COMMON, len(motifs) // 1000)
+    found = [np.zeros(0, MOTIF_DTYPE)]
+    for hashes, _ in motifs.slices():
+        hashes.sort()
+        # One that is there again `limit` places further is in more than `limit` songs.
+        found.append(np.unique(hashes[limit:][hashes[limit:] == hashes[: max(len(hashes) - limit, 0)]]))
+    return np.concatenate(found)
+
+
+def _similar_first(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
+    """The songs (int64) in an order, by their content, in which those that share most motifs are often close.
+
+    The lowest hash of a set is as good as drawn: how likely two sets have the same is how far they overlap.
+    """
+    lowest = np.zeros((2, len(motifs)), MOTIF_DTYPE)
+    for song in range(len(motifs)):
+        first = motifs[song][:2]
+        lowest[: len(first), song] = first
+    digest = np.ascontiguousarray(digests).view(MOTIF_DTYPE)
+    return np.lexsort((digest[:, 1], digest[:, 0], lowest[1], lowest[0]))
+
+
+def _neighbours(hashes: np.ndarray, place: np.ndarray, songs: int) -> Iterator[tuple[int, int]]:
+    """Pairs of places, each once, of songs that stand close together under one motif; ascending."""
+    pairs = [np.zeros(0, np.int64)]
+    for step in range(1, NEIGHBOURS + 1):
+        same = hashes[step:] == hashes[: max(len(hashes) - step, 0)]
+        pairs.append(place[: len(same)][same] * songs + place[step:][same])
+    for pair in np.unique(np.concatenate(pairs)):
+        yield divmod(int(pair), songs)
+
+
+class _Sets:
+    """Disjoint sets of the numbers 0 .. count - 1, each known by its lowest; 8 bytes a number."""
+
+    def __init__(self, count: int):
+        self._parent = array("q", range(count))
+
+    def find(self, number: int) -> int:
+        parent = self._parent
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self.find(one), self.find(other)))
+        self._parent[high] = low
