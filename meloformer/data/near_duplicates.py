@@ -5,7 +5,9 @@ sorted, and each is compared with the next few there alone; the comparison itsel
 """
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -37,14 +39,14 @@ class Motifs:
 
     def __init__(self, parts: Sequence[tuple[np.ndarray, np.ndarray]]):
         self._parts = parts
-        self._first = np.cumsum([0, *(len(offsets) - 1 for _, offsets in parts)])
+        self._first = list(accumulate((len(offsets) - 1 for _, offsets in parts), initial=0))
         self.counts = np.concatenate([np.diff(offsets).astype(np.int32) for _, offsets in parts])
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def __getitem__(self, song: int) -> np.ndarray:
-        part = int(np.searchsorted(self._first, song, side="right")) - 1
+        part = bisect_right(self._first, song) - 1
         hashes, offsets = self._parts[part]
         i = song - self._first[part]
         return hashes[offsets[i] : offsets[i + 1]]
@@ -107,16 +109,14 @@ def shared(one: np.ndarray, other: np.ndarray, common: np.ndarray) -> int:
     if len(one) > len(other):
         one, other = other, one
     both = one[_in(one, other)]
-    return len(both) - int(np.count_nonzero(_in(both, common)))
+    return int(np.count_nonzero(~_in(both, common))) if len(both) else 0
 
 
 def _in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
     """Which of `values` are in `ascending` (bool)."""
     if not len(ascending):
         return np.zeros(len(values), bool)
-    at = np.searchsorted(ascending, values)
-    at[at == len(ascending)] = 0
-    return ascending[at] == values
+    return ascending.take(ascending.searchsorted(values), mode="clip") == values
 
 
 def _common(motifs: Motifs) -> np.ndarray:
