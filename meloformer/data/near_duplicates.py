@@ -101,7 +101,7 @@ def clusters(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
             needed = SHARE * min(counts[one], counts[other]) + MARGIN
             if shared(motifs[one], motifs[other], common) >= needed:
                 joined.join(one, other)
-    return np.array([joined.find(song) for song in range(songs)], dtype=np.int64)
+    return np.fromiter((joined.find(song) for song in range(songs)), np.int64, songs)
 
 
 def shared(one: np.ndarray, other: np.ndarray, common: np.ndarray) -> int:
