@@ -29,7 +29,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="instead: a text file that names the validation songs, a path per line",
     )
-    add("--keep-near-duplicates", action="store_true", help="keep songs that share most of their bars")
+    add(
+        "--keep-near-duplicates",
+        action="store_true",
+        help="do not leave out songs that share most bars with another",
+    )
     add("--timeout", type=cli.integer(1, 86_400), default=10, help="seconds per file")
     add("--memory-mb", type=cli.integer(1, 2**30), default=1024, help="MiB per file (enforced on Linux)")
     add("--sustain", action="store_true", help="let notes sound on while the sustain pedal is down")
