@@ -15,7 +15,9 @@ from benchmarks.common.results_file import load, save, write
 from benchmarks.learning.chart import draw
 from benchmarks.learning.page import page
 from benchmarks.learning.run_folder import read_run
+from benchmarks.learning.toy import measure
 from meloformer import cli
+from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
 
 FORMAT = "meloformer learning 1"
@@ -57,6 +59,18 @@ def gather(folders: list[Path]) -> dict:
     }
 
 
+def toy_of(result: dict, folder: Path) -> dict:
+    """What the toys need on the validation songs of the runs in `result`.
+
+    Raises:
+        UserError: the folder holds other songs than those of the runs.
+    """
+    shards, trained_on = ShardSet(folder), result["origin"]["data"]
+    if shards.sha256() != trained_on["sha256"]:
+        raise UserError(f"--data {folder}: holds other songs than those that the runs were trained on")
+    return measure(shards, result["settings"].get("max_bars"))
+
+
 def _differences(one: dict, other: dict) -> Iterator[tuple[str, object, object]]:
     for part in ("origin", "settings"):
         for name in sorted(one[part].keys() | other[part].keys()):
@@ -76,6 +90,13 @@ def main(argv: list[str] | None = None) -> None:
         help="the page to write, with its chart and JSON file beside it",
     )
     parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the songs of the runs, as preprocessed: adds what a toy that copies and counts needs for INST "
+        "and CHORD",
+    )
+    parser.add_argument(
         "--from",
         type=Path,
         dest="source",
@@ -87,11 +108,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {args.output}: must end in .md")
     if (args.source is None) == (not args.runs):
         raise UserError("give folders of runs, or --from with a result file")
+    if args.source and args.data:
+        raise UserError("--data: the result file of --from has the toy's figures, or was made without")
     source = args.source or args.output.with_suffix(".json")
     if args.source:
         result = load(source, FORMAT, "benchmarks.learning")
     else:
         result = gather(args.runs)
+        if args.data:
+            result["toy"] = toy_of(result, args.data)
         save(result, source)
     picture = args.output.with_suffix(".png")
     text = page(result, picture.name, source.name)

@@ -19,6 +19,11 @@ MEANINGS = f"""\
 - **At equal tokens, at equal time**: the lowest loss that each run reached within what the shortest run took.
   The range is that over the seeds. Read a difference only where two ranges do not overlap, and then for
   these data, this model size and this length of training; with one seed there is no range to judge it by.
+- **By family**: nats per token to be predicted of that family, and below, *given the family*, the same if it
+  is known that a token of that family comes. *Per note* is the nats of all tokens by the number of notes.
+- **toy**: what copying and counting needs on the same validation songs, given the family; see
+  `benchmarks/learning/toy.py`. *Fixed* mixes its guesses by weights set by hand, *fitted* learns from the
+  training songs.
 - **Tokens** do not include padding; a token is counted in every epoch.
 - **Time**: wall time of the steps from the end of the first one. Validation, sampling and saving are not
   included, nor are slow steps, except where the table says *slow steps included*.
@@ -45,8 +50,8 @@ def page(result: dict, picture: str, source: str) -> str:
         _by_model(runs),
         "## Runs\n",
         _runs(runs),
-        "## Loss by kind of token, each run at its best point\n",
-        _by_kind(runs),
+        "## Loss by family of tokens, each run at its best point\n",
+        _by_family(runs, result.get("toy")),
         "## When a loss is first reached\n",
         _reached(runs),
         "## How to read the tables\n",
@@ -154,12 +159,25 @@ def _runs(runs: list[dict]) -> str:
     return table(heads, lines)
 
 
-def _by_kind(runs: list[dict]) -> str:
-    """A column for each `val_loss_KIND` that all runs have."""
-    columns = [key for key in runs[0]["validation"] if key.startswith("val_loss_")]
-    columns = ["val_loss", *(key for key in columns if all(key in run["validation"] for run in runs))]
-    heads = ["run", "all", *(key.removeprefix("val_loss_") for key in columns[1:])]
-    lines = [[_name(run), *(f"{run['validation'][key][_best(run)]:.4f}" for key in columns)] for run in runs]
+def _by_family(runs: list[dict], toy: dict | None) -> str:
+    """A column for each `val_loss_FAMILY` that all runs have; rows of losses given the family, if known."""
+    shared = [key for key in runs[0]["validation"] if all(key in run["validation"] for run in runs)]
+    families = [key.removeprefix("val_loss_") for key in shared if key.startswith("val_loss_")]
+    keys = [key for key in ("val_nats_per_note", "val_loss") if key in shared]
+    names = {"val_nats_per_note": "per note", "val_loss": "all"}
+    heads = ["run", *(names[key] for key in keys), *families]
+    lines = []
+    for run in runs:
+        figures, best = run["validation"], _best(run)
+        columns = [*keys, *(f"val_loss_{family}" for family in families)]
+        lines.append([_name(run), *(cell(figures[key][best], "{:.4f}") for key in columns)])
+        given = [figures.get(f"val_within_{family}") for family in families]
+        if any(given):
+            of_families = [cell(values and values[best], "{:.4f}") for values in given]
+            lines.append([f"{_name(run)}, given the family", *["-"] * len(keys), *of_families])
+    for kind in ("fixed", "fitted") if toy else ():
+        of_families = [cell(toy[kind].get(family), "{:.4f}") for family in families]
+        lines.append([f"toy, {kind}, given the family", *["-"] * len(keys), *of_families])
     return table(heads, lines)
 
 

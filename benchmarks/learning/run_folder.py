@@ -33,8 +33,7 @@ def read_run(folder: Path) -> dict:
         in all runs of a comparison; figures of its summary; `tokens_per_s` over all steps except slow ones
         (the first, and those of more than `SLOW` times the median step); `slow_steps` and `slow_seconds`;
         `validation`, lists with an entry for each validation: `step`, `tokens` so far, `seconds` of the
-        steps that were not slow, `all_seconds`, and losses in nats per token, `val_loss` and
-        `val_loss_KIND` by kind of token.
+        steps that were not slow, `all_seconds`, and the figures of `validation.validate`.
 
     Raises:
         UserError: the run has not finished, its files are damaged, or there are fewer than two validations.
@@ -56,7 +55,7 @@ def read_run(folder: Path) -> dict:
         sums = list(accumulate(values))
         return [sums[index] for index in at]
 
-    losses = [key for key in validations[at[0] + 1] if key.startswith("val_loss")]
+    losses = [key for key in validations[at[0] + 1] if key.startswith("val_") and "perplexity" not in key]
     return {
         "name": folder.resolve().name,
         "attention": summary["attention"],

@@ -18,8 +18,8 @@ from ..files import write_atomic
 from ..kernels import BACKENDS
 from ..kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
 from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig
-from .family_weights import DEFAULT_WEIGHTS, parse_weights
 from ..tokens import vocab
+from .family_weights import DEFAULT_WEIGHTS, parse_weights
 
 CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")

@@ -109,8 +109,38 @@ def test_runs_of_the_trainer_are_understood(data, tmp_path):
     assert [run["attention"] for run in result["runs"]] == ["reference", "dense"]
     assert all(run["validation"]["tokens"][-1] == run["tokens"] for run in result["runs"])
     text = page(result, "a.png", "a.json")
-    assert "| reference | 1 | " in text and "| dense | 1 | " in text
+    assert "| reference, any, near 0 1 | 1 | " in text and "| dense | 1 | " in text
     assert str(tmp_path) not in json.dumps(result)
+
+
+def test_the_toy_stands_beside_runs_of_the_same_songs(data, tmp_path):
+    runs = []
+    for attention in ("reference", "dense"):
+        runs.append(tmp_path / attention)
+        settings = config(data, runs[-1], attention=attention, epochs=1, max_steps=2, validate_every=1)
+        train.train(settings, TINY)
+    target = tmp_path / "page.md"
+    learning.main([*map(str, runs), "--data", str(data), "--output", str(target)])
+    toy = json.loads(target.with_suffix(".json").read_text())["toy"]
+    text = target.read_text()
+    for kind in ("fixed", "fitted"):
+        (row,) = re.findall(rf"\| toy, {kind}, given the family \|(.*)\n", text)
+        assert f"{toy[kind]['CHORD']:.4f}" in row and f"{toy[kind]['INST']:.4f}" in row
+        assert len(re.findall(r"\d\.", row)) == 2
+    assert "| reference, any, near 0 1, seed 0, given the family | - | - |" in text
+    learning.main(
+        ["--from", str(target.with_suffix(".json")), "--output", str(tmp_path / "again" / "page.md")]
+    )
+    assert (tmp_path / "again" / "page.md").read_text() == text
+
+
+def test_the_toy_is_refused_on_other_songs(data, tmp_path):
+    folders = two_seeds_of_each(tmp_path / "runs")
+    args = [*map(str, folders), "--output", str(tmp_path / "page.md")]
+    with pytest.raises(UserError, match="holds other songs than those that the runs were trained on"):
+        learning.main([*args, "--data", str(data)])
+    with pytest.raises(UserError, match="--data: the result file of --from has the toy's figures"):
+        learning.main(["--from", "a.json", "--data", str(data)])
 
 
 def test_the_recipe_in_the_docs_is_what_the_commands_take():

@@ -66,8 +66,9 @@ def test_the_page_has_the_figures(tmp_path):
         "| dense, seed 1 | 17.00M | 800,000 | 2 | 8 | 0 | 2.5500 | 8 | 2.5500 | 200,000 | 3.5 | 1 | 20.0 |"
         in text
     )
-    assert "| triton, seed 0 | 2.0000 | 2.0000 | 2.0000 | 2.0000 | 2.0000 | 2.0000 |" in text
-    assert "| run | all | T | P | L | V | structural |" in text
+    assert "| triton, seed 0 | 6.0000 " + 7 * "| 2.0000 " + "|" in text
+    assert "| triton, seed 0, given the family | - | - | - | - | - | 1.0000 | - | - |" in text
+    assert "| run | per note | all | CHORD | INST | T | P | L | V |" in text
     assert "| run | 2.5500: million tokens | 2.5500: s | 2.6000: million tokens | 2.6000: s |" in text
     assert "| triton, seed 0 | 0.58 | 1.2 | 0.56 |" in text
     assert "213 songs (1,266,924 tokens), validated on 27 songs (158,713 tokens)" in text
@@ -83,7 +84,7 @@ def test_the_table_tells_the_best_point_from_the_last(tmp_path):
     ]
     text = page(gather(runs), "a.png", "a.json")
     assert "| triton, seed 0 | 17.00M | 800,000 | 2 | 8 | 3 | 1.0000 | 4 | 3.0000 |" in text
-    assert "| triton, seed 0 | 1.0000 | 1.0000 | 1.5000 | 1.0000 | 1.0000 | 1.0000 |" in text
+    assert "| triton, seed 0 | 3.0000 " + 4 * "| 1.0000 " + "| 1.5000 | 1.0000 | 1.0000 |" in text
 
 
 def test_kind_rules_are_models_of_their_own(tmp_path):

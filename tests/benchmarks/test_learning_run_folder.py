@@ -27,8 +27,9 @@ def test_the_first_step_is_apart_even_if_it_is_quick(tmp_path):
 
 def test_losses_stand_in_the_order_of_the_log_and_paths_are_left_out(tmp_path):
     run = read_run(write_run(tmp_path / "a", {2: 3.0, 4: 2.0}, kinds={"V": 1.0}, seed=7))
-    losses = [key for key in run["validation"] if key.startswith("val_loss")]
-    assert losses == ["val_loss", *(f"val_loss_{kind}" for kind in ("T", "P", "L", "V", "structural"))]
+    figures = [key for key in run["validation"] if key.startswith("val_")]
+    by_family = [f"val_loss_{kind}" for kind in ("CHORD", "INST", "T", "P", "L", "V")]
+    assert figures == ["val_loss", "val_nats_per_note", *by_family, "val_within_P"]
     assert run["validation"]["val_loss_V"] == [4.0, 3.0]
     assert (run["name"], run["attention"], run["seed"]) == ("a", "triton", 7)
     own = {"data_dir", "output_dir", "attention", "kind_rule", "seed", "keep_last"}
