@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from meloformer.data.batches import State
+from meloformer.tokens import vocab
 from meloformer.training.distributed import start_job
 from meloformer.training.stepper import Stepper
 from meloformer.training.trainer import Trainer
@@ -88,3 +89,30 @@ def test_the_state_says_which_rows_come_next(data, tmp_path):
     assert trainer.epoch == 0
     trainer.step, trainer.state = 7, State(1, 2)
     assert trainer.epoch == 1
+
+
+def test_weights_change_what_is_learned_and_not_what_is_told(data, tmp_path):
+    """Against the mean of weight x nats over two batches at once, by PyTorch's own loss."""
+    trainer = Trainer(config(data, tmp_path, family_weights="CHORD=0.5,P=3"), TINY, start_job("cpu"))
+    stepper, batches = trainer.stepper, [trainer.data.batch(0, [row]) for row in (0, 1)]
+    nats, weights = [], []
+    for batch in batches:
+        counts = batch.targets >= 0
+        logits = stepper.model(batch.ids, batch.structure, "reference")[counts]
+        nats.append(torch.nn.functional.cross_entropy(logits, batch.targets[counts], reduction="none"))
+        weights.append(torch.ones(len(nats[-1])))
+        for family, weight in ((vocab.P, 3.0), (vocab.CHORD, 0.5)):
+            weights[-1][torch.from_numpy(family.mask(batch.targets[counts].numpy()))] = weight
+    nats, weights = torch.cat(nats), torch.cat(weights)
+    assert {0.5, 1.0, 3.0} == set(weights.tolist())
+    parameters = list(stepper.model.parameters())
+    expected = torch.autograd.grad((nats * weights).sum() / weights.sum(), parameters)
+    for batch in batches:
+        stepper.accumulate(stepper.prepare(batch), last=batch is batches[-1])
+    scale = 1 / weights.sum()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad * scale, gradient, rtol=1e-4, atol=1e-7)
+    figures, _ = stepper.update(1e-3)()
+    norm = torch.nn.utils.get_total_norm(expected).item()
+    assert figures.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert figures.loss == pytest.approx(nats.mean().item(), rel=1e-5)
