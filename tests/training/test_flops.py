@@ -16,7 +16,7 @@ from meloformer.model.transformer import MeloFormer, ModelConfig
 from meloformer.training import metrics, trainer
 from meloformer.training.flops import peak_flops, training_flops
 
-from helpers.attention_cases import count_pairs, song, structure
+from helpers.attention_cases import ORIGINAL, count_pairs, song, structure
 from helpers.tiny_train import TINY
 from helpers.training import config
 
@@ -43,7 +43,7 @@ def test_flops_are_those_written_out_by_hand():
 
 
 def test_products_with_weights_are_those_that_pytorch_counts():
-    model = MeloFormer(ModelConfig(layers=3, dim=64, heads=2, ffn=80))
+    model = MeloFormer(ModelConfig(layers=3, dim=64, heads=2, ffn=80, **ORIGINAL))
     packed = structure([[song(Random(0), 5)]])
     ids = torch.zeros(packed.doc.shape, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

@@ -157,7 +157,7 @@ def test_a_run_is_not_begun_over_another(data, tmp_path):
         ({"epochs": 3}, "epochs was"),
         ({"augment_tempo": 5}, "augment_tempo was 10 there and is 5 now"),
         ({"augment": False}, "augment_transpose was 6 there and is 0 now"),
-        ({"kind_rule": "next"}, "model was {'kind_rule': 'alike'} there and is {'kind_rule': 'next'} now"),
+        ({"kind_rule": "next"}, "model was {'kind_rule': 'any'} there and is {'kind_rule': 'next'} now"),
     ],
     ids=str,
 )
