@@ -137,7 +137,7 @@ def _shapes(file):
 @pytest.mark.slow
 def test_an_export_of_a_sharded_run_generates(runs, tmp_path):
     export.main(["--checkpoint", str(runs["sharded"][0]), "--output", str(tmp_path / "model")])
-    args = ["--checkpoint", tmp_path / "model", "--output", tmp_path / "song.mid", "--max_tokens", "40"]
+    args = ["--checkpoint", tmp_path / "model", "--output", tmp_path / "song.mid", "--max_tokens", "400"]
     generate_command([str(arg) for arg in args])
     assert (tmp_path / "song.mid").exists()
 
