@@ -25,8 +25,10 @@ BARS = 8
 
 
 def step(title: str, command: Callable[[list[str]], int | None], args: dict[str, object]) -> None:
-    """Print and run `python -m <module of the command>` with `--key value` arguments."""
-    words = [word for key, value in args.items() for word in (f"--{key}", str(value))]
+    """Print and run `python -m <module of the command>` with `--key value` arguments; None is a flag alone."""
+    words = []
+    for key, value in args.items():
+        words += [f"--{key}"] if value is None else [f"--{key}", str(value)]
     print(f"\n{title}\n$ {shlex.join(['python', '-m', command.__module__, *words])}")
     if code := command(words):
         sys.exit(code)
@@ -97,6 +99,7 @@ def demo(folder: Path, steps: int, overwrite: bool) -> None:
             "gradient_accumulation_steps": 1,
             "learning_rate": 1e-3,
             "max_steps": steps,
+            "no_augment": None,  # too few steps to meet a song in other keys
         },
     )
     loss_curve(read_log(run / LOG), folder / "loss.png")

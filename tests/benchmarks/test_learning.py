@@ -31,8 +31,9 @@ def test_page_and_chart_can_be_made_again_without_the_runs(tmp_path, capsys):
     assert again.with_suffix(".png").read_bytes() == target.with_suffix(".png").read_bytes()
 
 
-def test_the_projects_own_page_is_made_of_its_results(tmp_path):
-    committed = DOCS.parents[1] / "benchmarks" / "results" / "learning_h100.md"
+@pytest.mark.parametrize("name", ["learning_small_h200.md", "learning_base_h200.md"])
+def test_the_projects_own_pages_are_made_of_their_results(tmp_path, name):
+    committed = DOCS.parents[1] / "benchmarks" / "results" / name
     target = tmp_path / committed.name
     learning.main(["--from", str(committed.with_suffix(".json")), "--output", str(target)])
     assert target.read_text() == committed.read_text()
@@ -150,8 +151,9 @@ def test_the_recipe_in_the_docs_is_what_the_commands_take():
     (line,) = re.findall(r"python -m meloformer.train (.*)", recipe)
     (models,) = re.findall(r"for model in (.*?);", recipe)
     for seed, model in enumerate(shlex.split(models)):
-        attention, rule = model.split()
+        attention, rule, near = model.split()
         words = line.replace("$seed", str(seed)).replace("$attention", attention).replace("$rule", rule)
-        settings = parse_args(shlex.split(words))
+        settings = parse_args(shlex.split(words.replace("$near", near)))
         assert (settings.seed, settings.attention, settings.kind_rule) == (seed, attention, rule)
+        assert settings.near_bars == near
         chosen_model(settings, SIZES[settings.model_size])  # which refuses what does not go together
