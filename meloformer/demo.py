@@ -25,7 +25,7 @@ BARS = 8
 
 
 def step(title: str, command: Callable[[list[str]], int | None], args: dict[str, object]) -> None:
-    """Print and run `python -m <module of the command>` with `--key value` arguments; None is a flag alone."""
+    """Print and run `python -m <module of the command>` with `--key value` arguments; None: a flag alone."""
     words = []
     for key, value in args.items():
         words += [f"--{key}"] if value is None else [f"--{key}", str(value)]

@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "midi").mkdir()
     for seed in range(12):
-        compose(seed, bars=6).dump(folder / "midi" / f"{seed}.mid")
+        compose(seed, bars=5 + seed % 2).dump(folder / "midi" / f"{seed}.mid")
     preprocess.main(
         ["--input", str(folder / "midi"), "--output", str(folder / "shards"), "--val-split", "0.2"]
     )

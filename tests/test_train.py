@@ -298,10 +298,11 @@ def test_mistakes_end_in_one_line_and_code_two(mistakes, name, tmp_path, capsys,
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
-    (tmp_path / "midi").mkdir()
-    HIDTokenizer().decode(read_prompt(EXAMPLE, 4)).dump(tmp_path / "midi" / "song.mid")  # its first bars
+    path = tmp_path / "midi" / "song.mid"
+    path.parent.mkdir()
+    HIDTokenizer().decode(read_prompt(EXAMPLE, 4)).dump(path)  # its first bars
     preprocess.main(
-        ["--input", str(tmp_path / "midi"), "--output", str(tmp_path / "data"), "--val-split", "0"]
+        ["--input", str(path.parent), "--output", str(tmp_path / "data"), "--val-split", "0"]
     )
     settings = config(
         tmp_path / "data",
@@ -318,6 +319,6 @@ def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
     assert losses(tmp_path / "run")[-1] < 0.05
 
     model, _ = load_model(tmp_path / "run", torch.device("cpu"))
-    whole, start = read_prompt(EXAMPLE, 4), read_prompt(EXAMPLE, 2)
+    whole, start = read_prompt(path, 4), read_prompt(path, 2)
     written = generate(model, start, bars=2, sampling=Sampling(temperature=0))
     np.testing.assert_array_equal(written[:-1], whole)
