@@ -7,8 +7,7 @@ layouts (see `plan`); their blocks of 64 are numbered layout by layout, batch ro
 import triton
 import triton.language as tl
 
-from .tiles import BLOCK
-from .visibility import (
+from .plan_visibility import (
     ABSENT,
     NO_INSTRUMENT,
     NO_ONSET,
@@ -17,6 +16,7 @@ from .visibility import (
     code_of,
     store_ranges,
 )
+from .tiles import BLOCK
 
 
 @triton.jit(do_not_specialize=["batch", "summaries", "regular"])

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .plan_layout import load_laid, load_properties
+from .plan_visibility import ABSENT, load_ranges, may_see, sees
 from .tiles import BLOCK
-from .visibility import ABSENT, load_ranges, may_see, sees
 
 FULL_UNIT = tl.constexpr(128)  # full tiles come in multiples of this many tokens, the largest BN of a kernel
 

@@ -25,7 +25,7 @@ from meloformer.training import trainer
 from meloformer.training.config import TrainConfig, parse_args
 from meloformer.training.distributed import start_job
 from meloformer.training.metrics import Meter
-from meloformer.training.optim import learning_rate
+from meloformer.training.schedule import learning_rate
 
 from helpers.songs import EXAMPLE
 from helpers.tiny_train import TINY
@@ -301,9 +301,7 @@ def test_a_tiny_model_learns_a_real_song_by_heart(tmp_path):
     path = tmp_path / "midi" / "song.mid"
     path.parent.mkdir()
     HIDTokenizer().decode(read_prompt(EXAMPLE, 4)).dump(path)  # its first bars
-    preprocess.main(
-        ["--input", str(path.parent), "--output", str(tmp_path / "data"), "--val-split", "0"]
-    )
+    preprocess.main(["--input", str(path.parent), "--output", str(tmp_path / "data"), "--val-split", "0"])
     settings = config(
         tmp_path / "data",
         tmp_path / "run",

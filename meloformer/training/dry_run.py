@@ -8,7 +8,7 @@ import torch
 
 from ..data.batches import State
 from .estimate import GB, device_bytes, estimate_memory
-from .optim import learning_rate
+from .schedule import learning_rate
 from .trainer import Trainer
 
 # On a CPU, steps of more floating-point operations than this are not measured.

@@ -28,7 +28,7 @@ from .family_weights import weight_table
 from .flops import training_flops
 from .guard import Guard, is_finite_step
 from .metrics import StepFigures
-from .optim import make_optimizer
+from .optimizer import make_optimizer
 
 _ONE_BUCKET_MB = 1 << 20  # more than any model's gradients
 _NORM_EPSILON = 1e-6  # is added to the norm before the limit is divided by it, as torch.nn.utils does

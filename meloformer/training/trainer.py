@@ -27,11 +27,11 @@ from .config import CONFIG, TrainConfig, save_config
 from .distributed import Job
 from .flops import peak_flops
 from .metrics import Meter, StepFigures, bar_fields
-from .optim import learning_rate
 from .prefetch import Prefetcher
 from .resume import load_for_resume, run_identity
 from .run_log import RunLog
 from .samples import write_sample
+from .schedule import learning_rate
 from .stepper import PreparedBatch, Stepper
 from .summary import Progress, describe, write_summary
 from .validation import validate

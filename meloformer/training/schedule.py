@@ -1,10 +1,7 @@
-"""The optimizer and its schedule."""
+"""The learning-rate schedule."""
 
 import math
 
-import torch
-
-from ..model.transformer import MeloFormer
 from .config import TrainConfig
 
 MIN_LR_RATIO = 0.1  # the cosine ends at this fraction of the peak learning rate
@@ -19,15 +16,3 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     factor = MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * factor
-
-
-def make_optimizer(model: MeloFormer, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: the gains of norms and the summary embedding do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True if device.type == "cuda" else None
-    )
