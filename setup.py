@@ -34,6 +34,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["meloformer", "meloformer.*"]),
+    entry_points={"console_scripts": ["meloformer = meloformer.__main__:entry_point"]},
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
         "torch>=2.10",

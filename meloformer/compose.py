@@ -7,7 +7,7 @@ from .composer.compose import compose_corpus
 from .errors import UserError
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(
         prog="python -m meloformer.compose",
         description="Compose songs by rules, without a model, and write them as MIDI files.",
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the .mid files")
     parser.add_argument("--count", type=cli.positive_int, default=40, help="number of songs")
     parser.add_argument("--seed", type=int, default=0, help="random seed: another one gives other songs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         paths = compose_corpus(args.output, args.count, args.seed)
     except OSError as error:

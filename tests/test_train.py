@@ -173,6 +173,25 @@ def test_the_best_stays_the_best_when_a_stop_came_after_its_validation(data, tmp
     assert best_checkpoint(tmp_path / "checkpoints").name == "step-00000002"
 
 
+def test_a_run_that_is_killed_while_it_writes_a_song_gets_on(data, tmp_path, monkeypatch):
+    """What is due is saved before, and the song is lost."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    class Killed(BaseException):
+        pass
+
+    settings = config(data, tmp_path, save_every=2, sample_every=2, max_steps=4, keep_last=9)
+    monkeypatch.setattr(trainer, "write_sample", killed)
+    for step in (2, 4):
+        with pytest.raises(Killed):
+            train.train(dataclasses.replace(settings, resume="auto"), TINY)
+        assert latest_checkpoint(tmp_path / "checkpoints").name == f"step-{step:08d}"
+    train.train(dataclasses.replace(settings, resume="auto"), TINY)
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"]
+
+
 def test_checkpoints_by_minutes(data, tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 20))  # 20 seconds from look to look
     monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))

@@ -1,14 +1,15 @@
-"""Requests to stop: SIGTERM, SIGINT, or the end of the launcher. They are recorded; the loop polls them."""
+"""Requests to stop: a signal, or the end of the launcher. They are recorded; the loop polls them."""
 
 import os
 import signal
+import stat
 import threading
 
 STOPPED = 75  # exit code of a run that saved and stopped on request: EX_TEMPFAIL, "try again"
 
 
 class StopRequest:
-    """Records the first SIGTERM or SIGINT between `__enter__` and `__exit__`.
+    """Records the first SIGTERM, SIGINT or SIGHUP (a closed terminal) between `__enter__` and `__exit__`.
 
     After it the default handler of SIGINT is restored: a second Ctrl-C ends the process at once, even inside
     a long call into a library.
@@ -31,8 +32,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                # `nohup` has SIGHUP ignored: such a run is to outlive its terminal.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -40,8 +43,20 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if self._signal is None:
             self._signal = signal.Signals(number)
             text = f"\n{self._signal.name}: will save after this step and stop; Ctrl-C stops without saving\n"
             os.write(2, text.encode())  # print is not reentrant: the signal may interrupt one
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _leave_terminal() -> None:
+    """Send what went to a terminal, or through a pipe, nowhere: both may be gone, and a failed print would end
+    the run unsaved. What goes into a file goes on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if not stat.S_ISREG(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

@@ -136,6 +136,7 @@ class Trainer:
             val_loss = self.best["val_loss"]
         weights, optimizer_state = self.stepper.state()
         self.job.run_on_rank0(lambda: self._save(weights, optimizer_state, val_loss))
+        self._saved_at = time.monotonic()
 
     def _save(self, weights: dict[str, Tensor], optimizer_state: dict, val_loss: float | None) -> None:
         if not all(weight.isfinite().all() for weight in weights.values()):
@@ -218,8 +219,9 @@ class Trainer:
         """What requested a stop, or None if the run is finished."""
         config, job, stepper = self.config, self.job, self.stepper
         if self.due:
-            stops, val_loss = self._run_due(bar)
-            self.save(val_loss)
+            stops, unsaved, val_loss = self._run_due(bar, saves=True)
+            if unsaved:
+                self.save(val_loss)
             if stops:
                 return self._reason()
         batches = self.data.batches(
@@ -295,18 +297,25 @@ class Trainer:
             with self.meter.paused():
                 val_loss = None
                 if self.due and not stops:
-                    stops, val_loss = self._run_due(bar)
-                is_best = val_loss is not None and self.best["step"] == self.step
-                if saves or stops or is_best:
+                    stops, saves, val_loss = self._run_due(bar, saves)
+                if saves or stops:
                     self.save(val_loss)
-                    self._saved_at = time.monotonic()
         if gives_up:
             raise self._diverged()
         return stops
 
-    def _run_due(self, bar: tqdm) -> tuple[bool, float | None]:
-        """Run the tasks that are due. Returns whether a stop interrupted them, and the validation loss if
-        known."""
+    def _run_due(self, bar: tqdm, saves: bool) -> tuple[bool, bool, float | None]:
+        """Run the tasks that are due.
+
+        A checkpoint that is due is saved before a song is written, which takes minutes: a run that is killed
+        again and again gets on, and loses a song at most.
+
+        Args:
+            saves: whether a checkpoint is due.
+
+        Returns:
+            whether a stop was requested, whether a checkpoint is still due, and the validation loss if known.
+        """
         val_loss = None
         while self.due:
             if self.due[0] == "validate":
@@ -314,15 +323,21 @@ class Trainer:
                     self.stepper, self.val_data, self.config.batch_size, self.job, self._wants_stop
                 )
                 if figures is None:
-                    return True, val_loss
+                    return True, True, val_loss
                 val_loss = figures["val_loss"]
                 self._log_validation(bar, figures)
+                saves = saves or (self.best is not None and self.best["step"] == self.step)
+                self.due.pop(0)
             else:
+                self.due.pop(0)
+                if saves:
+                    self.save(val_loss)  # as if the song were written
+                    saves = False
                 model = self.stepper.whole_model()
                 if not self.job.run_on_rank0(partial(self._sample, model)):
-                    return True, val_loss
-            self.due.pop(0)
-        return self.job.any(self._wants_stop()), val_loss
+                    self.due.insert(0, "sample")
+                    return True, True, val_loss
+        return self.job.any(self._wants_stop()), saves, val_loss
 
     def _wants_stop(self) -> bool:
         return self.stop_reason() is not None
