@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..errors import UserError
 from ..files import write_atomic
 
 LOG = "log.jsonl"
+DAMAGED = LOG + ".damaged"
 _AXES = ("step", "epoch")
 
 
@@ -20,7 +22,7 @@ class RunLog:
     Args:
         folder: the output folder of the run.
         last_step: the step that the run resumes after. Records of later steps, left by an interrupted run,
-            are removed: these steps will be repeated.
+            are removed: these steps will be repeated. Damaged lines are moved to `DAMAGED`, and it is said.
         settings: of the run, for Weights & Biases.
         tensorboard: whether to write `folder/tensorboard`.
         wandb: project of Weights & Biases, or None.
@@ -44,7 +46,13 @@ class RunLog:
         if wandb is not None:
             self._boards.append(_wandb(folder, settings, wandb))
         path = folder / LOG
-        write_atomic(path, _lines_until(path, last_step))
+        kept, damaged = _lines_until(path, last_step)
+        if damaged:
+            with (folder / DAMAGED).open("ab") as file:
+                file.write(damaged)
+            count = damaged.count(b"\n")
+            print(f"{path}: {count} damaged line(s) moved to {folder / DAMAGED}", file=sys.stderr)
+        write_atomic(path, kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict) -> None:
@@ -69,36 +77,40 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSONL file. Truncated lines are skipped.
+    """The records of a JSONL file. Damaged lines are skipped.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read the training log {path}: {error.strerror or error}") from None
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # truncated by a crash; a resumed run continues after it
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return [record for record in map(_record, lines) if record is not None]
 
 
-def _lines_until(path: Path, last_step: int) -> bytes:
-    kept = []
+def _lines_until(path: Path, last_step: int) -> tuple[bytes, bytes]:
+    """The lines of steps up to `last_step`, and the damaged ones."""
+    kept, damaged = [], []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                break  # the line a killed process was writing
-    return "".join(line + "\n" for line in kept).encode()
+        # Without its end, the last line is what a killed process was writing: to be written again.
+        *lines, _ = path.read_bytes().split(b"\n")
+        for line in lines:
+            record = _record(line)
+            if record is None:
+                damaged.append(line + b"\n")
+            elif record["step"] <= last_step:
+                kept.append(line + b"\n")
+    return b"".join(kept), b"".join(damaged)
+
+
+def _record(line: bytes) -> dict | None:
+    """The record of a line; None if it holds none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _import(module: str, flag: str, package: str):

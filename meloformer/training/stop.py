@@ -53,8 +53,8 @@ class StopRequest:
 
 
 def _leave_terminal() -> None:
-    """Send what went to a terminal, or through a pipe, nowhere: both may be gone, and a failed print would end
-    the run unsaved. What goes into a file goes on."""
+    """Send what went to a terminal, or through a pipe, nowhere: both may be gone, and a failed print would
+    end the run unsaved. What goes into a file goes on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         if not stat.S_ISREG(os.fstat(stream).st_mode):

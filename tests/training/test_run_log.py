@@ -26,6 +26,28 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
     assert lines(tmp_path) == []
 
 
+DAMAGE = (
+    b"{\x00\xff}",
+    b"[" * 100_000,
+    b'{"loss": 1.0}',
+    b'{"step": "2"}',
+    b"[1]",
+    b'{"step": 2, "loss": 1.0',
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_lines_are_kept_aside_and_the_others_stay(tmp_path, capsys, damage):
+    first, second = (json.dumps({"step": step, "loss": 1.0}).encode() for step in (1, 2))
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([first, damage, second, b""]))
+    for _ in range(2):  # the second time there is nothing to say
+        RunLog(tmp_path, 2, {}).close()
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        assert (tmp_path / "log.jsonl.damaged").read_bytes() == damage + b"\n"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "log.jsonl: 1 damaged line(s) moved to" in said[0]
+
+
 @pytest.mark.parametrize("board, package", [("tensorboard", "tensorboard"), ("wandb", "wandb")])
 def test_a_board_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch, board, package):
     for name in ("torch.utils.tensorboard", "wandb"):
