@@ -19,6 +19,12 @@ Tinkle Bell, Agogo, Steel Drums, Woodblock, Taiko, Melodic Tom, Synth Drum, Reve
 Fret Noise, Breath Noise, Seashore, Bird Tweet, Telephone, Helicopter, Applause, Gunshot
 """  # noqa: E501
 
+# Each has eight programs.
+FAMILY_NAMES = (
+    "Piano", "Tuned percussion", "Organ", "Guitar", "Bass", "Strings", "Ensemble", "Brass", "Reed", "Pipe",
+    "Synth lead", "Synth pad", "Synth effects", "Ethnic", "Percussive", "Sound effects",
+)  # fmt: skip
+
 PROGRAM_NAMES = tuple(name for family in _FAMILIES.split("\n")[1:-1] for name in family.split(", "))
 
 # The drum keys by the part of the kit they belong to, from the floor up; "other" takes the rest.

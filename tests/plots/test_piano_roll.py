@@ -11,6 +11,7 @@ from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.midi.general_midi import PROGRAM_NAMES
 from meloformer.plots import piano_roll as plot
+from meloformer.plots import roll_axes
 from meloformer.plots.piano_roll import piano_roll
 
 
@@ -109,9 +110,9 @@ def test_boxes_lie_at_their_ticks_and_pitches_and_loud_is_darker(figure_of):
 
 def test_bar_lines_follow_the_time_signatures():
     midi = song(signatures=[(3, 4, 0), (6, 8, 2880), (4, 4, 5000), (7, 8, 99_000)])
-    assert plot._bar_lines(midi, 8_000) == [0, 1440, 2880, 4320, 5000, 6920, 8840]
-    assert plot._bar_lines(midi, 0) == [0, 1440]
-    assert plot._bar_lines(song(signatures=[(2, 4, 960)]), 1000) == [0, 960, 1920]
+    assert roll_axes.bar_lines_of(midi, 8_000) == [0, 1440, 2880, 4320, 5000, 6920, 8840]
+    assert roll_axes.bar_lines_of(midi, 0) == [0, 1440]
+    assert roll_axes.bar_lines_of(song(signatures=[(2, 4, 960)]), 1000) == [0, 960, 1920]
 
 
 def test_bars_are_numbered_from_one_and_drawn_to_scale(figure_of):
@@ -145,8 +146,8 @@ def test_crowded_markers_are_left_out(figure_of):
 def test_summary_counts_bars_and_time():
     midi = song(part(0, (60, 0, 480 * 240)))
     midi.tempo_changes = [TempoChange(120, 0), TempoChange(60, 480 * 120)]
-    lines = plot._bar_lines(midi, 480 * 240)
-    assert plot._summary(midi, lines).split("   ·   ") == ["60 bars", "60 to 120 BPM", "3:00"]
+    lines = roll_axes.bar_lines_of(midi, 480 * 240)
+    assert roll_axes.summary_of(midi, lines).split("   ·   ") == ["60 bars", "60 to 120 BPM", "3:00"]
 
 
 def test_there_are_128_program_names():
