@@ -26,7 +26,7 @@ ABOVE["training"] = set(ABOVE) | {"training"}
 BENCHMARKS = {
     "common": set(),
     "songs": set(),
-    **{folder: {"common", "songs"} for folder in ("attention", "training", "learning")},
+    **{folder: {"common", "songs"} for folder in ("attention", "training", "learning", "generated")},
 }
 COMMANDS = {"train", "preprocess", "generate", "export", "demo", "compose"}
 
