@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from benchmarks.common.machine import describe
 from benchmarks.common.results_file import save, write
-from benchmarks.generated.page import WANTED, page
+from benchmarks.generated.page import page
 from benchmarks.generated.statistics import measure, total
 from meloformer import cli
 from meloformer.data.inputs import find_files
@@ -34,11 +34,7 @@ def measure_real(source: str, most_bars: int) -> dict:
             refused[error.reason] += 1
     if not songs:
         raise UserError(f"--real {source}: no file could be read")
-    enough = {
-        name: sum(song[name] is not None and song[name] >= WANTED for song in songs)
-        for name in ("drums", "bass")
-    }
-    return {"most_bars": most_bars, "refused": refused, "enough": enough, "total": total(songs)}
+    return {"most_bars": most_bars, "refused": refused, "total": total(songs)}
 
 
 def main(argv: list[str] | None = None) -> None:

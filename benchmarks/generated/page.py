@@ -2,9 +2,7 @@
 
 from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, escape, table
-from benchmarks.generated.statistics import MEANINGS
-
-WANTED = 0.9  # of the bars with the drums and the bass of the band
+from benchmarks.generated.statistics import MEANINGS, WANTED
 
 HEADS = {
     "bars": ("bars", "{:.0f}"),
@@ -75,29 +73,34 @@ def _figures(song: dict) -> list[str]:
 
 
 def _band_text(result: dict) -> str:
-    """Whether the drums and the bass play on, song by song and over all bars, as a list."""
+    """In how many songs the drums and the bass play on, as a list."""
     lines = []
     for name, what in (("drums", "drums"), ("bass", "a bass")):
-        songs = result["songs"].items()
-        shares = {song: figures[name] for song, figures in songs if figures[name] is not None}
-        if not shares:
+        counts = result["total"]["pooled"][name]
+        if not counts["songs"]:
             lines.append(f"- No song has {what}.\n")
             continue
-        short = [f"{escape(song)} ({share:.0%})" for song, share in shares.items() if share < WANTED]
+        songs = result["songs"].items()
+        short = [
+            f"{escape(song)} ({figures[name]:.0%}, from bar {figures[f'{name}_enter']} on "
+            f"{figures[f'{name}_from_there']:.0%})"
+            for song, figures in songs
+            if figures[name] is not None and figures[name] < WANTED
+        ]
         text = (
-            f"- **{name.capitalize()}** in at least {WANTED:.0%} of the bars: "
-            f"{len(shares) - len(short)} of the {len(shares)} songs that have {what}"
+            f"- **{name.capitalize()}** in at least {WANTED:.0%} of the bars: {counts['enough']} of the "
+            f"{counts['songs']} songs that have {what}"
         )
         text += f", not {', '.join(short)}" if short else ""
-        text += f"; of all bars of these songs {_pooled(result['total'], name)}"
-        if real := result["real"]:
-            having = real["total"]["pooled"][name]["songs"]
-            text += f". Of the real songs: {real['enough'][name]} of {having}, and "
-            text += f"{_pooled(real['total'], name)} of all bars"
-        lines.append(text + ".\n")
+        text += f". {_pooled(counts)}."
+        if result["real"] and (real := result["real"]["total"]["pooled"][name])["songs"]:
+            text += f" Real songs: {real['enough']} of {real['songs']}. {_pooled(real)}."
+        lines.append(f"{text}\n")
     return "".join(lines)
 
 
-def _pooled(total: dict, name: str) -> str:
-    counts = total["pooled"][name]
-    return cell(counts["sounding"] / counts["bars"] if counts["bars"] else None, "{:.0%}")
+def _pooled(counts: dict) -> str:
+    return (
+        f"Counted from the first bar in which the part sounds: {counts['enough_from_there']} of {counts['songs']}. "
+        f"Of all bars of these songs: {counts['sounding'] / counts['bars']:.0%}"
+    )

@@ -12,6 +12,7 @@ from meloformer.tokens.score import Score, from_midi
 from meloformer.tokens.tokenizer import encode_score
 
 BASSES = range(32, 40)
+WANTED = 0.9  # of the bars with the drums and the bass of the band
 PERIOD = 4  # bars after which a chord is looked for again
 NO_CHORD = 0  # the label of a bar without a chord
 
@@ -34,8 +35,9 @@ MEANINGS = {
 def measure(midi: miditoolkit.MidiFile, most_bars: int | None = None) -> dict:
     """Figures of one song, by the names in `MEANINGS`, and its programs, tempi (BPM) and metres.
 
-    A share is None where a song has no instrument or bar that it could count. `drum_bars` and `bass_bars`
-    are the counts of bars behind the shares.
+    A share is None where a song has no instrument or bar that it could count. Besides, of drums and bass
+    alike: `drums_bars`, the count behind the share; `drums_enter`, the bar in which they are first heard
+    (from 1); and `drums_from_there`, the share of the bars from that one on.
 
     Args:
         midi: the song.
@@ -48,11 +50,8 @@ def measure(midi: miditoolkit.MidiFile, most_bars: int | None = None) -> dict:
     bars = int(bar_of_part[-1]) + 1
     present = np.unique(song.inst)
     sounds = _sounds(song, bar_of_part, present)  # [instruments, bars]
-    basses = np.isin(present, BASSES)
-    drums = present == vocab.DRUMS
-    has_drums, has_bass = bool(drums.any()), bool(basses.any())
-    drum_bars = int(sounds[drums].any(axis=0).sum())
-    bass_bars = int(sounds[basses].any(axis=0).sum())
+    drums = _part("drums", sounds[present == vocab.DRUMS].any(axis=0))
+    bass = _part("bass", sounds[np.isin(present, BASSES)].any(axis=0))
 
     melodic = song.inst != vocab.DRUMS
     labels = label_bars(song.start[melodic], song.length[melodic], song.pitch[melodic], song.bar_start)
@@ -67,10 +66,8 @@ def measure(midi: miditoolkit.MidiFile, most_bars: int | None = None) -> dict:
         "bars": bars,
         "notes": len(song.start),
         "tokens": len(encode_score(song)),
-        "drums": drum_bars / bars if has_drums else None,
-        "drum_bars": drum_bars if has_drums else None,
-        "bass": bass_bars / bars if has_bass else None,
-        "bass_bars": bass_bars if has_bass else None,
+        **drums,
+        **bass,
         "band": float(sounds.mean()),
         "chords": len(set(labels.tolist()) - {NO_CHORD}),
         "repeated": float((later == labels[:-PERIOD])[named].mean()) if named.any() else None,
@@ -78,10 +75,24 @@ def measure(midi: miditoolkit.MidiFile, most_bars: int | None = None) -> dict:
     }
 
 
+def _part(name: str, sounding: np.ndarray) -> dict:
+    """Figures of the drums or the bass from the bars in which they sound, bool [bars]; None if in none."""
+    if not sounding.any():
+        return dict.fromkeys((name, f"{name}_bars", f"{name}_enter", f"{name}_from_there"))
+    enter = int(sounding.argmax())
+    return {
+        name: float(sounding.mean()),
+        f"{name}_bars": int(sounding.sum()),
+        f"{name}_enter": enter + 1,
+        f"{name}_from_there": float(sounding[enter:].mean()),
+    }
+
+
 def total(songs: Iterable[dict]) -> dict:
     """The medians of `MEANINGS` over songs that have the figure (None if none has), and pooled shares.
 
-    `pooled` has, for drums and bass: the songs that have them, their bars, and in how many they sound.
+    `pooled` has, for drums and bass: the songs that have them, their bars, in how many of these they sound,
+    and in how many songs in at least `WANTED` of them; the latter also counted from where they enter.
     """
     songs = list(songs)
     medians = {}
@@ -89,12 +100,14 @@ def total(songs: Iterable[dict]) -> dict:
         values = [song[name] for song in songs if song[name] is not None]
         medians[name] = float(np.median(values)) if values else None
     pooled = {}
-    for name, counted in (("drums", "drum_bars"), ("bass", "bass_bars")):
+    for name, counted in (("drums", "drums_bars"), ("bass", "bass_bars")):
         having = [song for song in songs if song[counted] is not None]
         pooled[name] = {
             "songs": len(having),
             "bars": sum(song["bars"] for song in having),
             "sounding": sum(song[counted] for song in having),
+            "enough": sum(song[name] >= WANTED for song in having),
+            "enough_from_there": sum(song[f"{name}_from_there"] >= WANTED for song in having),
         }
     return {"songs": len(songs), "medians": medians, "pooled": pooled}
 

@@ -33,13 +33,13 @@ def test_bars_run_from_the_first_note_to_the_last_onset():
     assert figures["bars"] == 4 and figures["notes"] == 3
     assert figures["bass_bars"] == 2 and figures["bass"] == 0.5
     assert figures["band"] == (1 + 0 + 0 + 2) / (4 * 2)
-    assert figures["drums"] is None and figures["drum_bars"] is None
+    assert figures["drums"] is None and figures["drums_bars"] is None
 
 
 def test_a_held_bass_sounds_on_and_a_drum_does_not():
     held = [(0, 12, 40)]
     figures = measure(song((39, held), (128, held), (40, [(12, 13, 60)])))
-    assert (figures["bars"], figures["bass_bars"], figures["drum_bars"]) == (4, 3, 1)
+    assert (figures["bars"], figures["bass_bars"], figures["drums_bars"]) == (4, 3, 1)
     assert figures["programs"] == ["Drums", "Synth Bass 2", "Violin"]
 
 
@@ -76,7 +76,7 @@ def test_of_composed_songs(seed):
         {note.start // BAR for track in midi.instruments if track.is_drum for note in track.notes},
         {note.start // BAR for track in midi.instruments for note in track.notes},
     ]
-    assert figures["drum_bars"] == (len(struck[0]) or None)
+    assert figures["drums_bars"] == (len(struck[0]) or None)
     # A bar later nothing has changed.
     for track in midi.instruments:
         for note in track.notes:
@@ -91,7 +91,7 @@ def test_a_cut_song_is_the_song_up_to_there(seed):
     for track in midi.instruments:
         track.notes = [note for note in track.notes if note.start < 5 * 1440]
     assert cut["bars"] == 5 and cut["notes"] == sum(len(track.notes) for track in midi.instruments)
-    assert cut["drum_bars"] == measure(midi)["drum_bars"]
+    assert cut["drums_bars"] == measure(midi)["drums_bars"]
     assert cut == measure(midi, 5)
 
 
@@ -100,8 +100,13 @@ def test_totals_count_songs_that_have_the_instrument():
     two = measure(song((33, [(0, 4, 40)]), (0, [(4, 8, 60)])))
     none = measure(song((0, [(0, 4, 60)])))
     result = total([one, two, none])
-    assert result["pooled"]["bass"] == {"songs": 2, "bars": 6, "sounding": 3}
-    assert result["pooled"]["drums"] == {"songs": 0, "bars": 0, "sounding": 0}
+    late = measure(song((33, [(36, 40, 40)]), (0, [(0, 4, 60)])))
+    assert late["bass"] == 0.1 and late["bass_enter"] == 10 and late["bass_from_there"] == 1
+    assert (one["bass_enter"], one["bass_from_there"]) == (1, 0.5)
+    counts = {"songs": 2, "bars": 6, "sounding": 3, "enough": 0, "enough_from_there": 0}
+    assert result["pooled"]["bass"] == counts
+    assert total([late])["pooled"]["bass"]["enough_from_there"] == 1
+    assert set(result["pooled"]["drums"].values()) == {0}
     assert result["medians"]["bass"] == 0.5 and result["medians"]["drums"] is None
     assert result["medians"]["bars"] == 2 and set(result["medians"]) == set(MEANINGS)
 
