@@ -73,34 +73,31 @@ def _figures(song: dict) -> list[str]:
 
 
 def _band_text(result: dict) -> str:
-    """In how many songs the drums and the bass play on, as a list."""
-    lines = []
-    for name, what in (("drums", "drums"), ("bass", "a bass")):
-        counts = result["total"]["pooled"][name]
-        if not counts["songs"]:
-            lines.append(f"- No song has {what}.\n")
-            continue
-        songs = result["songs"].items()
-        short = [
-            f"{escape(song)} ({figures[name]:.0%}, from bar {figures[f'{name}_enter']} on "
-            f"{figures[f'{name}_from_there']:.0%})"
-            for song, figures in songs
+    """In how many songs the drums and the bass play on, and which songs are short of it."""
+    totals = [("generated", result["total"])]
+    if result["real"]:
+        totals.append(("real", result["real"]["total"]))
+    heads = [
+        "part",
+        "songs that have it",
+        f"in {WANTED:.0%} of the bars or more",
+        "the same, counted from the bar in which it enters",
+        "share of all their bars",
+    ]
+    lines, short = [], []
+    for name in ("drums", "bass"):
+        for label, figures in totals:
+            counts = figures["pooled"][name]
+            share = counts["sounding"] / counts["bars"] if counts["bars"] else None
+            numbers = [str(counts[key]) for key in ("songs", "enough", "enough_from_there")]
+            lines.append([f"{name}, {label}", *numbers, cell(share, "{:.0%}")])
+        short += [
+            f"- {escape(song)}: {name} in {figures[name]:.0%}; from bar {figures[f'{name}_enter']} on, where "
+            f"{'they enter' if name == 'drums' else 'it enters'}, in {figures[f'{name}_from_there']:.0%}\n"
+            for song, figures in result["songs"].items()
             if figures[name] is not None and figures[name] < WANTED
         ]
-        text = (
-            f"- **{name.capitalize()}** in at least {WANTED:.0%} of the bars: {counts['enough']} of the "
-            f"{counts['songs']} songs that have {what}"
-        )
-        text += f", not {', '.join(short)}" if short else ""
-        text += f". {_pooled(counts)}."
-        if result["real"] and (real := result["real"]["total"]["pooled"][name])["songs"]:
-            text += f" Real songs: {real['enough']} of {real['songs']}. {_pooled(real)}."
-        lines.append(f"{text}\n")
-    return "".join(lines)
-
-
-def _pooled(counts: dict) -> str:
-    return (
-        f"Counted from the first bar in which the part sounds: {counts['enough_from_there']} of {counts['songs']}. "
-        f"Of all bars of these songs: {counts['sounding'] / counts['bars']:.0%}"
-    )
+    text = table(heads, lines)
+    if short:
+        text += f"\nGenerated songs with fewer than {WANTED:.0%} of the bars:\n\n" + "".join(short)
+    return text
