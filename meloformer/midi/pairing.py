@@ -4,8 +4,7 @@ An off ends the note of its channel and pitch that sounds; a note struck again e
 one note of a pitch sounds on a channel, as a synthesiser plays it (docs/midi.md says why, and what other
 programs do). Notes of one pitch that begin on the same tick end together.
 
-Tracks are paired one by one. A pitch that lacks offs in one track, while another track has offs to spare for
-it, is paired again with these tracks taken together.
+Tracks are paired one by one. A note that lacks its off takes one that another track has to spare.
 """
 
 from collections import Counter, defaultdict
@@ -88,7 +87,7 @@ def pair(
         raise MidiError("too_long", detail)
     if not count:
         raise MidiError("no_notes", "no note-on in any track")
-    _borrow_offs(tracks, found.tracks, mends)
+    _borrow_offs(tracks, mends)
     for paired in tracks:
         paired.notes = [
             note if note[5] == BY_OFF and note[1] > note[0] else _finished(note, paired, limits, mends)
@@ -110,7 +109,10 @@ def _pair_track(
     paired = Paired()
     notes, spare = paired.notes, paired.spare
     sounding: dict[int, dict[int, list[tuple[int, int, int]]]] = defaultdict(dict)  # by channel, by key
-    struck: dict[int, tuple[int, int]] = {}  # key -> when a strike ended notes of it, the first of them
+    struck: dict[int, int] = {}  # key -> the first of the notes that its last strike ended
+    awaited: dict[
+        int, tuple[int, int]
+    ] = {}  # key -> when notes of it ended last, how many of their offs may follow
     restruck: Counter[int] = Counter()
     programs: dict[int, int] = {}
     bank: dict[int, int] = {}
@@ -128,7 +130,11 @@ def _pair_track(
                 if tick <= limit:
                     for key, open_notes in sounding.pop(channel, {}).items():
                         for start, velocity, instrument in open_notes:
-                            notes.append(Note(start, tick, key, velocity, instrument, BY_OFF))
+                            ended = BY_OFF
+                            if instrument >= DRUMS:  # a hit that lacks its off: it was over long ago
+                                ended = BY_STRIKE
+                                paired.lacking[key] += 1
+                            notes.append(Note(start, tick, key, velocity, instrument, ended))
             continue
         is_onset = kind == smf.NOTE_ON and second
         if tick > limit:
@@ -144,15 +150,18 @@ def _pair_track(
             open_notes = on_channel.get(key)
             if open_notes is None:
                 spare[key].append(tick)
-            elif open_notes[0][0] == tick and struck.get(key, _NEVER)[0] == tick:
-                # Written behind the onset that has already ended its note.
-                _, index = struck.pop(key)
-                while index < len(notes) and notes[index].key == key and notes[index].ended == BY_STRIKE:
-                    notes[index] = notes[index]._replace(ended=BY_OFF)
-                    index += 1
-                restruck[key] -= 1
+            elif open_notes[0][0] == tick and awaited.get(key, _NEVER)[0] == tick and awaited[key][1]:
+                # Written behind the onset; its note has ended on this tick already.
+                awaited[key] = tick, awaited[key][1] - 1
+                if key in struck:
+                    index = struck.pop(key)
+                    while index < len(notes) and notes[index].key == key and notes[index].ended == BY_STRIKE:
+                        notes[index] = notes[index]._replace(ended=BY_OFF)
+                        index += 1
+                    restruck[key] -= 1
             else:
                 del on_channel[key]
+                awaited[key] = tick, len(open_notes) - 1
                 for start, velocity, instrument in open_notes:
                     notes.append(Note(start, tick, key, velocity, instrument, BY_OFF))
             continue
@@ -174,7 +183,7 @@ def _pair_track(
         elif open_notes[0][0] == tick:
             open_notes.append((tick, second, instrument))
         else:
-            struck[key] = tick, len(notes)
+            struck[key], awaited[key] = len(notes), (tick, len(open_notes))
             for start, velocity, older in open_notes:
                 notes.append(Note(start, tick, key, velocity, older, BY_STRIKE))
             restruck[key] += 1
@@ -192,68 +201,36 @@ def _pair_track(
     return paired, far, farthest
 
 
-def _borrow_offs(tracks: list[Paired], scanned: list[smf.Track], mends: Counter[str]) -> None:
-    """Let tracks that lack offs of a key use those that other tracks have to spare."""
-    lacking, spare = defaultdict(list), defaultdict(list)
-    for index, paired in enumerate(tracks):
-        for key in paired.lacking:
-            lacking[key].append(index)
+def _borrow_offs(tracks: list[Paired], mends: Counter[str]) -> None:
+    """Let notes without an off, of keys that lack offs in their track, take one that another track can spare.
+
+    Each takes the first behind its start, but none behind a strike that ended it; later notes choose first.
+    """
+    spare: dict[int, list[int]] = defaultdict(list)
+    for paired in tracks:
         for key, ticks in paired.spare.items():
             if key not in paired.lacking:
-                spare[key] += [(tick, index) for tick in ticks]
-    keys = {key for key, owners in lacking.items() if key in spare or len(owners) > 1}
-    keys = {key for key in keys if key in spare or any(tracks[i].spare.get(key) for i in lacking[key])}
-    if not keys:
-        return
-    own: dict[tuple[int, int], list[Note]] = defaultdict(list)
+                spare[key] += ticks
+    lacking: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # start, track, place of a note
     for index, paired in enumerate(tracks):
-        for note in paired.notes:
-            if note.key in keys and note.key in paired.lacking:
-                own[note.key, index].append(note)
-    replaced = defaultdict(dict)  # track -> key -> its notes
-    for key in keys:
-        events = [(tick, 0, index, None) for tick, index in spare[key]]
-        for index in lacking[key]:
-            events += [(tick, 0, index, None) for tick in tracks[index].spare.get(key, ())]
-            for note in own[key, index]:
-                events.append((note.start, 1, index, note))
-                if note.ended == BY_OFF:
-                    events.append((note.end, 2 if note.start == note.end else 0, index, None))
-        before = sum(tracks[index].lacking[key] for index in lacking[key])
-        notes, missing, across = _pair_together(events, [track.end for track in scanned])
-        if missing < before:
-            if across:
-                mends["other_track_off"] += across
-            for index in lacking[key]:
-                replaced[index][key] = [note for owner, note in notes if owner == index]
-    for index, by_key in replaced.items():
-        kept = [note for note in tracks[index].notes if note.key not in by_key]
-        tracks[index].notes = kept + [note for notes in by_key.values() for note in notes]
-
-
-def _pair_together(
-    events: list[tuple[int, int, int, Note | None]], ends: list[int]
-) -> tuple[list[tuple[int, Note]], int, int]:
-    """Pair events of several tracks: (track, note), how many offs lack, how many came from elsewhere."""
-    events.sort(key=lambda event: event[:2])
-    notes: list[tuple[int, Note]] = []
-    sounding: list[tuple[int, Note]] = []
-    spare = restruck = across = 0
-    for tick, _, index, note in events:
-        if note is None:
-            spare += not sounding
-            across += sum(owner != index for owner, _ in sounding)
-            notes += [(owner, open_note._replace(end=tick, ended=BY_OFF)) for owner, open_note in sounding]
-            sounding = []
-        else:
-            if sounding and sounding[0][1].start != tick:
-                restruck += 1
-                notes += [(owner, older._replace(end=tick, ended=BY_STRIKE)) for owner, older in sounding]
-                sounding = []
-            sounding.append((index, note))
-    unended = 1 if sounding else 0
-    notes += [(owner, note._replace(end=ends[owner], ended=BY_TRACK_END)) for owner, note in sounding]
-    return notes, unended + max(0, restruck - spare), across
+        if not spare.keys().isdisjoint(paired.lacking):
+            for place, note in enumerate(paired.notes):
+                if note.ended != BY_OFF and note.key in spare and note.key in paired.lacking:
+                    lacking[note.key].append((note.start, index, place))
+    for key, waiting in lacking.items():
+        offs, later = sorted(spare[key]), []  # `later`: those behind the start, the first of them last
+        group, end = None, None
+        for start, index, place in sorted(waiting, reverse=True):
+            note = tracks[index].notes[place]
+            if (start, index) != group:  # notes that begin together end together
+                group, end = (start, index), None
+                while offs and offs[-1] > start:
+                    later.append(offs.pop())
+                if later and (note.ended == BY_TRACK_END or later[-1] <= note.end):
+                    end = later.pop()
+            if end is not None:
+                tracks[index].notes[place] = note._replace(end=end, ended=BY_OFF)
+                mends["other_track_off"] += 1
 
 
 def _finished(note: Note, paired: Paired, limits: Limits, mends: Counter[str]) -> Note:

@@ -50,27 +50,35 @@ def sustain(scanned: list[smf.Track], tracks: list[list[Note]], limit: int) -> l
     return [[held(note) for note in notes] for notes in tracks]
 
 
-def _pedal_events(scanned: list[smf.Track], limit: int) -> dict[int, list[tuple[int, bool]]]:
-    """(tick, whether down) of each channel, in time order."""
+def _pedal_events(scanned: list[smf.Track], limit: int) -> dict[int, list[tuple[int, bool | None]]]:
+    """(tick, whether down) of each channel, in time order; None where all sound ends and the pedal stays."""
     events = defaultdict(list)
     for track in scanned:
         for tick, status, number, value in track.events:
             if status & 0xF0 == smf.CONTROLLER and tick <= limit:
                 if number == smf.PEDAL:
                     events[status & ~0xF0].append((tick, value >= _DOWN))
-                elif number in (smf.RESET_CONTROLLERS, smf.ALL_SOUND_OFF):
+                elif number == smf.RESET_CONTROLLERS:
                     events[status & ~0xF0].append((tick, False))
+                elif number == smf.ALL_SOUND_OFF:
+                    events[status & ~0xF0].append((tick, None))
     for changes in events.values():
         changes.sort(key=lambda change: change[0])
     return events
 
 
-def _holds(changes: list[tuple[int, bool]]) -> tuple[list[int], list[int | None]]:
+def _holds(changes: list[tuple[int, bool | None]]) -> tuple[list[int], list[int | None]]:
     """When the pedal goes down, and up again (None: never)."""
     downs: list[int] = []
     releases: list[int | None] = []
     down = False
     for tick, is_down in changes:
+        if is_down is None:
+            if down:
+                releases[-1] = tick
+                downs.append(tick + 1)  # a note that ends on this tick is ended with the others
+                releases.append(None)
+            continue
         if is_down and not down:
             downs.append(tick)
             releases.append(None)

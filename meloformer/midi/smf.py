@@ -25,7 +25,7 @@ SYSEX = -2  # stands for the type of a meta event where a system-exclusive messa
 _CONTROLLERS = frozenset({BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, *range(ALL_NOTES_OFF, 128)})
 
 _SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # every other system status stands alone
-_RECORDED = frozenset({0xF7, 0xF8, 0xFE})  # an escape event; clock and active sensing, as some recorders keep
+_UNDEFINED = frozenset({0xF4, 0xF5, 0xF9, 0xFD})  # system statuses
 _HEADER_BYTES = 14
 _READ_AHEAD = bytes(16)  # lets the scan look past the end instead of checking before every byte
 _LOW_28_BITS = (1 << 28) - 1  # the largest number a MIDI file can hold
@@ -71,19 +71,39 @@ class Scan:
 
 
 def scan(data: bytes) -> Scan:
-    """Read a whole file.
+    """Read a whole file; if it is a copy in text mode, the file that was copied.
+
+    Such a copy has a byte 0D before every byte 0A. Files that happen to look so, say for the line ends of a
+    text, are told by what there is to repair: less without these 0D in a copy, more in a file that had them.
+    Taking out one 0D before each 0A restores a file exactly, also where it held 0D 0A itself.
 
     Raises:
         MidiError: `not_midi`, if there is no complete header.
     """
-    data, text_mode = _undo_text_mode(data)
+    breaks = data.count(b"\r\n")
+    if not breaks or breaks != data.count(b"\n"):
+        return _scan(data)
+    undone = _scan(data.replace(b"\r\n", b"\n"))
+    try:
+        as_it_stands = _scan(data)
+    except MidiError:  # the header alone is cut off
+        return undone
+    if _repairs(undone) >= _repairs(as_it_stands):
+        return as_it_stands
+    undone.mends["text_mode"] += 1
+    return undone
+
+
+def _repairs(found: Scan) -> int:
+    return found.mends.total() + found.damaged
+
+
+def _scan(data: bytes) -> Scan:
     start = _find_header(data)
     size = len(data)
     header_bytes, file_format, track_count, division = struct.unpack_from(">LHHH", data, start + 4)
     found = Scan(file_format, division)
     mends = found.mends
-    if text_mode:
-        mends["text_mode"] += 1
     if start:
         mends["wrapped"] += 1
     if file_format > 2:
@@ -115,32 +135,6 @@ def scan(data: bytes) -> Scan:
     if chunks != track_count:
         mends["bad_track_count"] += 1
     return found
-
-
-def _undo_text_mode(data: bytes) -> tuple[bytes, bool]:
-    """Take out what a copy in text mode put in: a byte 0D before every byte 0A.
-
-    A file whose every 0A stands behind a 0D is such a copy if more of its track lengths come out right
-    without these 0D. Taking out one 0D before each 0A restores the file exactly, also where it held 0D 0A.
-    """
-    breaks = data.count(b"\r\n")
-    if not breaks or breaks != data.count(b"\n"):
-        return data, False
-    undone = data.replace(b"\r\n", b"\n")
-    return (undone, True) if _right_lengths(undone) > _right_lengths(data) else (data, False)
-
-
-def _right_lengths(data: bytes) -> int:
-    """How many MTrk chunks end where another chunk begins or the file ends."""
-    size, pos, right = len(data), data.find(b"MTrk"), 0
-    while pos >= 0:
-        end = _chunk_end(data, pos)
-        if pos + 8 <= size and (end == size or _chunk_starts(data, end, size)):
-            right += 1
-            pos = data.find(b"MTrk", end)
-        else:
-            pos = data.find(b"MTrk", pos + 4)
-    return right
 
 
 def _find_header(data: bytes) -> int:
@@ -204,9 +198,10 @@ def _read_events(
     Returns the position behind the last event and whether the mark was found. The position is beyond `limit`
     if the last event did not fit; that event is dropped.
 
-    Counted as damaged are notes with a data byte above 127, data bytes without a status, times of more than 4
-    bytes, and system statuses. What a program writes by habit is not: controllers above 127, negative times,
-    messages without a length, the clock and active sensing of a recording.
+    Counted as damaged are notes with a data byte above 127, data bytes without a status, times that do not
+    fit into 4 bytes, and statuses that MIDI does not define. What programs write by habit is not: a velocity
+    of 128, controllers above 127, times with zeros before them or negative ones, messages without a length,
+    and what a recorder keeps of the line, such as clock, time code and active sensing.
     """
     add, metas, mends = track.events.append, found.metas, found.mends
     tick = status = port = 0
@@ -223,7 +218,7 @@ def _read_events(
                 if tick + delta < 0:
                     delta = 0
                 sort = True
-            elif pos - began > 4:
+            elif pos - began > 4 and data[began] & 0x7F:
                 found.damaged += 1
         tick += delta
 
@@ -240,7 +235,7 @@ def _read_events(
             pos, kind, payload = _read_system(data, pos, limit, mends)
             if pos > limit:
                 break
-            if 0xF0 < byte < 0xFF and byte not in _RECORDED:
+            if byte in _UNDEFINED:
                 found.damaged += 1
             if kind == END_OF_TRACK and not payload:
                 if pos >= believed_from:
@@ -268,7 +263,7 @@ def _read_events(
             break
         if (first | second) & 0x80:
             mends["clipped"] += 1
-            found.damaged += status < 0xA0
+            found.damaged += status < 0xA0 and (first > 127 or second > 128)
             first, second = min(first, 127), min(second, 127)
         if status < 0xA0 or (
             first in _CONTROLLERS if status & 0xF0 == CONTROLLER else status & 0xF0 == PROGRAM

@@ -64,6 +64,14 @@ def test_pedal_holds_a_note_no_longer_than_to_its_next_strike():
     assert [(n.start, n.end) for n in instrument.notes] == [(0, 960), (960, 1920)]
 
 
+def test_all_sound_off_ends_what_is_held_and_leaves_the_pedal_down():
+    half = QUARTER // 2
+    first, second = on(0, 60) + off(half, 60), on(half, 62) + off(half, 62)
+    data = song(track(control(0, 64, 127), first, control(0, 120), second, control(QUARTER, 64, 0)))
+    (instrument,) = read_midi(data, sustain=True).instruments
+    assert [(n.start, n.end) for n in instrument.notes] == [(0, half), (QUARTER, QUARTER + half + QUARTER)]
+
+
 @pytest.mark.parametrize("sustain", [False, True])
 def test_objects_and_arrays_say_the_same(sustain):
     midi, mends = read_midi_with_mends(PEDALLED, sustain=sustain)

@@ -74,8 +74,8 @@ FILES = {
     ),
     "off_in_another_track_ends_the_newest": (
         song(track(on(10, 60), end=5), track(on(0, 60), end=5), track(off(20, 60))),
-        [(0, False, 60, 0, 10, 64), (0, False, 60, 10, 20, 64)],
-        {"other_track_off": 1, "struck_again": 1},
+        [(0, False, 60, 0, 5, 64), (0, False, 60, 10, 20, 64)],
+        {"other_track_off": 1, "unclosed": 1},
     ),
     "offs_in_two_other_tracks": (
         song(track(on(0, 60), on(40, 60, 65)), track(off(50, 60)), track(off(30, 60))),
@@ -84,8 +84,8 @@ FILES = {
     ),
     "offs_in_another_track_cross": (
         song(track(on(0, 60), on(10, 60, 65), off(90, 60)), track(off(50, 60))),
-        [(0, False, 60, 0, 10, 64), (0, False, 60, 10, 50, 65)],
-        {"other_track_off": 1, "struck_again": 1},
+        [(0, False, 60, 0, 10, 64), (0, False, 60, 10, 100, 65)],
+        {"struck_again": 1},
     ),
     "off_in_another_track_before_an_own_one": (
         song(track(on(0, 60), on(96, 60, 65), off(96, 60)), track(off(48, 60))),
@@ -102,6 +102,42 @@ FILES = {
         [(0, False, 60, 0, 210, 65), (0, False, 60, 10, 110, 64)],
         {"other_track_off": 1},
     ),
+    "a_spare_off_elsewhere_ends_no_good_note": (
+        song(
+            track(on(0, 60), off(40, 60), on(40, 60), end=10),
+            track(on(10, 60, 65), off(10, 60), off(0, 60), on(200, 60, 65), end=10),
+        ),
+        [
+            *((0, False, 60, start, end, 64) for start, end in ((0, 40), (80, 90))),
+            *((0, False, 60, start, end, 65) for start, end in ((10, 20), (220, 230))),
+        ],
+        {"unclosed": 2},
+    ),
+    "unisons_that_end_together_take_one_off": (
+        song(track(on(0, 60, 10), on(0, 60, 20)), track(off(50, 60))),
+        [(0, False, 60, 0, 50, 10), (0, False, 60, 0, 50, 20)],
+        {"other_track_off": 2},
+    ),
+    "unisons_struck_again_before_their_offs": (
+        song(
+            track(*[on(0, 60)] * 2, on(10, 60, 9), on(0, 60, 9), *[off(0, 60)] * 2, off(10, 60), off(0, 60))
+        ),
+        [*[(0, False, 60, 0, 10, 64)] * 2, *[(0, False, 60, 10, 20, 9)] * 2],
+        {},
+    ),
+    "unison_of_which_one_is_struck_again": (
+        song(track(on(0, 60), on(0, 60), off(10, 60), on(0, 60, 9), off(0, 60), off(10, 60))),
+        [*[(0, False, 60, 0, 10, 64)] * 2, (0, False, 60, 10, 20, 9)],
+        {},
+    ),
+    **{
+        f"drums_that_controller_{number}_ends": (
+            song(track(on(0, 36, 64, 9), on(480, 38, 64, 9), control(9000, number, channel=9))),
+            [(0, True, 36, 0, 120, 64), (0, True, 38, 480, 600, 64)],
+            {"drum_without_off": 2},
+        )
+        for number in (120, 123)
+    },
     "drums_without_offs": (
         song(track(on(0, 36, 64, 9), on(480, 36, 64, 9), on(60, 36, 64, 9), end=30_000)),
         [(0, True, 36, 0, 120, 64), (0, True, 36, 480, 540, 64), (0, True, 36, 540, 660, 64)],

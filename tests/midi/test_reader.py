@@ -106,6 +106,32 @@ FILES = {
         [(0, False, 10, 13, 36, 64)],
         {},
     ),
+    "text_mode_and_bytes_behind": (TEN_NOTES.replace(b"\n", b"\r\n") + b"\0\x1a", TEN, {"text_mode": 1}),
+    "text_mode_in_riff": (
+        smf.riff(TEN_NOTES, b"LIST\4\0\0\0INFO").replace(b"\n", b"\r\n"),
+        TEN,
+        {"text_mode": 1, "wrapped": 1},
+    ),
+    "text_mode_of_the_header_alone": (
+        song(*[track(NOTE)] * 10).replace(b"\n", b"\r\n"),
+        [C4] * 10,
+        {"text_mode": 1},
+    ),
+    "text_mode_of_the_division": (
+        song(track(on(0, 60), off(2560, 60)), division=2560).replace(b"\n", b"\r\n"),
+        [(0, False, 60, 0, 2560, 64)],
+        {"text_mode": 1},
+    ),
+    "line_ends_of_a_text_and_padding": (
+        song(track(smf.meta(0, 1, b"a\r\nb"), NOTE)) + b"\0",
+        [C4],
+        {},
+    ),
+    "line_ends_of_a_text_in_riff": (
+        smf.riff(song(track(smf.meta(0, 1, b"a\r\nb"), NOTE))),
+        [C4],
+        {"wrapped": 1},
+    ),
     "too_few_tracks_announced": (header(1) + track(NOTE) * 2, [C4, C4], {"bad_track_count": 1}),
     "too_many_tracks_announced": (header(9) + track(NOTE), [C4], {"bad_track_count": 1}),
     "foreign_chunks": (
@@ -269,6 +295,10 @@ def test_refused(name):
     assert "\n" not in str(caught.value)
 
 
+def test_a_velocity_of_128_is_no_damage():
+    assert len(notes(read_midi(song(track(*[on(0, 60, 128) + off(480, 60)] * 20))))) == 20
+
+
 # Their cases stand in test_pairing.py, test_midi_changes.py and test_losses.py.
 MADE_IN_PAIRING = {"other_track_off", "channel_program", "struck_again", "drum_without_off", "zero_length"}
 MADE_OF_CHANGES = {"smpte"}
@@ -285,11 +315,19 @@ def test_damage_that_is_too_much(damaged, whole, refused):
         assert read_midi_with_mends(data)[1]["clipped"] == damaged
 
 
-@pytest.mark.parametrize(
-    "habit",
-    [b"\0\xb0\x07\xa8", b"\0\xf8", b"\0\xfe", b"\0\xf7\1\xf3", b"\x8f\xff\xff\xfc\0\xb0\7\1"],
-    ids=["controller_of_168", "clock", "active_sensing", "escape", "negative_time"],
-)
+HABITS = {
+    "controller_of_168": b"\0\xb0\x07\xa8",
+    "clock": b"\0\xf8",
+    "active_sensing": b"\0\xfe",
+    "time_code": b"\0\xf1\x10",
+    "start_and_stop": b"\0\xfa\0\xfc",
+    "escape": b"\0\xf7\1\xf3",
+    "negative_time": b"\x8f\xff\xff\xfc\0\xb0\7\1",
+    "zeros_before_a_time": b"\x80\x80\x80\x80\0\xb0\7\1",
+}
+
+
+@pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
 def test_habits_of_a_writer_are_no_damage(habit):
     assert len(notes(read_midi(song(track(*[habit + on(600, 60) + off(480, 60)] * 20))))) == 20
 
