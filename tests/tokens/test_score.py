@@ -134,6 +134,11 @@ def test_tempo_is_the_mean_of_the_bar_so_that_time_is_kept():
     assert bar_lines(back, 21) == bar_lines(midi, 21)
 
 
+def test_a_fermata_within_a_bar_is_spread_over_the_bar():
+    midi = song([NOTE, (0, 60, 96, 97)], tempi=[(120.0, 0), (15.0, 72), (120.0, 96)])
+    assert score.from_midi(midi).bpm.tolist() == [44, 120]  # the example of docs/tokens.md
+
+
 @pytest.mark.parametrize("bpm", [57.5, 81.5, 100.4, 150.5])
 def test_a_tempo_between_two_numbers_does_not_drift(bpm):
     midi = song([NOTE, (0, 60, 24 * 900, 24 * 901)], tempi=[(bpm, 0)])
