@@ -1,4 +1,4 @@
-"""What a channel plays: its programs, and which channels are drums by MIDI, XG, GS and GM2."""
+"""Programs of channels, and which channels play drums by the rules of MIDI, XG, GS and GM2."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -7,7 +7,7 @@ from operator import itemgetter
 from . import smf
 
 DRUMS = 128  # added to a program that plays a drum kit
-_DRUM_CHANNEL = 9  # of every port
+_DRUM_CHANNEL = 9  # counted from 0, of every port
 
 _XG_DRUM_BANKS = frozenset({126, 127})  # bank numbers (MSB)
 _GM2_DRUM_BANKS = frozenset({120})
@@ -15,7 +15,7 @@ _GS_CHANNELS = (9, *range(9), *range(10, 16))  # channel of each part, in the or
 
 
 def drum_banks(sysex: list[tuple[int, int, bytes]]) -> frozenset[int]:
-    """The banks that hold drum kits, by the modes (XG, GM2) that a file switches on."""
+    """Bank numbers (MSB) of drum kits, by the modes (XG, GM2) that a file's messages switch on."""
     banks: frozenset[int] = frozenset()
     for _, _, message in sysex:
         if message[:1] == b"\x43" and message[2:7] == b"\x4c\0\0\x7e\0":
@@ -26,7 +26,7 @@ def drum_banks(sysex: list[tuple[int, int, bytes]]) -> frozenset[int]:
 
 
 def gs_parts(sysex: list[tuple[int, int, bytes]]) -> dict[int, list[tuple[int, bool]]]:
-    """(tick, whether drums) of each GS message "use for rhythm part", by channel; checksums are not asked."""
+    """(tick, whether drums) of each GS message "use for rhythm part", by channel; checksums are not read."""
     parts = defaultdict(list)
     for tick, port, message in sysex:
         rhythm = message[:1] == b"\x41" and message[2:5] == b"\x42\x12\x40" and message[6:7] == b"\x15"
@@ -36,7 +36,7 @@ def gs_parts(sysex: list[tuple[int, int, bytes]]) -> dict[int, list[tuple[int, b
 
 
 class SharedPrograms:
-    """The program changes of all tracks together: what a track plays that has none of its own."""
+    """The program changes of all tracks by channel, for notes of tracks that have none of their own."""
 
     def __init__(self, tracks: list[smf.Track], banks: frozenset[int]):
         self._tracks, self._banks = tracks, banks
@@ -71,7 +71,7 @@ class SharedPrograms:
 
 
 def with_drums(program: int, channel: int, tick: int, gs: dict[int, list[tuple[int, bool]]]) -> int:
-    """`program`, with DRUMS added or taken away by what the channel is at `tick`."""
+    """`program`, with DRUMS added or removed by whether the channel plays drums at `tick`."""
     drums = program >= DRUMS or channel & 0x0F == _DRUM_CHANNEL
     if channel in gs:
         before = bisect_right(gs[channel], (tick, True)) - 1

@@ -1,4 +1,4 @@
-"""General MIDI: what the 128 programs and the drum keys are called."""
+"""General MIDI: names of the 128 programs, and groups of the drum keys."""
 
 _FAMILIES = """
 Grand Piano, Bright Piano, Electric Grand, Honky-tonk Piano, Electric Piano 1, Electric Piano 2, Harpsichord, Clavinet
@@ -27,7 +27,7 @@ FAMILY_NAMES = (
 
 PROGRAM_NAMES = tuple(name for family in _FAMILIES.split("\n")[1:-1] for name in family.split(", "))
 
-# The drum keys by the part of the kit they belong to, from the floor up; "other" takes the rest.
+# Keys of each part of the drum kit, in plots from the bottom up; "other" stands for all remaining keys.
 DRUM_GROUPS: dict[str, frozenset[int]] = {
     "kick": frozenset({35, 36}),
     "snare": frozenset({37, 38, 39, 40}),

@@ -1,10 +1,11 @@
-"""Which note ends where: note-ons and note-offs of all tracks -> notes.
+"""Pairs the note-ons and note-offs of all tracks into notes.
 
-An off ends the note of its channel and pitch that sounds; a note struck again ends the older one. So at most
-one note of a pitch sounds on a channel, as a synthesiser plays it (docs/midi.md says why, and what other
-programs do). Notes of one pitch that begin on the same tick end together.
+A note-off ends the sounding note of its channel and pitch. A note-on for a pitch that still sounds ends the
+sounding note, too: the note is struck again. So at most one note of a pitch sounds on a channel, as a
+synthesizer plays it (docs/midi.md gives the reasons, and what other programs do). Notes of one pitch that
+begin on the same tick end together.
 
-Tracks are paired one by one. A note that lacks its off takes one that another track has to spare.
+Each track is paired by itself. A note whose note-off is missing takes an unmatched one of another track.
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +28,8 @@ class Note(NamedTuple):
         key: channel (with its port) << 7 | pitch.
         velocity: 1..127.
         instrument: program 0..127, plus `channels.DRUMS` for a drum kit.
-        ended: `BY_OFF` (or by a controller that ends notes), `BY_STRIKE` or `BY_TRACK_END`.
+        ended: what ended it: `BY_OFF` (a note-off or a controller), `BY_STRIKE` (it was struck again) or
+            `BY_TRACK_END`.
     """
 
     start: int
@@ -40,23 +42,23 @@ class Note(NamedTuple):
 
 @dataclass
 class Paired:
-    """What one track plays.
+    """The notes of one track.
 
     Attributes:
-        notes: in the order of their ends; `end` of those ended `BY_TRACK_END` is that of the track.
-        spare: ticks of the offs that end nothing, by key.
-        last: tick of the last event up to the limit.
-        lacking: how many offs are missing, by key.
+        notes: in the order in which they end; a note ended `BY_TRACK_END` has the end of the track.
+        unmatched: ticks of the note-offs that end no note, by key (as in `Note`).
+        missing: how many note-offs are missing, by key.
+        last: tick of the last note-on or note-off within the limit.
     """
 
     notes: list[Note] = field(default_factory=list)
-    spare: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    lacking: Counter[int] = field(default_factory=Counter)
+    unmatched: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    missing: Counter[int] = field(default_factory=Counter)
     last: int = 0
 
 
 class Limits(NamedTuple):
-    """Notes beyond `tick` are ignored, more than `notes` refused."""
+    """What a song may hold: events after `tick` are ignored, more than `notes` notes are refused."""
 
     tick: int
     notes: int
@@ -67,6 +69,11 @@ def pair(
     found: smf.Scan, limits: Limits, banks: frozenset[int], gs: dict[int, list[tuple[int, bool]]]
 ) -> list[list[Note]]:
     """The notes of each track; counts mends in `found.mends`.
+
+    Args:
+        found: the scanned file.
+        limits: what the song may hold.
+        banks, gs: from `channels.drum_banks` and `channels.gs_parts`.
 
     Raises:
         MidiError: `no_notes`, `too_many_notes` or `too_long`.
@@ -105,9 +112,12 @@ def _pair_track(
     mends: Counter[str],
     count: int,
 ) -> tuple[Paired, int, int]:
-    """Pair one track alone; also how many notes lie beyond the limit, and the last of them."""
+    """Pair one track; also returns how many notes begin after the limit, and the tick of the last of these.
+
+    `count` is the number of notes in the tracks before.
+    """
     paired = Paired()
-    notes, spare = paired.notes, paired.spare
+    notes, unmatched = paired.notes, paired.unmatched
     sounding: dict[int, dict[int, list[tuple[int, int, int]]]] = defaultdict(dict)  # by channel, by key
     struck: dict[int, int] = {}  # key -> the first of the notes that its last strike ended
     awaited: dict[
@@ -133,7 +143,7 @@ def _pair_track(
                             ended = BY_OFF
                             if instrument >= DRUMS:  # a hit that lacks its off: it was over long ago
                                 ended = BY_STRIKE
-                                paired.lacking[key] += 1
+                                paired.missing[key] += 1
                             notes.append(Note(start, tick, key, velocity, instrument, ended))
             continue
         is_onset = kind == smf.NOTE_ON and second
@@ -149,7 +159,7 @@ def _pair_track(
         if not is_onset:
             open_notes = on_channel.get(key)
             if open_notes is None:
-                spare[key].append(tick)
+                unmatched[key].append(tick)
             elif open_notes[0][0] == tick and awaited.get(key, _NEVER)[0] == tick and awaited[key][1]:
                 # Written behind the onset; its note has ended on this tick already.
                 awaited[key] = tick, awaited[key][1] - 1
@@ -190,35 +200,35 @@ def _pair_track(
             on_channel[key] = [(tick, second, instrument)]
     for on_channel in sounding.values():
         for key, open_notes in on_channel.items():
-            paired.lacking[key] += 1
+            paired.missing[key] += 1
             for start, velocity, instrument in open_notes:
                 notes.append(Note(start, track.end, key, velocity, instrument, BY_TRACK_END))
     for key, times in restruck.items():
-        missing = times - len(spare.get(key, ()))
-        if missing > 0:
-            paired.lacking[key] += missing
+        without = times - len(unmatched.get(key, ()))
+        if without > 0:
+            paired.missing[key] += without
     paired.last = last
     return paired, far, farthest
 
 
 def _borrow_offs(tracks: list[Paired], mends: Counter[str]) -> None:
-    """Let notes without an off, of keys that lack offs in their track, take one that another track can spare.
+    """Let notes without a note-off take unmatched ones of other tracks, of keys whose note-offs are missing.
 
-    Each takes the first behind its start, but none behind a strike that ended it; later notes choose first.
+    Each takes the first after its start, but none after a strike that ended it; later notes choose first.
     """
-    spare: dict[int, list[int]] = defaultdict(list)
+    unmatched: dict[int, list[int]] = defaultdict(list)
     for paired in tracks:
-        for key, ticks in paired.spare.items():
-            if key not in paired.lacking:
-                spare[key] += ticks
-    lacking: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # start, track, place of a note
+        for key, ticks in paired.unmatched.items():
+            if key not in paired.missing:
+                unmatched[key] += ticks
+    unended: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # start, track, place of a note
     for index, paired in enumerate(tracks):
-        if not spare.keys().isdisjoint(paired.lacking):
+        if not unmatched.keys().isdisjoint(paired.missing):
             for place, note in enumerate(paired.notes):
-                if note.ended != BY_OFF and note.key in spare and note.key in paired.lacking:
-                    lacking[note.key].append((note.start, index, place))
-    for key, waiting in lacking.items():
-        offs, later = sorted(spare[key]), []  # `later`: those behind the start, the first of them last
+                if note.ended != BY_OFF and note.key in unmatched and note.key in paired.missing:
+                    unended[note.key].append((note.start, index, place))
+    for key, waiting in unended.items():
+        offs, later = sorted(unmatched[key]), []  # `later`: those behind the start, the first of them last
         group, end = None, None
         for start, index, place in sorted(waiting, reverse=True):
             note = tracks[index].notes[place]
@@ -234,12 +244,12 @@ def _borrow_offs(tracks: list[Paired], mends: Counter[str]) -> None:
 
 
 def _finished(note: Note, paired: Paired, limits: Limits, mends: Counter[str]) -> Note:
-    """`note` with an end behind its start, and counted if it was mended."""
+    """`note` with an end after its start; a mend is counted if its end had to be found."""
     start, end, key, _, instrument, ended = note
     if ended == BY_OFF:
         mends["zero_length"] += 1
         return note._replace(end=start + 1)
-    if instrument >= DRUMS and (ended == BY_TRACK_END or key in paired.lacking):
+    if instrument >= DRUMS and (ended == BY_TRACK_END or key in paired.missing):
         mends["drum_without_off"] += 1
         short = start + max(1, limits.ticks_per_quarter // 4)
         return note._replace(end=max(start + 1, min(end, short) if ended == BY_STRIKE else short))
@@ -247,6 +257,6 @@ def _finished(note: Note, paired: Paired, limits: Limits, mends: Counter[str]) -
         mends["struck_again"] += 1
         return note
     mends["unclosed"] += 1
-    if end > limits.tick:  # an end mark with a damaged time says nothing about the note
+    if end > limits.tick:  # an end-of-track mark with a damaged time does not tell when the note ends
         end = max(paired.last, start + limits.ticks_per_quarter)
     return note._replace(end=max(end, start + 1))

@@ -1,4 +1,4 @@
-"""The sustain pedal: notes that end while it is down sound on until it is up or they are struck again."""
+"""The sustain pedal: a note that ends while it is down sounds on until its release or it is struck again."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -7,7 +7,7 @@ from . import smf
 from .channels import DRUMS
 from .pairing import Note
 
-_DOWN = 64  # from this value of controller 64 on, the pedal is down
+_DOWN = 64  # the pedal is down if the value of its controller (which is also number 64) is at least this
 
 
 def sustain(scanned: list[smf.Track], tracks: list[list[Note]], limit: int) -> list[list[Note]]:
@@ -16,13 +16,13 @@ def sustain(scanned: list[smf.Track], tracks: list[list[Note]], limit: int) -> l
     Args:
         scanned: the tracks as they were read.
         tracks: the notes of each.
-        limit: tick beyond which nothing counts.
+        limit: pedal events after this tick are ignored.
     """
     ups = {channel: _holds(changes) for channel, changes in _pedal_events(scanned, limit).items()}
     if not ups:
         return tracks
     onsets = defaultdict(list)
-    last: dict[int, int] = defaultdict(int)  # where a pedal that is never let go ends: with the channel
+    last: dict[int, int] = defaultdict(int)  # last note end of each channel: releases a pedal left down
     for notes in tracks:
         for note in notes:
             onsets[note.key].append(note.start)

@@ -1,9 +1,10 @@
 """Any MIDI file -> a clean `miditoolkit.MidiFile`, or a `MidiError` that says why not.
 
-Every file takes one path: `meloformer.midi.smf` scans the bytes and repairs their syntax,
-`meloformer.midi.pairing` finds which note ends where, `meloformer.midi.channels` what plays it, and this
-module mends the rest and makes the song: notes, tempi and time signatures. Lyrics, key signatures and
-controllers are left behind. The notes come in one instrument per track, channel and program.
+Every file is read in the same way: `meloformer.midi.smf` scans the bytes and repairs their syntax,
+`meloformer.midi.pairing` pairs note-ons with note-offs, `meloformer.midi.channels` finds the program or drum
+kit of each note, and this module mends the rest and builds the song: notes, tempi and time signatures.
+Lyrics, key signatures and controllers are dropped. Each combination of track, channel and program becomes an
+instrument.
 """
 
 import os
@@ -17,19 +18,19 @@ from ..errors import MidiError
 from . import channels, pairing, pedal, smf
 
 # The limits bound the time (seconds) and memory (hundreds of MiB) that one file can cost. Each stands several
-# times above the largest song that can be trained on.
+# times above what the largest song that can be trained on needs.
 MAX_FILE_BYTES = 4 << 20
 MAX_NOTES = 100_000
-MAX_QUARTERS = 20_000  # two and three quarter hours at 120 BPM; a note beyond it has a damaged time
+MAX_QUARTERS = 20_000  # two and three quarter hours at 120 BPM; a note after that has a damaged delta time
 MAX_PARTS = 4_096  # (track, channel, program): each becomes an instrument of the song
 MAX_CHANGES = 50_000  # tempi and time signatures; a tempo curve drawn every 10 ms for 8 minutes
 
-# With more damaged events (`smf.Scan.damaged`) than these two allow, a song is refused. docs/midi.md says how
-# they were chosen.
+# A song with at least MIN_DAMAGED_EVENTS damaged events (`smf.Scan.damaged`), and more than one per
+# EVENTS_PER_DAMAGED_ONE events that are kept, is refused. docs/midi.md says how these were chosen.
 MIN_DAMAGED_EVENTS = 8
 EVENTS_PER_DAMAGED_ONE = 400
 
-# 1000 BPM. Slower tempi need no limit: the three bytes of the event cannot hold less than 3.6 BPM.
+# 1000 BPM. Slow tempi need no limit: the three bytes of the event cannot hold a tempo below 3.6 BPM.
 MIN_MICROSECONDS_PER_QUARTER = 60_000
 MAX_DENOMINATOR_EXPONENT = 7  # a 128th note
 
@@ -39,11 +40,11 @@ REASONS = {
     "too_big": f"the file has more than {MAX_FILE_BYTES} bytes",
     "not_midi": "there is no complete MIDI header at the start of the file",
     "format_2": "several independent songs share the file (format 2)",
-    "too_damaged": f"at least {MIN_DAMAGED_EVENTS} events, and more than one of {EVENTS_PER_DAMAGED_ONE}, "
-    "cannot have been written as they stand",
+    "too_damaged": f"at least {MIN_DAMAGED_EVENTS} events, and more than one per {EVENTS_PER_DAMAGED_ONE}, "
+    "are damaged",
     "bad_division": "the header gives no usable length of a tick",
     "no_notes": "no note could be found",
-    "too_long": f"most notes start more than {MAX_QUARTERS} quarter notes in, or there are too many bars",
+    "too_long": f"most notes start after {MAX_QUARTERS} quarter notes, or bars or long notes are too many",
     "too_many_notes": f"there are more than {MAX_NOTES} notes",
     "too_many_parts": f"there are more than {MAX_PARTS} combinations of track, channel and program",
     "too_many_changes": f"there are more than {MAX_CHANGES} changes of tempo or time signature",
@@ -51,39 +52,40 @@ REASONS = {
 
 MENDS = {
     "text_mode": "the file had been copied in text mode (0D 0A for every 0A), which was undone",
-    "wrapped": "the song was taken out of a RIFF-RMID file, or from behind foreign bytes",
+    "wrapped": "the song was inside a RIFF-RMID file, or there were foreign bytes before it",
     "bad_header_length": "the header gave a length other than 6",
     "bad_format": "the header gave a format other than 0, 1 and 2; read as 1",
     "bad_track_count": "the header gave another number of tracks than there are",
     "foreign_chunk": "a chunk that is neither header nor track was skipped",
     "junk": "bytes between tracks were skipped",
     "second_song": "another header followed; the file was read up to there",
-    "bad_track_length": "the length of a track did not agree with its end mark, which was believed",
-    "early_end": "a track went on behind an end mark; its length was believed",
-    "no_end_of_track": "a track had no end mark",
-    "truncated": "a track broke off inside an event; all before it was kept",
+    "bad_track_length": "the length of a track disagreed with its end-of-track mark; the mark was used",
+    "early_end": "an end-of-track mark stood before the end of the track's data; the length was used",
+    "no_end_of_track": "a track had no end-of-track mark",
+    "truncated": "a track broke off before its end; all whole events were kept",
     "stray_bytes": "data bytes before the first status byte of a track were skipped",
     "clipped": "a data byte above 127 was read as 127",
-    "system_status": "an event that no file may contain was skipped",
+    "system_status": "a system message that no file may contain was skipped",
     "bad_sysex": "a system-exclusive message without a valid length was read to its end byte",
     "long_number": "a number of more than 4 bytes was cut to its low 28 bits, or read as a negative one",
-    "smpte": "the ticks were fractions of a second; tempi were ignored, and quarter notes made up",
-    "bad_tempo": "a tempo above 1000 BPM was lowered to it, a 4-byte one read, or an impossible one ignored",
+    "smpte": "ticks were fractions of a second; tempi were ignored, and a quarter note lasts about 0.5 s",
+    "bad_tempo": "a tempo above 1000 BPM was lowered to 1000, a 4-byte one read, an impossible one ignored",
     "bad_time_signature": "an incomplete time signature was completed, or an impossible one ignored",
     "far_event": "a note, tempo, time signature or note-off beyond the longest song was ignored",
     "other_track_off": "a note was ended by a note-off in another track",
     "channel_program": "a note with no program change before it in its track took the program of its channel",
-    "struck_again": "a note that still sounded was ended by the next note of its pitch",
-    "drum_without_off": "a drum hit without a note-off was given at most a sixteenth",
-    "unclosed": "a note without an end was ended with its track",
-    "zero_length": "a note of no length was given one tick",
-    "tempo_clipped": "a tempo slower or faster than tokens can say was brought to the nearest they can",
-    "note_struck_on": "a note too long for one token was struck again whenever the longest length was over",
-    "long_silence": "more than 8 bars in a row are empty; they were kept",
+    "struck_again": "a note that still sounded was ended by the next note of its pitch and channel",
+    "drum_without_off": "a drum note without a note-off got at most the length of a sixteenth",
+    "unclosed": "a note without a note-off was ended with its track",
+    "zero_length": "a note of zero length got one tick",
+    "tempo_clipped": "a tempo outside the range of BPM tokens was moved to the nearest value in it",
+    "note_struck_on": "a note longer than the longest length token was written as several notes",
+    "long_silence": "more than 8 bars in a row are silent; they were kept",
 }
 
-# Frames per second in the header -> (frames in a quarter note, its microseconds). Chosen so that ticks fall
-# at exactly the time the file says, near 120 BPM; 29 stands for 30 / 1.001 frames per second.
+# Frames per second in the header -> (frames in a quarter note, microseconds of a quarter note). The quarter
+# note is chosen near 120 BPM and so that every tick keeps its exact time; 29 stands for 30 / 1.001 frames per
+# second.
 _SMPTE_QUARTERS = {24: (12, 500_000), 25: (12, 480_000), 29: (15, 500_500), 30: (15, 500_000)}
 
 
@@ -92,16 +94,16 @@ def read_midi(source: str | os.PathLike | bytes, *, sustain: bool = False) -> mi
 
     Args:
         source: a path, or the bytes of a file.
-        sustain: whether notes sound on while the pedal (controller 64) is down.
+        sustain: whether notes sound on while the sustain pedal (controller 64) is down.
 
     Returns:
-        A song with at least one note. Every note has a velocity of 1..127 and a length of at least one tick;
-        channel 10 is drums, and what XG, GS or GM2 messages make so; each program holds from the note's
-        onset. Tempi and time signatures are in time order, one per tick. The first tempo is at tick 0:
-        120 BPM if the file gives none there.
+        A song with at least one note. Every note has a velocity of 1..127, a length of at least one tick and
+        the program that its channel had at its onset. Drums are channel 10 and the channels and banks that
+        XG, GS or GM2 messages make drums. Tempi and time signatures are in time order, one per tick. The
+        first tempo is at tick 0: 120 BPM if the file gives none there.
 
     Raises:
-        MidiError: the file cannot become a song; its reason is a key of `REASONS`.
+        MidiError: the file cannot become a song; `reason` is a key of `REASONS`.
     """
     return read_midi_with_mends(source, sustain=sustain)[0]
 
@@ -109,7 +111,7 @@ def read_midi(source: str | os.PathLike | bytes, *, sustain: bool = False) -> mi
 def read_midi_with_mends(
     source: str | os.PathLike | bytes, *, sustain: bool = False
 ) -> tuple[miditoolkit.MidiFile, Counter[str]]:
-    """As `read_midi`, and how often each mend (a key of `MENDS`) was made."""
+    """Like `read_midi`; also returns how often each mend (a key of `MENDS`) was made."""
     midi, parts, mends = _read(source, sustain)
     for (_, _, instrument), notes in parts:
         drums = instrument >= channels.DRUMS
@@ -124,11 +126,13 @@ def read_midi_with_mends(
 def read_notes(
     source: str | os.PathLike | bytes, *, sustain: bool = False
 ) -> tuple[miditoolkit.MidiFile, np.ndarray, Counter[str]]:
-    """As `read_midi_with_mends`, with the notes as an array: for tokens, which need no objects.
+    """Like `read_midi_with_mends`, with the notes as one array: the tokenizer needs no note objects.
 
     Returns:
-        the song without instruments; its notes, int64 [n, 5]: start and end in ticks, pitch, velocity,
-        instrument (program 0..127, or 128 for drums); the mends.
+        midi: the song without its instruments.
+        notes: int64 [n, 5]: start and end in ticks, pitch, velocity, instrument (program 0..127, or 128 for
+            drums).
+        mends: how often each mend was made.
     """
     midi, parts, mends = _read(source, sustain)
     rows = np.array([note for _, notes in parts for note in notes], dtype=np.int64)
@@ -151,7 +155,7 @@ def _read(
             raise MidiError("format_2", f"{with_notes} independent tracks with notes")
     events = sum(len(track.events) for track in found.tracks)
     if found.damaged >= MIN_DAMAGED_EVENTS and found.damaged * EVENTS_PER_DAMAGED_ONE > events:
-        raise MidiError("too_damaged", f"{found.damaged} damaged events beside {events} whole ones")
+        raise MidiError("too_damaged", f"{found.damaged} damaged events and {events} events kept")
     ticks_per_quarter, fixed_tempo = _division(found.division)
     limit = MAX_QUARTERS * ticks_per_quarter
     limits = pairing.Limits(limit, MAX_NOTES, ticks_per_quarter)
@@ -190,7 +194,7 @@ def source_bytes(source: str | os.PathLike | bytes) -> bytes:
         data = source
     else:
         try:
-            # Asked before opening: to open a pipe or a device may block, or do something.
+            # Checked before opening: opening a pipe or a device may block or have effects.
             if not stat.S_ISREG(os.stat(source).st_mode):
                 raise MidiError("unreadable", "not a regular file")
             with open(source, "rb") as file:
@@ -205,7 +209,7 @@ def source_bytes(source: str | os.PathLike | bytes) -> bytes:
 
 
 def _division(division: int) -> tuple[int, int | None]:
-    """Ticks per quarter, and the only tempo (microseconds per quarter) if ticks are fractions of a second."""
+    """Ticks per quarter; if ticks are fractions of a second, also the tempo (microseconds per quarter)."""
     if division < 0x8000:
         if not division:
             raise MidiError("bad_division", "0 ticks per quarter note")
@@ -224,7 +228,7 @@ def _set_changes(
     fixed_tempo: int | None,
     mends: Counter[str],
 ) -> None:
-    """Put tempi and time signatures into `midi`, in time order: on one tick, the last in the file wins."""
+    """Put tempi and time signatures into `midi`, in time order; on one tick, the last in the file holds."""
     tempi: dict[int, int] = {}
     signatures: dict[int, bytes] = {}
     for tick, kind, payload in metas:
@@ -249,7 +253,7 @@ def _set_changes(
 
     if len(tempi) + len(signatures) > MAX_CHANGES:
         raise MidiError("too_many_changes", f"{len(tempi)} tempi, {len(signatures)} time signatures")
-    bpm = 120.0  # what MIDI says where a file says nothing
+    bpm = 120.0  # the default of MIDI until the first tempo event
     if 0 not in tempi:
         midi.tempo_changes.append(miditoolkit.TempoChange(bpm, 0))
     for tick, tempo in sorted(tempi.items()):

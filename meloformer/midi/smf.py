@@ -1,8 +1,8 @@
-"""Standard MIDI Files as bytes: a scan that survives damage.
+"""Scans the bytes of a Standard MIDI File, damaged or not, into events.
 
-The scan reads the events of a file and repairs their syntax only; what the events mean together (which
-note ends where, which program sounds) is for `meloformer.midi.reader`. It runs in time and memory linear in
-the size of the file, whatever its bytes.
+The scan repairs syntax only; what the events mean together (which note ends where, which program sounds) is
+decided by `meloformer.midi.reader` and what it calls. Time and memory are linear in the size of the file,
+whatever its bytes.
 """
 
 import struct
@@ -12,16 +12,16 @@ from operator import itemgetter
 
 from ..errors import MidiError
 
-# A player expects the header first. Old Macintosh and archive tools put up to 512 bytes before it; a header
-# further in is more likely a part of something that is not a song.
+# The header should be at the start. Old Macintosh and archive tools put up to 512 bytes before it; a header
+# further in is more likely to be part of a file that is not a song.
 MAX_PREFIX_BYTES = 1024
 
 NOTE_OFF, NOTE_ON, CONTROLLER, PROGRAM = 0x80, 0x90, 0xB0, 0xC0  # kinds of channel events
 PORT, END_OF_TRACK, TEMPO, TIME_SIGNATURE = 0x21, 0x2F, 0x51, 0x58  # types of meta events
 BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 0, 64, 120, 121, 123  # controllers
-SYSEX = -2  # stands for the type of a meta event where a system-exclusive message was read
+SYSEX = -2  # the type that `_read_system` returns for a system-exclusive message; no meta event has it
 
-# The controllers that the reader acts on; 124 to 127 change the mode and also end all notes.
+# The controllers that are kept; 124 to 127 change the mode of a channel, and all of 123 to 127 end its notes.
 _CONTROLLERS = frozenset({BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, *range(ALL_NOTES_OFF, 128)})
 
 _SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # every other system status stands alone
@@ -49,16 +49,16 @@ class Track:
 
 @dataclass
 class Scan:
-    """What a file says, in file order, with its syntax repaired.
+    """The content of a file in file order, with its syntax repaired.
 
     Attributes:
         format: 0, 1 or 2; other values in the file become 1.
-        division: the 16 bits of the header: ticks per quarter, or SMPTE if the highest bit is set.
+        division: 16 bits of the header: ticks per quarter, or an SMPTE division if the highest bit is set.
         tracks: every MTrk chunk that holds one of the events listed at `Track`.
-        sysex: (tick, port, first 12 bytes behind F0 and the length) of system-exclusive messages.
-        metas: (tick, type, payload) of tempi and time signatures of all tracks; payloads are cut to 8 bytes.
+        sysex: (tick, port, first 12 bytes after F0 and the length) of system-exclusive messages.
+        metas: (tick, type, first 8 bytes of the payload) of tempi and time signatures of all tracks.
         mends: how often each repair was made, by the codes of `meloformer.midi.reader.MENDS`.
-        damaged: how many events cannot have been written as they stand (see `_read_events`).
+        damaged: how many events no program would write (see `_read_events`).
     """
 
     format: int
@@ -130,7 +130,7 @@ def _scan(data: bytes) -> Scan:
             pos = _chunk_end(data, pos)
         else:
             pos = _find(data, b"MTrk", pos + 1, size)
-            if pos < size:  # bytes after the last track change nothing
+            if pos < size:  # bytes after the last track do no harm
                 mends["junk"] += 1
     if chunks != track_count:
         mends["bad_track_count"] += 1
@@ -148,7 +148,7 @@ def _find_header(data: bytes) -> int:
 
 
 def _find(data: bytes, tag: bytes, start: int, stop: int) -> int:
-    """Where `tag` next stands in data[start:stop], or `stop`."""
+    """Position of the next `tag` in data[start:stop], or `stop` if there is none."""
     pos = data.find(tag, start, stop)
     return stop if pos < 0 else pos
 
@@ -158,7 +158,7 @@ def _chunk_end(data: bytes, pos: int) -> int:
 
 
 def _chunk_starts(data: bytes, pos: int, size: int) -> bool:
-    """Whether a whole chunk, or any MTrk, can start at `pos`."""
+    """Whether a chunk can start at `pos`: an MTrk, even a truncated one, or any other that is complete."""
     tag = data[pos : pos + 4]
     if tag == b"MTrk":
         return True
@@ -170,14 +170,14 @@ def _read_chunk(data: bytes, pos: int, size: int, found: Scan) -> int:
     """Read the MTrk chunk at `pos` into `found`; return where the next chunk should start."""
     start, stop = pos + 8, _chunk_end(data, pos)
     limit = stop
-    believed_from = start
+    end_from = start
     if stop != size and not _chunk_starts(data, stop, size):
         limit = _find(data, b"MTrk", start, size)
     elif _find(data, b"MTrk", start, stop) == stop:
-        # The length is right, so an end mark with more than padding behind it is not the end.
-        believed_from = start + len(data[start:stop].rstrip(b"\0")) + 1
+        # The length is right, so an end-of-track mark with more than padding after it is not the end.
+        end_from = start + len(data[start:stop].rstrip(b"\0")) + 1
     track = Track()
-    pos, ended = _read_events(data, start, limit, believed_from, track, found)
+    pos, ended = _read_events(data, start, limit, end_from, track, found)
     if track.events:
         found.tracks.append(track)
     if not ended:
@@ -186,16 +186,16 @@ def _read_chunk(data: bytes, pos: int, size: int, found: Scan) -> int:
         found.mends["bad_track_length"] += 1
     if not ended:
         return limit
-    # Where the length of the chunk is right, this is its end; where it is too long, tracks may hide in it.
+    # If the length of the chunk is right, this is its end; if it is too long, it may contain further tracks.
     return _find(data, b"MTrk", pos, limit) if limit == stop else pos
 
 
 def _read_events(
-    data: bytes, pos: int, limit: int, believed_from: int, track: Track, found: Scan
+    data: bytes, pos: int, limit: int, end_from: int, track: Track, found: Scan
 ) -> tuple[int, bool]:
-    """Read events from `pos` until `limit` or an end-of-track mark that ends at `believed_from` or later.
+    """Read events from `pos` until `limit` or an end-of-track mark whose end is at `end_from` or later.
 
-    Returns the position behind the last event and whether the mark was found. The position is beyond `limit`
+    Returns the position after the last event and whether the mark was found. The position is beyond `limit`
     if the last event did not fit; that event is dropped.
 
     Counted as damaged are notes with a data byte above 127, data bytes without a status, times that do not
@@ -213,7 +213,7 @@ def _read_events(
             began = pos - 1
             delta, pos = _read_number(data, began, mends)
             if pos - began == 5 and data[began] & 0x08:
-                # A negative number of 32 bits: the writer had its events out of order.
+                # A negative number of 32 bits: the program wrote its events out of order.
                 delta += (data[began] & 0x0F) - 16 << 28
                 if tick + delta < 0:
                     delta = 0
@@ -230,15 +230,15 @@ def _read_events(
                 pos += 1
                 byte = data[pos]
         if byte >= 0xF0:
-            # Running status lives on across meta and system events: the standard ends it there, but some
-            # files rely on it, and a data byte can mean nothing else.
+            # Running status stays in force across meta and system events: the standard ends it there, but
+            # some files rely on it, and a data byte that follows can mean nothing else.
             pos, kind, payload = _read_system(data, pos, limit, mends)
             if pos > limit:
                 break
             if byte in _UNDEFINED:
                 found.damaged += 1
             if kind == END_OF_TRACK and not payload:
-                if pos >= believed_from:
+                if pos >= end_from:
                     ended = True
                     break
                 mends["early_end"] += 1
@@ -277,10 +277,10 @@ def _read_events(
 
 
 def _read_system(data: bytes, pos: int, limit: int, mends: Counter) -> tuple[int, int, bytes]:
-    """Read the meta or system event whose status byte stands at `pos`.
+    """Read the meta or system event whose status byte is at `pos`.
 
-    Returns the position behind it (beyond `limit` if it does not fit), the type of a meta event (`SYSEX` for
-    a system-exclusive message, else -1), and the first 8 bytes of a meta event, 12 of a message.
+    Returns the position after it (beyond `limit` if it does not fit), the type of a meta event (`SYSEX` for
+    a system-exclusive message, -1 for others), and the first 8 bytes of a meta event or 12 of a message.
     """
     status = data[pos]
     if status == 0xFF:
@@ -290,7 +290,7 @@ def _read_system(data: bytes, pos: int, limit: int, mends: Counter) -> tuple[int
     if status in (0xF0, 0xF7):
         length, start = _read_number(data, pos + 1, mends)
         if start + length > limit:
-            # Some writers leave the length out, as on the wire: then the message ends at its F7 byte.
+            # Some programs leave the length out, as in a MIDI stream: then the message ends at its F7 byte.
             end = data.find(0xF7, pos + 1, limit)
             if end >= 0:
                 mends["bad_sysex"] += 1
@@ -301,7 +301,7 @@ def _read_system(data: bytes, pos: int, limit: int, mends: Counter) -> tuple[int
 
 
 def _read_number(data: bytes, pos: int, mends: Counter) -> tuple[int, int]:
-    """Read the variable-length number at `pos`; return it and the position behind it."""
+    """Read the variable-length number at `pos`; return it and the position after it."""
     value, start = 0, pos
     while True:
         byte = data[pos]

@@ -14,9 +14,9 @@ MELODIC_CHANNELS = 15  # 16 less the drum channel
 def write_midi(midi: miditoolkit.MidiFile, path: str | os.PathLike) -> None:
     """Write `midi` to `path`, whole or not at all.
 
-    miditoolkit deals the melodic channels round, so from the 16th melodic instrument on two tracks
-    share one. There each note is preceded by a program change wherever the channel last played
-    another program.
+    miditoolkit assigns the 15 melodic channels in turn, so with more than 15 melodic instruments some tracks
+    share a channel. Then a program change is written before every note whose channel last played another
+    program.
     """
     buffer = io.BytesIO()
     midi.dump(file=buffer)
@@ -27,7 +27,7 @@ def write_midi(midi: miditoolkit.MidiFile, path: str | os.PathLike) -> None:
 
 def _with_program_changes(data: bytes) -> io.BytesIO:
     parsed = mido.MidiFile(file=io.BytesIO(data))
-    events = []  # (tick, track, message), in the order in which a player meets them
+    events = []  # (tick, track, message), in the order in which a player plays them
     for index, track in enumerate(parsed.tracks):
         tick = 0
         for message in track:
