@@ -1,6 +1,6 @@
-"""What follows from the token ids alone: bar, instrument, kind and onset group of every token.
+"""Attributes that follow from token ids alone: bar, instrument, kind and onset group of every token.
 
-Only tokens are stored on disk; everything that attention and decoder need to know of them is computed here,
+Only token ids are stored on disk. What attention and the decoder need to know of each token is computed here,
 by scans over whole arrays.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from . import vocab
 
-STRUCTURAL, KIND_T, KIND_P, KIND_L, KIND_V = range(5)  # as meloformer.kernels.structure.Kind
+STRUCTURAL, KIND_T, KIND_P, KIND_L, KIND_V = range(5)  # the values of meloformer.kernels.structure.Kind
 
 KIND_OF_ID = np.zeros(vocab.VOCAB_SIZE, dtype=np.int32)  # the kind of every id
 for _kind, _family in ((KIND_T, vocab.T), (KIND_P, vocab.P), (KIND_L, vocab.L), (KIND_V, vocab.V)):
@@ -20,7 +20,7 @@ for _kind, _family in ((KIND_T, vocab.T), (KIND_P, vocab.P), (KIND_L, vocab.L), 
 # The instrument that a token switches to; -1 leaves the current one in force.
 _SWITCH = np.full(vocab.VOCAB_SIZE, -1, dtype=np.int32)
 _SWITCH[[vocab.PAD, vocab.BOS, vocab.EOS]] = vocab.NO_INSTRUMENT
-# BAND tokens, too: without an instrument they are global keys, which every later token attends to.
+# BAND tokens have no instrument either, so they are global keys: every later token attends to them.
 _SWITCH[vocab.BAND.start : vocab.CHORD.stop] = vocab.NO_INSTRUMENT
 _SWITCH[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
 
@@ -30,7 +30,7 @@ class TokenAttributes:
     """What attention needs to know of each token, int32 [n] each.
 
     bar: index of the bar in its document, from 0; BOS and BAND count to bar 0, EOS to the last bar.
-    inst: 0..127 General MIDI program, 128 drums, 129 none (BOS, BAND, CHORD, TS, CUT, BPM, EOS).
+    inst: 0..127 General MIDI program, 128 drums, 129 none (PAD, BOS, BAND, CHORD, TS, CUT, BPM, EOS).
     kind: STRUCTURAL, KIND_T, KIND_P, KIND_L or KIND_V.
     onset: number of the onset group in the document, -1 for structural tokens.
     """
@@ -42,7 +42,7 @@ class TokenAttributes:
 
 
 def last_index(marks: np.ndarray) -> np.ndarray:
-    """For every position the last index at or before it where `marks` holds; 0 before the first."""
+    """The last index, at or before each position, at which `marks` (bool [n]) is true; 0 before the first."""
     return np.maximum.accumulate(np.where(marks, np.arange(len(marks)), 0))
 
 
@@ -85,7 +85,7 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> TokenAttributes:
 
 
 def _count_from(total: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Running totals that begin anew at each of the ascending indices `first`, which may be the length."""
+    """`total`, a running count, restarted at each of the ascending indices `first` (up to the length)."""
     before = np.append(0, total).astype(total.dtype)[first]
     return total - np.repeat(before, np.diff(first, append=len(total)))
 
@@ -97,8 +97,8 @@ class Bars:
     token: index of the CHORD token.
     chord: index of the chord label.
     signature: index into `vocab.SIGNATURES` of the time signature in force.
-    part: 0 for a bar line; 1, 2, ... for the further parts of a bar longer than 8 quarters.
-    steps: length of the bar (of the part) in steps.
+    part: 0 at a bar line; 1, 2, ... for the further parts of a bar longer than 8 quarters.
+    steps: length of the bar, or of this part of it, in steps.
     cut: whether a CUT token sets that length.
     bpm: tempo in force, in quarter notes a minute.
     """
@@ -113,7 +113,7 @@ class Bars:
 
     @property
     def start(self) -> np.ndarray:
-        """First step of every bar, counted from the start of the document."""
+        """First step of every bar, from the start of the document; int64 [bars]."""
         return np.cumsum(self.steps) - self.steps
 
 
@@ -150,7 +150,7 @@ def scan_bars(ids: np.ndarray) -> Bars:
 
 
 def band_tokens(ids: np.ndarray) -> np.ndarray:
-    """The BAND tokens (uint16) with which a document says its instruments, in their order."""
+    """The BAND tokens of a document's band list, in its order; uint16 [listed]."""
     ids = np.asarray(ids)
     begin = int(len(ids) > 0 and ids[0] == vocab.BOS)
     end = begin
@@ -160,15 +160,15 @@ def band_tokens(ids: np.ndarray) -> np.ndarray:
 
 
 def band(ids: np.ndarray) -> np.ndarray:
-    """The instruments (int64, programs and `vocab.DRUMS`) of a document's band list, in its order."""
+    """The instruments (programs, `vocab.DRUMS`) of a document's band list, in its order; int64 [listed]."""
     return vocab.INSTRUMENTS[band_tokens(ids).astype(np.int64) - vocab.BAND.start]
 
 
 def with_instruments(ids: np.ndarray, instruments: Iterable[int]) -> np.ndarray:
-    """The document with these instruments (programs, `vocab.DRUMS`) in its band list, too; uint16 [n].
+    """The document with these instruments (programs, `vocab.DRUMS`) added to its band list; uint16 [n].
 
-    A missing one goes before the first that comes after it in the order of `encode`, so a list in that order
-    stays in it; the groups of notes stay as they are.
+    Each new one is inserted before the first listed instrument that follows it in the canonical order, so a
+    list in canonical order remains in it. The groups of notes stay as they are.
     """
     ids = np.asarray(ids).astype(np.uint16)
     old = band_tokens(ids)
@@ -182,17 +182,17 @@ def with_instruments(ids: np.ndarray, instruments: Iterable[int]) -> np.ndarray:
 
 
 def cut_points(ids: np.ndarray) -> np.ndarray:
-    """Token indices (int64) of the CHORD tokens at which a sample may begin: all true bar lines."""
+    """Token indices (int64) of the CHORD tokens at which a sample may begin: those at bar lines (part 0)."""
     bars = scan_bars(ids)
     return bars.token[bars.part == 0]
 
 
 def restated(ids: np.ndarray, point: int) -> tuple[np.ndarray, int]:
-    """What a sample that begins at the bar line `point` must say first.
+    """The header of a sample that begins at the bar line `point`, a token index from `cut_points`.
 
     Returns:
         header: the band list, then CHORD, TS, [CUT], BPM, as uint16; TS and BPM are stated even where the
-            song omits them. There is no BOS: it stands where songs really begin.
+            song omits them. There is no BOS, which stands only where a song really begins.
         skip: how many of the song's own tokens the header replaces, so that the sample is
             `header` followed by `ids[point + skip:]`.
     """

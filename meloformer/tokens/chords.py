@@ -1,8 +1,8 @@
 """One chord label per bar: chord templates on weighted pitch classes, smoothed over the bars of the song.
 
-The label must be the same for a song and for its decoded tokens, so it is found on quantised notes and in
-integers only. It must not depend on the key: transposing a song transposes every label. So roots are counted
-from the bass of the bar, and ties broken in that order.
+A song and its decoded tokens must get the same labels, so labels are computed from quantised notes and with
+integers only. Transposing a song must transpose every label and change nothing else, so roots are
+counted from the bass of the bar, and ties are broken in that order.
 """
 
 import numpy as np
@@ -16,21 +16,21 @@ for _i in range(len(_TEMPLATES)):
     _root, _quality = divmod(_i, _N_QUALITIES)
     _TEMPLATES[_i, [(_root + tone) % 12 for tone in _QUALITIES[_quality]]] = 1
 
-# How much a note counts by where it begins: on a quarter note or in a bar before, elsewhere.
+# Weight of a note by its onset: on a quarter note or in an earlier bar; elsewhere.
 _ON_QUARTER, _OFF_BEAT = 3, 2
-# Low notes make the harmony, high ones the melody, which strays from it: notes of less than so many semitones
-# over the bass count so many times.
+# Low notes carry the harmony; high ones are often melody, which may leave it. So the weight of notes less
+# than _LOW_SEMITONES above the bass is multiplied by _LOW.
 _LOW_SEMITONES, _LOW = 24, 2
 
-# A pitch class of less than this part of the bar's weight counts as missing.
+# A pitch class counts as missing if its weight is below the bar's weight divided by this.
 _MISSING_PART = 16
-# All of the following are in 64ths of the bar's weight.
+# All bonuses and costs are in 64ths of the bar's weight.
 _UNIT = 64
 _MISSING_COST = 10  # for each tone of the chord that is missing
 _BASS_BONUS = 18  # the root is the bass
 _BASS_TONE_BONUS = 4  # the bass is another tone of the chord
 _CHANGE_COST = 12  # the label differs from that of the bar before
-# The rarer, the more a quality must explain; in the order of `vocab.QUALITIES`.
+# The rarer a quality, the better it must fit. Chosen as docs/tokens.md says.
 _QUALITY_COSTS = {
     "maj": 0,
     "min": 2,
@@ -56,14 +56,14 @@ def pitch_class_weights(
     """Weight of each pitch class in each bar, and the pitch class of the bar's bass.
 
     Args:
-        start, length, pitch: notes [n], steps and MIDI pitch; drums left out.
+        start, length, pitch: notes [n] without drums, int64; start and length in steps, MIDI pitch.
         bar_start: first step of each bar [bars], ascending from 0; the last bar has no end.
 
     Returns:
-        weights: int64 [bars, 12], sounding steps times the weight of the place where the note begins and that
-            of its height over the bass.
-        bass: int64 [bars], pitch class of the lowest note that sounds in the first quarter of the bar, of the
-            whole bar if that quarter is silent; 0 in a silent bar.
+        weights: int64 [bars, 12], the sum over notes of their sounding steps times the weights of their onset
+            and of their height above the bass.
+        bass: int64 [bars], pitch class of the lowest note that sounds in the first quarter of the bar, or in
+            the whole bar if that quarter is silent; 0 for a silent bar.
     """
     bars = len(bar_start)
     first = np.searchsorted(bar_start, start, side="right") - 1
@@ -92,9 +92,10 @@ def pitch_class_weights(
 def label_bars(start: np.ndarray, length: np.ndarray, pitch: np.ndarray, bar_start: np.ndarray) -> np.ndarray:
     """Index of the CHORD label of each bar, int64 [bars]: 0 is N.
 
-    A label scores by how it fits the notes and the bass of its bar, less a cost for rare qualities and one
-    for each change of label: of all sequences of labels the best is taken (Viterbi).
-    A silent bar is N. So is a bar of a single pitch class, unless it goes on with the chord around it.
+    The score of a label says how well it fits the notes and the bass of its bar, less a cost for rare
+    qualities. Of all sequences of labels the one with the highest sum of scores, less a cost for each change
+    of label, is found by the Viterbi algorithm. A silent bar is N. A bar of a single pitch class is N, too,
+    unless keeping the chord of its neighbours scores higher.
 
     Arguments as in `pitch_class_weights`.
     """
@@ -104,7 +105,7 @@ def label_bars(start: np.ndarray, length: np.ndarray, pitch: np.ndarray, bar_sta
 
 
 def _scores(weights: np.ndarray) -> np.ndarray:
-    """How well each label fits each bar, int64 [bars, 1 + labels]: N, then roots counted from the bass.
+    """Score of each label in each bar, int64 [bars, 1 + labels]: N, then roots counted from the bass.
 
     Args:
         weights: int64 [bars, 12], counted from the bass.
@@ -123,16 +124,16 @@ def _scores(weights: np.ndarray) -> np.ndarray:
 
 
 def _best_path(score: np.ndarray, bass: np.ndarray) -> np.ndarray:
-    """The sequence of labels of the highest sum of scores and costs of change, int64 [bars].
+    """The labels, int64 [bars], with the highest sum of scores less the costs of changes.
 
     Args:
-        score: int64 [bars, 1 + labels], as of `_scores`.
-        bass: int64 [bars].
+        score: int64 [bars, 1 + labels], from `_scores`.
+        bass: int64 [bars], pitch classes.
 
-    Of equal ones a label that stays is taken, then the one of the lowest root above the bass.
+    Of equally good sequences one that keeps its label is preferred, then the lowest root above the bass.
     """
     bars, states = score.shape
-    # Where the labels of a bar stand in the bar before: its roots are counted from another bass.
+    # The same chord has another index in the bar before, where roots are counted from another bass.
     shift = (np.diff(bass) % 12) * _N_QUALITIES
     come_from = np.zeros((bars, states), dtype=np.int64)
     total = score[0].copy()

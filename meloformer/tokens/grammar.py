@@ -1,15 +1,16 @@
-"""Which tokens may follow: one automaton for validation and for the mask in generation.
+"""The grammar of songs: which tokens may come next, for validation and for the mask in generation.
 
     song  := BOS BAND+ bar+ EOS
     bar   := CHORD [TS] [CUT] [BPM] group*
     group := INST note+
     note  := [T] P [L] [V]
 
-Beyond that shape it knows what makes a song canonical: TS and BPM stand in the first bar and where
+Beyond these rules it requires the canonical form: TS and BPM stand in the first bar and where
 they change, TS stands after a bar that was cut short, BAND lists each instrument at most once, the groups of
 a bar are of listed instruments and stand in the order of the list, onsets rise inside a group, pitches inside
 an onset, onsets lie inside the bar, and T, L and V are left out when they repeat. The list may have any
-order, and instruments that never play; what `encode` writes has the order of the INST ids, and all play.
+order and include instruments that never play. By default `encode` lists exactly those that play, in the order
+of the INST ids.
 
 A fragment of a song may begin at any bar, with the band list but without BOS, and end after any token.
 """
@@ -30,7 +31,7 @@ def _all_but(family: vocab.Family, index: int | None) -> Ranges:
 
 
 class Grammar:
-    """The state of a song after some tokens; starts before the first."""
+    """The state of the grammar after some tokens of a song; a new one is before the first token."""
 
     def __init__(self):
         self._after = ""  # family name of the previous token
@@ -73,7 +74,7 @@ class Grammar:
         if after == "CHORD":
             if self._first_bar or self._after_cut:
                 return [(TS.start, TS.stop)]
-            # Inside a bar of several parts even the same signature says something: a new bar line.
+            # Within a bar of several parts even the same signature has a meaning: a new bar line.
             ranges += _all_but(TS, self._signature if self._part == 0 else None)
         if after in ("CHORD", "TS"):
             ranges.append((CUT.start, CUT.start + self._bar_steps - 1))
@@ -164,22 +165,22 @@ class Grammar:
 
     @property
     def signature(self) -> int | None:
-        """Index into `vocab.SIGNATURES` of the time signature in force."""
+        """Index into `vocab.SIGNATURES` of the time signature in force; None before the first."""
         return self._signature
 
     @property
     def bpm(self) -> int | None:
-        """The tempo in force."""
+        """The tempo in force, in BPM; None before the first."""
         return None if self._bpm is None else self._bpm + vocab.MIN_BPM
 
     @property
     def inside_bar(self) -> bool:
-        """Whether the part begun last goes on with a bar, where no bar line stands."""
+        """Whether the last CHORD began a further part of a bar, where there is no bar line."""
         return self._part > 0 and not self._after_cut
 
     @property
     def bar_ends(self) -> bool:
-        """Whether the next CHORD begins a bar, and not a further part of this one."""
+        """Whether the next CHORD begins a new bar rather than a further part of this one."""
         if self._signature is None or self._cut:
             return True
         parts = -(-int(vocab.SIGNATURE_STEPS[self._signature]) // vocab.MAX_BAR_STEPS)
@@ -195,7 +196,7 @@ def check(ids: np.ndarray) -> Grammar:
     """Run the grammar over token ids [n] and return its state after them.
 
     Raises:
-        ValueError: naming the index of the first token that may not stand where it does.
+        ValueError: the ids break the grammar; the message gives the index of the first wrong token.
     """
     grammar = Grammar()
     ids = np.asarray(ids)

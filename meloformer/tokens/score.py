@@ -1,6 +1,6 @@
-"""A song on the step grid: what tokens can say, between a MIDI file and token ids.
+"""A song quantised to steps: the form between a MIDI file and token ids, with what tokens can express.
 
-`from_midi` quantises; `to_midi` writes the score back. For every score made by `from_midi`,
+`from_midi` quantises; `to_midi` writes a score as MIDI. For every score made by `from_midi`,
 `from_midi(to_midi(score))` equals it.
 """
 
@@ -19,11 +19,11 @@ from . import vocab
 TICKS_PER_QUARTER = 480
 TICKS_PER_STEP = TICKS_PER_QUARTER // vocab.STEPS_PER_QUARTER
 MAX_TICK = 2**40  # keeps the arithmetic of steps inside 64 bits
-MAX_DRIFT = 0.05  # seconds; what a listener may notice between two players
-MAX_TEMPO_ERROR = 0.95  # BPM that a bar may be off to catch up
-MAX_EMPTY_BARS = 8  # a longer silence is told
-MAX_PIECES = 1_000_000  # of notes longer than the longest length; bounds memory, too
-MAX_BARS = 20_000  # beyond any music; bounds the memory that a hostile file can ask for
+MAX_DRIFT = 0.05  # seconds; more may be heard between two players
+MAX_TEMPO_ERROR = 0.95  # BPM by which a bar's tempo may differ from its mean to remove drift
+MAX_EMPTY_BARS = 8  # a longer silence is counted as the mend `long_silence`
+MAX_PIECES = 1_000_000  # further notes that long notes are split into; bounds memory
+MAX_BARS = 20_000  # more than any music has; bounds the memory that a malicious file can take
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Score:
         start, length: steps (24 to the quarter), `length` being one of `vocab.LENGTHS`.
         pitch: 0..127. velocity: bin 0..31. inst: 0..127 program, 128 drums.
     Bars [bars], gapless from step 0:
-        bar_start: first step. bar_steps: length; a bar over 8 quarters stands as several parts.
-        signature: index into `vocab.SIGNATURES`. part: 0 at a bar line, else number of the part.
-        bpm: mean tempo of the bar, whole quarter notes a minute.
+        bar_start: first step. bar_steps: length in steps; a bar over 8 quarters has an entry for each part.
+        signature: index into `vocab.SIGNATURES`. part: number of the part in its bar, 0 at a bar line.
+        bpm: mean tempo, in whole quarter notes a minute.
     """
 
     start: np.ndarray
@@ -56,11 +56,12 @@ def from_midi(midi: miditoolkit.MidiFile, notes: np.ndarray | None = None) -> Sc
 
     Args:
         midi: the song.
-        notes: its notes as `meloformer.midi.reader.read_notes` gives them, int64 [n, 5]; those of the
-            instruments of `midi` if None.
+        notes: its notes from `meloformer.midi.reader.read_notes`, int64 [n, 5]; None for those of the
+            instruments of `midi`.
 
     Raises:
-        MidiError: `no_notes`, or `too_long` for more than MAX_BARS bars.
+        MidiError: `no_notes`; `too_long` for more than MAX_BARS bars, a note after MAX_TICK, or too many long
+            notes.
         ValueError: a pitch, program, time or resolution outside what MIDI allows.
     """
     tpq = midi.ticks_per_beat
@@ -94,10 +95,11 @@ def notes_of(midi: miditoolkit.MidiFile) -> np.ndarray:
 
 
 def losses(midi: miditoolkit.MidiFile, notes: np.ndarray, song: Score) -> list[str]:
-    """Codes (of `meloformer.midi.reader.MENDS`) of what `song` cannot say, or says at great length.
+    """Codes (keys of `meloformer.midi.reader.MENDS`) of what tokens cannot express, and of long silences.
 
     Args:
-        midi, notes, song: what `from_midi` took and gave.
+        midi, notes: the arguments of `from_midi`.
+        song: its result.
     """
     codes = []
     longest = vocab.MAX_NOTE_STEPS * midi.ticks_per_beat / vocab.STEPS_PER_QUARTER
@@ -115,7 +117,7 @@ def losses(midi: miditoolkit.MidiFile, notes: np.ndarray, song: Score) -> list[s
 
 
 def _check(midi: miditoolkit.MidiFile) -> None:
-    """ValueError for what a MIDI file cannot hold but an object made by hand can."""
+    """Raise ValueError for values that a MIDI file cannot hold but a MidiFile object can."""
     if midi.ticks_per_beat < 1:
         raise ValueError(f"ticks_per_beat is {midi.ticks_per_beat}, must be at least 1")
     for change in midi.tempo_changes:
@@ -129,12 +131,18 @@ def _check(midi: miditoolkit.MidiFile) -> None:
 def resolve_overlaps(
     start: np.ndarray, length: np.ndarray, pitch: np.ndarray, velocity: np.ndarray, inst: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Make notes sayable: one note per instrument, pitch and start, none sounding into the next.
+    """Notes as tokens can express them: one per instrument, pitch and start, none sounding into the next.
 
-    Of notes that begin together the longest stays (the loudest of equals); a note that reaches into
-    the next of its pitch is cut there. A note longer than the longest length is struck again each time that
-    length is over. Lengths become the nearest of `vocab.LENGTHS` that fits.
-    Takes and returns int64 arrays, [n] and at least as many: start, length (steps), pitch, velocity, inst.
+    Of notes that begin together the longest is kept (the loudest of equally long ones); a note that sounds
+    into the next of its pitch is cut there. A note longer than the longest length becomes several notes, a
+    new one each time that length is over. Lengths become the nearest of `vocab.LENGTHS` that fits.
+
+    Args:
+        start, length: steps, int64 [n].
+        pitch, velocity, inst: int64 [n].
+
+    Returns:
+        The same five, ordered by instrument, pitch and start; their number may be smaller or larger than n.
 
     Raises:
         MidiError: `too_long`, if long notes would become more than MAX_PIECES notes.
@@ -165,12 +173,12 @@ def resolve_overlaps(
 
 
 def _to_steps(ticks: np.ndarray, tpq: int) -> np.ndarray:
-    """Nearest step (halves up), in integers: a float would round differently on re-encoding."""
+    """Nearest step (halves up), in integers: floats could round differently when a song is encoded again."""
     return (2 * vocab.STEPS_PER_QUARTER * ticks + tpq) // (2 * tpq)
 
 
 def _last_per_time(events: list[tuple], default: tuple) -> list[tuple]:
-    """Events (time, ...) in time order, the last one at each time; `default` from time 0 if none is."""
+    """Events (time, ...) in time order, of each time the last; `default` at time 0 if there is none."""
     by_time = {}
     for event in sorted(events, key=lambda e: e[0]):
         by_time[max(event[0], 0)] = event[1:]
@@ -192,7 +200,7 @@ def _bar_lines(midi: miditoolkit.MidiFile, end: int) -> tuple[np.ndarray, np.nda
     rows: list[tuple[int, int, int, int]] = []
     for (begin, n, d), following in itertools.zip_longest(changes, changes[1:]):
         stop = following[0] if following else math.inf
-        signature, true_steps = _sayable_signature(n, d)
+        signature, true_steps = _signature_in_vocab(n, d)
         nominal = int(vocab.SIGNATURE_STEPS[signature])
         for bar in itertools.count():
             low = begin + round(bar * true_steps)
@@ -208,11 +216,12 @@ def _bar_lines(midi: miditoolkit.MidiFile, end: int) -> tuple[np.ndarray, np.nda
     return tuple(np.array(rows, dtype=np.int64).T)
 
 
-def _sayable_signature(n: int, d: int) -> tuple[int, Fraction]:
+def _signature_in_vocab(n: int, d: int) -> tuple[int, Fraction]:
     """Index of the signature to write for n/d, and the bar's true length in steps.
 
-    A signature outside the vocabulary is written as the shortest one that is no shorter, and each of
-    its bars is then cut to the true length, so that bar lines stay where they are.
+    A signature outside the vocabulary is written as the shortest one that is not shorter, and each of its
+    bars is then cut to the true length, so that bar lines stay where they are. (Bars shorter than a step, or
+    longer than every signature, change their length.)
     """
     steps = Fraction(4 * vocab.STEPS_PER_QUARTER * n, d)
     if (n, d) in vocab.SIGNATURE_INDEX:
@@ -223,10 +232,11 @@ def _sayable_signature(n: int, d: int) -> tuple[int, Fraction]:
 
 
 def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.ndarray) -> np.ndarray:
-    """Tempo of each bar: the mean that makes it last as long as its tempo changes do, in whole BPM.
+    """Tempo of each bar in whole BPM: the mean that makes the bar last as long as it does in the file.
 
-    Rounding would make a song at 81.5 BPM drift by seconds. Once it is off by `MAX_DRIFT`, bars are
-    rounded the other way until it is on time again. An already rounded song is never off.
+    Rounding alone would make a song at 81.5 BPM drift by seconds. Once it is off by `MAX_DRIFT`, bars are
+    rounded the other way until it is on time again. A decoded song never drifts: its tempi are whole
+    numbers and change at bar lines.
     """
     changes = _last_per_time([(t.time, t.tempo) for t in midi.tempo_changes], default=(120.0,))
     change_at = np.array([time for time, _ in changes]) / midi.ticks_per_beat  # quarters
@@ -240,7 +250,7 @@ def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.
     quarters = np.diff(edges)
     mean = np.clip(60.0 * quarters / seconds, vocab.MIN_BPM, vocab.MAX_BPM)
     rounded = np.rint(mean)
-    drift, catching_up = 0.0, 0  # seconds behind the file; 1 while bars are played faster for it
+    drift, catching_up = 0.0, 0  # seconds behind the file; 1 or -1 while bars are rounded up or down
     for bar in range(len(mean)):
         if abs(drift) > MAX_DRIFT:
             catching_up = 1 if drift > 0 else -1
@@ -254,7 +264,7 @@ def _bar_tempo(midi: miditoolkit.MidiFile, bar_start: np.ndarray, bar_steps: np.
 
 
 def to_midi(score: Score, chords: np.ndarray, band: Iterable[int] = ()) -> miditoolkit.MidiFile:
-    """Write a score as a MIDI file with one track per instrument and chord labels as markers.
+    """The score as a MidiFile with one track per instrument and chord labels as markers.
 
     Args:
         score: the song.
@@ -267,7 +277,7 @@ def to_midi(score: Score, chords: np.ndarray, band: Iterable[int] = ()) -> midit
     bars = zip(score.bar_start, score.signature, score.part, score.bpm, chords)
     for at, signature, part, bpm, chord in bars:
         tick = int(at) * TICKS_PER_STEP
-        # A bar line before the signature expects one is written by stating the signature again.
+        # A bar line earlier than the signature would place it is written by stating the signature again.
         if part == 0 and (signature != previous_signature or at != bar_end):
             n, d = vocab.SIGNATURES[signature]
             midi.time_signature_changes.append(miditoolkit.TimeSignature(n, d, tick))

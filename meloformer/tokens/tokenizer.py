@@ -1,7 +1,6 @@
 """HIDTokenizer: MIDI files to token ids and back.
 
-Encoding and decoding work on whole arrays. For every `ids = encode(song)` the decoded song encodes
-to the same ids.
+For every `ids = encode(song)` the decoded song encodes to the same ids.
 """
 
 import os
@@ -32,13 +31,14 @@ class HIDTokenizer:
         """Token ids of a song, uint16 [n], from BOS to EOS.
 
         Args:
-            song: the path of a MIDI file, or a parsed one (taken as it is, unmended).
+            song: the path of a MIDI file, which is mended, or a parsed file, which is taken as it is.
             band: the instruments (programs, 128 for drums) in the order in which to list them and to write
-                their groups; more than play may be listed. None lists those that play in the canonical order.
+                their groups; it may include some that do not play. None: those that play, in canonical order.
 
         Raises:
             MidiError: the file cannot become a song; `reason` says why.
-            ValueError: `band` names an instrument twice, none that exists, or not all that play.
+            ValueError: `band` lists an instrument twice or one that does not exist, or leaves out one that
+                plays; or a parsed file has values that MIDI does not allow.
         """
         return self.encode_with_mends(song, band)[0]
 
@@ -49,11 +49,11 @@ class HIDTokenizer:
         *,
         sustain: bool = False,
     ) -> tuple[np.ndarray, frozenset[str]]:
-        """As `encode`, and the codes (`meloformer.midi.reader.MENDS`) of what was mended in the file.
+        """Like `encode`; also returns the codes (keys of `meloformer.midi.reader.MENDS`) of mends.
 
         Args:
             band: as for `encode`.
-            sustain: whether notes of a file sound on while the pedal (controller 64) is down.
+            sustain: whether notes of a file sound on while the sustain pedal (controller 64) is down.
         """
         if isinstance(song, miditoolkit.MidiFile):
             return encode_score(score.from_midi(song), band), frozenset()
@@ -62,11 +62,10 @@ class HIDTokenizer:
         return encode_score(quantised, band), frozenset([*mends, *score.losses(midi, notes, quantised)])
 
     def decode(self, ids: Iterable[int]) -> miditoolkit.MidiFile:
-        """The song that token ids spell: int [n]. A fragment that ends with a note is decoded alike.
+        """The song of token ids, int [n]: a whole song, or a fragment that ends where a bar may end.
 
-        Each program that plays has a track of its own, in the order of the band list. From 16 melodic
-        programs on they share channels, and then only `midi.writer.write_midi` writes
-        a file that plays right.
+        Each program that plays has a track of its own, in the order of the band list. More than 15 melodic
+        programs must share channels in a file, and only `midi.writer.write_midi` writes them correctly.
 
         Raises:
             ValueError: the ids break the grammar (the message names the first bad token), hold no
@@ -75,7 +74,7 @@ class HIDTokenizer:
         ids = np.asarray(ids)
         state = grammar.check(ids)
         if not (state.bar_complete or (len(ids) and ids[-1] == vocab.EOS)):
-            raise ValueError("the ids end where no song may end")
+            raise ValueError("the token ids end inside a bar header or a note, or hold no bar")
         return score.to_midi(*decode_score(ids), attributes.band(ids))
 
     def token_name(self, token: int) -> str:
@@ -105,7 +104,7 @@ def encode_score(song: Score, band: Iterable[int] | None = None) -> np.ndarray:
     velocity = song.velocity[order]
 
     def changes(*columns: np.ndarray) -> np.ndarray:
-        """Where a row differs from the row before it; the first always does."""
+        """Which notes (or bars) differ from the one before in any of `columns`; the first always does."""
         different = np.ones(len(columns[0]), dtype=bool)
         different[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
         return different
@@ -123,7 +122,7 @@ def encode_score(song: Score, band: Iterable[int] | None = None) -> np.ndarray:
     chord = label_bars(song.start[~drums], song.length[~drums], song.pitch[~drums], song.bar_start)
     nominal = vocab.SIGNATURE_STEPS[song.signature] - song.part * vocab.MAX_BAR_STEPS
     cut = song.bar_steps < np.minimum(nominal, vocab.MAX_BAR_STEPS)
-    # A bar line is early if the bar before it, or a part of it, did not run its full length.
+    # A bar line is early if the bar before it, or a part of that bar, was cut.
     early = np.append(False, (song.bar_steps < nominal)[:-1]) & (song.part == 0)
     bar_slots = [
         (np.ones(len(chord), dtype=bool), vocab.CHORD, chord),
@@ -132,7 +131,7 @@ def encode_score(song: Score, band: Iterable[int] | None = None) -> np.ndarray:
         (changes(song.bpm), vocab.BPM, song.bpm - vocab.MIN_BPM),
     ]
 
-    # Bar headers and notes interleave by bar: a header's key sorts before the notes of its bar.
+    # Merge bar headers and notes: the sort key of a header is below that of the notes of its bar.
     bar_ids, bar_rows = _flatten(bar_slots)
     note_ids, note_rows = _flatten(note_slots)
     keys = np.concatenate((2 * bar_rows, 2 * bar_of_note[note_rows] + 1))
@@ -162,7 +161,11 @@ def _band_list(playing: np.ndarray, band: Iterable[int] | None) -> tuple[np.ndar
 
 
 def _flatten(slots: list[tuple[np.ndarray, vocab.Family, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of the slots that are present, row by row, and the row of each."""
+    """Token ids of the slots that are present, row by row, and the row of each (a row is a bar or a note).
+
+    Args:
+        slots: (present, family, value) of each token that a row may have, in order; arrays of [rows].
+    """
     present = np.stack([slot[0] for slot in slots], axis=1)  # [rows, slots]
     ids = np.stack([family.start + value for _, family, value in slots], axis=1)
     return ids[present], np.nonzero(present)[0]
@@ -184,7 +187,7 @@ def decode_score(ids: np.ndarray) -> tuple[Score, np.ndarray]:
     velocity = ids[attributes.last_index(vocab.V.mask(ids))[velocity_at]] - vocab.V.start
 
     bar_start = bars.start
-    # A generated song may let a note sound into the next of its pitch; an encoded one never does.
+    # In a generated song a note may sound into the next of its pitch; in an encoded one it never does.
     notes = score.resolve_overlaps(
         bar_start[scanned.bar[note]] + onset,
         length,

@@ -1,7 +1,7 @@
-"""The HID vocabulary: which id means what. Every other module asks here.
+"""The HID vocabulary: the meaning of every token id. No other module defines ids.
 
-A family is a run of consecutive ids of one token type; `FAMILIES` lists them in id order. The song
-grammar built from them is in `meloformer.tokens.grammar`.
+A family is a range of consecutive ids of one token type; `FAMILIES` lists them in id order. The grammar of
+songs is in `meloformer.tokens.grammar`.
 """
 
 import hashlib
@@ -13,22 +13,22 @@ from functools import cache
 import numpy as np
 
 FORMAT_VERSION = 2
-# Fingerprints of earlier versions, so that a refusal can name the version of old data.
+# Fingerprints of earlier versions, so that an error message can name the version of old data.
 EARLIER_VERSIONS = {"e619bafa40d3a3fe0ce1bc25f7602ef33788cc7aa14e65fb5c2528fd96aab23f": 1}
 STEPS_PER_QUARTER = 24
 MAX_BAR_STEPS = 8 * STEPS_PER_QUARTER  # a longer bar is split into parts of this many steps
 MAX_NOTE_STEPS = 64 * STEPS_PER_QUARTER
-MIN_BPM, MAX_BPM = 4, 480  # ritardandi of real songs go below 20; a MIDI file can say no tempo below 3.6
+MIN_BPM, MAX_BPM = 4, 480  # ritardandi of real songs go below 20; MIDI has no tempo below 3.6
 VELOCITY_BINS = 32
 RESERVED_IDS = 8
 DRUMS = 128  # the instrument number of drums; 0..127 are General MIDI programs
 NO_INSTRUMENT = 129
-IGNORE_INDEX = -100  # the target of a token that predicts nothing, as PyTorch's cross entropy has it
+IGNORE_INDEX = -100  # target of a token without a next token; the default of PyTorch's cross entropy
 
 PITCH_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 
-# Chord qualities as semitones above the root, in the order of the CHORD ids. Few: rare ones are seldom right,
-# and hard to predict.
+# Chord qualities as semitones above the root, in the order of the CHORD ids. Rare qualities are left out:
+# their labels would seldom be right, and hard to predict.
 QUALITIES: dict[str, tuple[int, ...]] = {
     "maj": (0, 4, 7),
     "min": (0, 3, 7),
@@ -45,8 +45,8 @@ QUALITIES: dict[str, tuple[int, ...]] = {
     "dim7": (0, 3, 6, 9),
 }
 
-# BAND and INST ids stand in the order in which `encode` lists instruments and writes them inside a bar:
-# drums, bass, then the General MIDI families that mostly play chords, then those that mostly play melodies.
+# The canonical order of instruments: that of the BAND and INST ids, in which `encode` lists and writes them.
+# Drums, bass, then the General MIDI families that mostly play chords, then those that mostly play melodies.
 _FAMILY_ORDER = (4, 0, 2, 3, 1, 6, 11, 5, 7, 8, 9, 10, 12, 13, 14, 15)
 INSTRUMENTS = np.array([DRUMS, *(8 * family + i for family in _FAMILY_ORDER for i in range(8))])
 INSTRUMENT_RANK = np.argsort(INSTRUMENTS)  # [129] instrument number -> index of its BAND and INST id
@@ -59,9 +59,8 @@ SIGNATURE_INDEX = {signature: i for i, signature in enumerate(SIGNATURES)}
 def _length_steps() -> np.ndarray:
     """Note lengths in steps: exact to a quarter, then geometric with at most 3 % error.
 
-    The bound holds for rounding down, which a note needs that ends where its pitch is struck again.
-    Binary and dotted lengths are kept exact; between two of them stand as few values as the bound
-    allows.
+    The bound holds for rounding down, since a note that ends where its pitch is struck again must not become
+    longer. Binary and dotted lengths are exact; between two of them are as few values as the bound allows.
     """
     exact = STEPS_PER_QUARTER
     lengths = list(range(1, exact + 1))
@@ -82,7 +81,7 @@ LENGTHS = _length_steps()
 
 @dataclass(frozen=True)
 class Family:
-    """Consecutive ids `start .. stop - 1`, the value of id `i` being `i - start`."""
+    """Consecutive ids `start` to `stop - 1`; id `i` has the value `i - start` and the label of that index."""
 
     name: str
     start: int
@@ -120,8 +119,8 @@ def _families() -> tuple[Family, ...]:
         "P": tuple(str(pitch) for pitch in range(128)),
         "L": tuple(str(steps) for steps in LENGTHS),
         "V": tuple(str(b) for b in range(VELOCITY_BINS)),
-        # No song has these yet. Planned: a part of the song that stands first although it sounds later, so
-        # that infilling sees what follows. Ids kept free for it spare data and checkpoints a new format.
+        # In no song yet. Planned for infilling: a later part of the song, given first, so that the model sees
+        # what follows. With ids reserved for it, that needs no new format of data and checkpoints.
         "RESERVED": tuple(str(i) for i in range(RESERVED_IDS)),
     }
     families, start = [], 0
@@ -158,7 +157,7 @@ def ids_by_name() -> dict[str, int]:
 
 
 def to_json() -> dict:
-    """All that fixes the meaning of an id, as plain JSON values."""
+    """Everything that defines the meaning of the ids, as plain JSON values."""
     return {
         "format": "HID",
         "version": FORMAT_VERSION,
@@ -175,7 +174,7 @@ def fingerprint() -> str:
 
 
 def mismatch(fingerprint: str) -> str:
-    """How data with another `fingerprint` was written, to complete the sentence "it was written ..."."""
+    """How data with this other fingerprint was written: completes an error message "... was written ..."."""
     version = EARLIER_VERSIONS.get(fingerprint)
     if version is None:
         return "with another tokenizer"
@@ -183,12 +182,12 @@ def mismatch(fingerprint: str) -> str:
 
 
 def velocity_to_bin(velocity: np.ndarray) -> np.ndarray:
-    """MIDI velocity 1..127 to a bin 0..31."""
+    """The bin (0..31) of each MIDI velocity (1..127)."""
     return np.asarray(velocity) * VELOCITY_BINS // 128
 
 
 def bin_to_velocity(index: np.ndarray) -> np.ndarray:
-    """The middle velocity of a bin."""
+    """The MIDI velocity in the middle of each bin."""
     return np.asarray(index) * (128 // VELOCITY_BINS) + 64 // VELOCITY_BINS
 
 
