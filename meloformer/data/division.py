@@ -1,4 +1,4 @@
-"""Which songs are trained on, which validate, and which are left out."""
+"""Divides songs into training and validation songs and those that are left out."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from .shards import LEFT_OUT, TRAIN, VALIDATION
 
 @dataclass(frozen=True)
 class Division:
-    """Where the songs of a folder stand.
+    """The division of the songs of a folder.
 
     side: uint8 [songs], TRAIN, VALIDATION or LEFT_OUT.
-    kept: int64 [songs], the song that stands for the cluster of each: for a song that is left out, the one
+    kept: int64 [songs], the representative of the cluster of each song; for a song that is left out, the one
         that is kept in its place.
-    clusters: clusters of two songs or more.
-    clustered: songs in those.
-    largest: songs of the largest of them; 0 if there is none.
+    clusters: number of clusters of at least two songs.
+    clustered: number of songs in these clusters.
+    largest: number of songs in the largest of them; 0 if there is none.
     """
 
     side: np.ndarray
@@ -28,7 +28,7 @@ class Division:
 
 
 def in_validation(digests: np.ndarray, val_split: float) -> np.ndarray:
-    """Which songs (digests uint8 [n, 16]) a share of `val_split` draws for validation (bool [n]).
+    """Which songs (digests uint8 [n, 16]) are for validation if a fraction `val_split` is (bool [n]).
 
     Depends on each song's content alone, not on other songs, their order or the shards.
     """
@@ -45,18 +45,19 @@ def divide(
     named: Set[bytes] | None,
     keep_all: bool,
 ) -> Division:
-    """Divide songs so that none has a near-duplicate on the other side.
+    """Divide songs so that no training song has a near-duplicate among the validation songs.
 
-    The song that stands for a cluster is the one with most tokens, of several the one with the lowest digest.
-    The side that its digest draws is that of the cluster.
+    The representative of a cluster is its song with most tokens, of several the one with the lowest digest.
+    Its digest decides the side of the whole cluster, unless songs are named.
 
     Args:
         cluster: int64 [songs], equal for songs of one cluster.
         lengths: int64 [songs], tokens.
         digests: uint8 [songs, 16].
-        named: digests of the songs that validate, and no others. Their near-duplicates are left out, also
-            with `keep_all`. None: drawn by `val_split`.
-        keep_all: keep the near-duplicates.
+        val_split: fraction of songs for validation, if none are named.
+        named: digests of the validation songs. Their other near-duplicates are left out, also with
+            `keep_all`. None: `val_split` decides.
+        keep_all: keep near-duplicates instead of only the representative.
     """
     songs = len(cluster)
     if named is None:

@@ -1,8 +1,9 @@
-"""What a song is recognised by, whatever its key, tempo, dynamics and instruments.
+"""Motifs: hashes of a song's bars that do not depend on its key, tempo, velocities and instruments.
 
-A motif is what one instrument plays in one bar, and also what all but the drums play there together: onsets
-to the nearest 1/32 note, and pitches above the lowest. Lengths, velocities and drums play no part.
-Near-duplicates are found by the motifs that two songs share (`near_duplicates`).
+The notes of one instrument in one bar give a motif, and so do the notes of all instruments but drums in the
+bar. A motif is a hash of their onsets, to the nearest 1/32 note, and of their pitches above the lowest.
+Lengths, velocities and drums do not count. Two songs that share many motifs are near-duplicates: see
+`near_duplicates`.
 """
 
 import numpy as np
@@ -11,16 +12,18 @@ from ..tokens import vocab
 from ..tokens.attributes import last_index
 
 MOTIF_DTYPE = np.dtype("<u8")
-GRID = vocab.STEPS_PER_QUARTER // 8  # steps: so a file that was saved on a coarser clock keeps its motifs
-MIN_NOTES, MIN_PITCHES = 4, 3  # a motif with fewer is played in too many songs: one note on every beat
+GRID = (
+    vocab.STEPS_PER_QUARTER // 8
+)  # steps; coarse, so that a file saved with fewer ticks per quarter keeps its motifs
+MIN_NOTES, MIN_PITCHES = 4, 3  # simpler motifs, such as one note on every beat, are in too many songs
 _PITCHES = 128
 
 
 def motifs(ids: np.ndarray) -> np.ndarray:
-    """64-bit hashes of the distinct motifs of a song, ascending (uint64 [m], m may be 0).
+    """The distinct motifs of a song as 64-bit hashes, ascending: uint64 [m]; m may be 0.
 
     Args:
-        ids: token ids [n] of one song of the grammar, any integer dtype.
+        ids: token ids [n] of one song that follows the grammar, any integer dtype.
     """
     ids = np.asarray(ids)
     at = np.flatnonzero(vocab.P.mask(ids))
@@ -37,21 +40,21 @@ def motifs(ids: np.ndarray) -> np.ndarray:
 
 
 def _of_groups(slot: np.ndarray, pitch: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Hashes of the groups of notes that tell something; int64 [notes] each, `group` ascending."""
+    """Hashes of the groups with enough notes and pitches; int64 [notes] each, `group` ascending."""
     if not len(group):
         return np.zeros(0, MOTIF_DTYPE)
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     notes = np.diff(starts, append=len(group))
     low, high = np.minimum.reduceat(pitch, starts), np.maximum.reduceat(pitch, starts)
-    between = (pitch > np.repeat(low, notes)) & (pitch < np.repeat(high, notes))  # some: at least 3 pitches
+    between = (pitch > np.repeat(low, notes)) & (pitch < np.repeat(high, notes))  # any: at least 3 pitches
     tells = (notes >= MIN_NOTES) & np.logical_or.reduceat(between, starts)
-    # A sum, so that the order of the notes in the song does not matter. It wraps around, as a hash may.
+    # A sum, so that the order of the notes does not matter. It may overflow: it is a hash.
     sums = np.add.reduceat(_mix(slot * _PITCHES + pitch - np.repeat(low, notes)), starts)
     return _mix(sums[tells])
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64-bit numbers to others that look random."""
+    """The mixing function of SplitMix64 (Steele, Lea, Flood 2014): a hash of 64-bit numbers."""
     x = values.astype(MOTIF_DTYPE) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""Clusters of songs that share most of their motifs, in time and memory that grow with the number of songs.
+"""Clusters of songs that share most of their motifs, in time and memory linear in the number of songs.
 
-No song is compared with all others. Songs that have a motif in common stand together once all motifs are
-sorted, and each is compared with the next few there alone; the comparison itself is exact.
+A song is not compared with all others. All motifs are sorted, and under each motif a song is compared with
+the next few songs that have it; the comparison itself is exact.
 """
 
 from array import array
@@ -13,28 +13,28 @@ import numpy as np
 
 from .motifs import MOTIF_DTYPE
 
-# Two songs are near-duplicates if they share SHARE of the motifs of the one that has fewer, and MARGIN more.
-# Of 3,034 real songs few pairs share between a fifth and a half. Nine in ten of those above have drum bars in
-# common, too, which are in no motif (of other pairs, 3 in 1,000). The margin asks for more of short songs;
-# those of fewer than 6 motifs are never joined.
+# Two songs are near-duplicates if they share at least the fraction SHARE of the motifs of the one with fewer,
+# and MARGIN more. Among 3,034 real songs few pairs share between a fifth and a half. Of the pairs above,
+# nine in ten also have drum bars in common, which are in no motif (of other pairs, 3 in 1,000). The margin
+# asks for a larger fraction of short songs; songs of fewer than 6 motifs are never near-duplicates.
 SHARE, MARGIN = 0.5, 3
 MIN_MOTIFS = int(MARGIN / (1 - SHARE))
-NEIGHBOURS = 2  # with one, and with all, the clusters of those songs are the same
-# A motif in more songs than this, and than one in a thousand, says nothing: a scale, a chord on every beat.
+NEIGHBOURS = 2  # next songs compared; 1, or all of them, give those 3,034 songs the same clusters
+# A motif in more songs than this, and in more than one in a thousand, is ignored: a scale, a repeated chord.
 COMMON = 256
 
-_AT_ONCE = 1 << 20  # motifs that are sorted at a time, by some 80 bytes each
-_MAX_PASSES = 256  # over the files; beyond, more are sorted at a time
+_AT_ONCE = 1 << 20  # motifs sorted at a time; sorting takes about 80 bytes for each
+_MAX_PASSES = 256  # over the files; if these do not suffice, more motifs are sorted at a time
 
 
 class Motifs:
-    """The motifs of many songs, by number: `motifs[song]` is a view, uint64 [m], ascending.
+    """The motifs of many songs: `motifs[song]` are those of one song, a view, uint64 [m], ascending.
 
     Args:
-        parts: hashes (uint64, the songs back to back) and offsets (int64 [n + 1]) of n songs each.
+        parts: for each shard of n songs the hashes (uint64, song after song) and the offsets (int64 [n + 1]).
 
     Attributes:
-        counts: int32 [songs], motifs of each song.
+        counts: int32 [songs], number of motifs of each song.
     """
 
     def __init__(self, parts: Sequence[tuple[np.ndarray, np.ndarray]]):
@@ -52,7 +52,7 @@ class Motifs:
         return hashes[offsets[i] : offsets[i + 1]]
 
     def between(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """All motifs from `low` to `high` (uint64) and their songs (int64), song by song."""
+        """All motifs from `low` to `high` (uint64) and the song of each (int64), ordered by song."""
         found, songs = [], []
         for first, (hashes, offsets) in zip(self._first, self._parts):
             at = np.flatnonzero((hashes >= low) & (hashes <= high))
@@ -61,7 +61,7 @@ class Motifs:
         return np.concatenate(found), np.concatenate(songs)
 
     def slices(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """`between` for consecutive ranges that hold all motifs: as many of each as fits in memory."""
+        """`between` of consecutive ranges that cover all motifs, each with about _AT_ONCE motifs or fewer."""
         total = int(self.counts.sum(dtype=np.int64))
         passes = 1
         while passes < _MAX_PASSES and total > passes * _AT_ONCE:
@@ -72,12 +72,13 @@ class Motifs:
 
 
 def clusters(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
-    """For each song the lowest number among the songs of its cluster (int64 [songs]).
+    """For each song the lowest number of a song in its cluster (int64 [songs]).
 
-    Near-duplicates form a cluster with their near-duplicates, and so on. Which songs do depends on their
-    content alone, not on their numbers.
+    A cluster is a song with its near-duplicates, their near-duplicates, and so on. Which songs form a cluster
+    depends on their content alone, not on their numbers.
 
     Args:
+        motifs: the motifs of all songs.
         digests: content digests, uint8 [songs, 16], all different.
     """
     songs = len(motifs)
@@ -105,7 +106,7 @@ def clusters(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
 
 
 def shared(one: np.ndarray, other: np.ndarray, common: np.ndarray) -> int:
-    """How many motifs two songs have in common, those in `common` not counted (all uint64, ascending)."""
+    """How many motifs two songs share, without those in `common` (all uint64, ascending)."""
     if len(one) > len(other):
         one, other = other, one
     both = one[_in(one, other)]
@@ -113,27 +114,28 @@ def shared(one: np.ndarray, other: np.ndarray, common: np.ndarray) -> int:
 
 
 def _in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """Which of `values` are in `ascending` (bool)."""
+    """Which of `values` are in the sorted array `ascending` (bool)."""
     if not len(ascending):
         return np.zeros(len(values), bool)
     return ascending.take(ascending.searchsorted(values), mode="clip") == values
 
 
 def _common(motifs: Motifs) -> np.ndarray:
-    """The motifs of too many songs to tell any, ascending."""
+    """The motifs that are in too many songs to count, ascending."""
     limit = max(COMMON, len(motifs) // 1000)
     found = [np.zeros(0, MOTIF_DTYPE)]
     for hashes, _ in motifs.slices():
         hashes.sort()
-        # One that is there again `limit` places further is in more than `limit` songs.
+        # A motif that is there again `limit` places later is in more than `limit` songs.
         found.append(np.unique(hashes[limit:][hashes[limit:] == hashes[: max(len(hashes) - limit, 0)]]))
     return np.concatenate(found)
 
 
 def _similar_first(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
-    """The songs (int64) in an order, by their content, in which those that share most motifs are often close.
+    """The songs (int64) in an order, by content alone, that often puts similar songs side by side.
 
-    The lowest hash of a set is as good as drawn: how likely two sets have the same is how far they overlap.
+    They are sorted by their two lowest hashes. The probability that two sets have the same lowest hash is the
+    size of their intersection over that of their union (MinHash, Broder 1997).
     """
     lowest = np.zeros((2, len(motifs)), MOTIF_DTYPE)
     for song in range(len(motifs)):
@@ -144,7 +146,12 @@ def _similar_first(motifs: Motifs, digests: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(hashes: np.ndarray, place: np.ndarray, songs: int) -> Iterator[tuple[int, int]]:
-    """Pairs of places, each once, of songs that stand close together under one motif; ascending."""
+    """Pairs of places, each once and ascending, of songs that are close together under one motif.
+
+    Args:
+        hashes, place: motif and place of the song in the order, sorted by motif, then place.
+        songs: number of all songs.
+    """
     pairs = [np.zeros(0, np.int64)]
     for step in range(1, NEIGHBOURS + 1):
         same = hashes[step:] == hashes[: max(len(hashes) - step, 0)]
@@ -154,7 +161,7 @@ def _neighbours(hashes: np.ndarray, place: np.ndarray, songs: int) -> Iterator[t
 
 
 class _Sets:
-    """Disjoint sets of the numbers 0 .. count - 1, each known by its lowest; 8 bytes a number."""
+    """Disjoint sets of the numbers 0 .. count - 1, each represented by its lowest; 8 bytes a number."""
 
     def __init__(self, count: int):
         self._parent = array("q", range(count))

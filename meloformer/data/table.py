@@ -1,4 +1,4 @@
-"""What preprocess prints of a finished folder."""
+"""The table that preprocess prints for a finished folder."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ from .shards import LEFT_OUT, ShardSet
 ALL_REASONS = {
     **REASONS,
     **workers.REASONS,
-    "duplicate": "same tokens as an earlier file",
-    "near_duplicate": "shares most of its bars with a song that is kept",
+    "duplicate": "an earlier file has the same tokens",
+    "near_duplicate": "the song shares most of its bars with a song that is kept",
 }
 
 
 def print_table(songs: ShardSet, records: Iterable[dict]) -> None:
-    """The summary of a finished folder, from its manifest, its indexes and its completion records."""
+    """Print the table of a finished folder, from its manifest, indexes and completion records (`records`)."""
     totals, dropped, mends = Counter(), Counter(), Counter()
     for record in records:
         totals.update(files=record["files"], kept=record["kept"])
