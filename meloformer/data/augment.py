@@ -1,11 +1,10 @@
-"""Augmentation: another key, loudness, tempo and order of the band for every sample, computed on token ids.
+"""Augmentation: another key, velocity, tempo and order of the band for every sample, computed on token ids.
 
-A change keeps the number of tokens, which packing reads from the index, and the canonical form: the song that
-the changed ids spell encodes to them. So of each change only those values are drawn that fit the sample.
+A change keeps the number of tokens, which packing reads from the index, and the canonical form: decoding and
+encoding the changed ids gives the same ids. So for each change only values that fit the sample are drawn.
 
-Documents lie back to back, as in `attributes.scan`, and those of a batch are changed in one call: the loader
-is so fast that NumPy calls for every sample would double its time. What is done for every token is done in
-uint16, for the same reason.
+Documents lie back to back, as in `attributes.scan`, and those of a batch are changed in one call: NumPy calls
+for every sample would double the time of the loader. For the same reason, work on every token is in uint16.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from ..tokens import attributes, vocab
 from ..tokens.attributes import TokenAttributes
 from ..tokens.vocab import BAND, BPM, CHORD, DRUMS, INST, MAX_BPM, MIN_BPM, P, T, V
 
-MAX_SEMITONES = 6  # upwards; downwards one less, since -6 gives the key of +6
+MAX_SEMITONES = 6  # up; one less down, since -6 and +6 give the same key
 MAX_BINS = vocab.VELOCITY_BINS - 1
 MAX_PERCENT = 50
 
-_LABELS = len(CHORD) - 1  # without N
-_FOR_BAND = 3  # place in a sample's random stream; those before are for key, velocity and tempo
+_LABELS = len(CHORD) - 1  # chord labels without N
+_FOR_BAND = 3  # index in a sample's random stream; the numbers before are for key, velocity and tempo
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Augmentation:
     transpose: semitones up or down, 0 to `MAX_SEMITONES`; 6 reaches every key, by -5 to +6.
     velocity: velocity bins up or down, 0 to `MAX_BINS`.
     tempo: percent faster or slower, 0 to `MAX_PERCENT`.
-    band_order: whether the band is listed, and its groups are written, in random order.
+    band_order: whether to list the band, and order the groups of every bar, at random.
     """
 
     transpose: int
@@ -50,8 +49,8 @@ OFF = Augmentation(transpose=0, velocity=0, tempo=0, band_order=False)
 
 
 def seeds_of_epoch(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """A number for each sample, uint64 [samples], that decides its changes in this epoch."""
-    # The third number tells the stream from that of `packing.rows_of_epoch`.
+    """A random seed for each sample, uint64 [samples], for its changes in this epoch."""
+    # With the third number the stream differs from that of `packing.rows_of_epoch`.
     return np.random.PCG64([seed, epoch, 1]).random_raw(samples)
 
 
@@ -63,11 +62,12 @@ def augment(
     Args:
         ids: token ids, uint16 [n], of whole songs or of samples as `Samples.read` gives them, back to back.
         starts: ascending indices at which the documents begin, int64 [D]; the first is 0.
-        seeds: of each document, uint64 [D], from `seeds_of_epoch`. The changes of a document depend on its
-            own seed and ids alone.
+        seeds: one for each document, uint64 [D], from `seeds_of_epoch`. The changes of a document depend only
+            on its seed and ids.
+        settings: how far documents may be changed.
 
     Returns:
-        ids: uint16 [n], the documents beginning where they did.
+        ids: uint16 [n]; documents begin at the same indices as before.
         scanned: `attributes.scan` of them.
     """
     ids = reorder_bands(ids, starts, seeds) if settings.band_order else ids.copy()
@@ -84,9 +84,12 @@ def augment(
 
 
 def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """The documents with their bands listed, and their groups written, in random order; as for `augment`.
+    """The documents with their band lists, and the groups of every bar, in random order.
 
-    T, L and V begin anew in every group, so groups are moved as they are.
+    T, L and V reset in every group, so groups move unchanged. Arguments are as for `augment`.
+
+    Returns:
+        ids: uint16 [n].
     """
     at = np.flatnonzero(ids < T.start)
     head = ids[at]
@@ -102,8 +105,8 @@ def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.
     place = np.zeros(len(starts) * len(BAND), dtype=np.int64)
     place[band_doc * len(BAND) + band - BAND.start] = 1 + within
 
-    # A document is parted into its band list, the headers of its bars, its groups and its end: `whole` says
-    # which parts keep their place, the groups between two of them being sorted.
+    # A document consists of its band list, bar headers, groups and EOS. `whole` marks the parts that keep
+    # their place; the groups between two of these are sorted.
     is_group = INST.mask(head)
     whole = CHORD.mask(head) | (head == vocab.EOS)
     whole[begins] = True
@@ -112,7 +115,7 @@ def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.
     group = np.flatnonzero(is_group[part])
     of_group = part[group]
     key[group] += place[doc[of_group] * len(BAND) + head[of_group] - INST.start]
-    order = np.argsort(key, kind="stable")  # fast where nearly in order
+    order = np.argsort(key, kind="stable")  # fast for nearly sorted keys
 
     begin = at[part]
     length = np.diff(begin, append=len(ids))[order]
@@ -132,12 +135,12 @@ def _transpose(
     random: np.ndarray,
     semitones: int,
 ) -> None:
-    """Transpose each document, but for drums, by a shift that keeps its pitches in range.
+    """Transpose each document except its drums, in place, by a shift that keeps its pitches in range.
 
     Args:
         melodic: which tokens are not of drums, bool [n].
-        heads: ascending indices that hold all chords.
-        random: in [0, 1), of each document; so in what follows.
+        heads: ascending indices that include all CHORD tokens.
+        random: a number in [0, 1) for each document, float64 [D].
     """
     shift = _shift(ids, starts, P, melodic, random, min(semitones, MAX_SEMITONES - 1), semitones)
     chords = heads[(ids[heads] > CHORD.start) & (ids[heads] < CHORD.stop)]  # without N
@@ -155,15 +158,16 @@ def _shift(
     down: int,
     up: int,
 ) -> np.ndarray:
-    """Shift a family's values in each document by one number from `-down` to `up` that keeps all in range.
+    """Add to a family's values in each document, in place, one number from `-down` to `up` that fits all.
 
     Args:
-        among: which tokens to shift, bool [n].
+        among: which tokens may be shifted, bool [n], or True for all.
+        random: as for `_transpose`.
 
     Returns:
         The shift of each document, int64 [D].
     """
-    value = ids - np.uint16(family.start)  # modulo 2^16, so large before the family as well as after it
+    value = ids - np.uint16(family.start)  # modulo 2^16, so ids below the family become large, too
     chosen = (value < len(family)) & among
     top = len(family) - 1
     value *= chosen
@@ -177,10 +181,10 @@ def _shift(
 def _scale_tempo(
     ids: np.ndarray, starts: np.ndarray, heads: np.ndarray, random: np.ndarray, percent: int
 ) -> None:
-    """Change all tempi of each document by one percentage, rounded to whole numbers, halves up.
+    """Change all tempi of each document, in place, by one percentage, rounded to whole BPM, halves up.
 
-    A tempo is written where it changes only. So a percentage is drawn that keeps every change a change, and
-    all tempi in range.
+    A tempo is written only where it changes. So a percentage is drawn that keeps neighbouring tempi different
+    and all tempi in range.
     """
     at = heads[BPM.mask(ids[heads])]
     tempi = ids[at].astype(np.int64) - BPM.start + MIN_BPM
@@ -190,7 +194,7 @@ def _scale_tempo(
     scaled = (tempi * (100 + percents[:, None]) + 50) // 100  # [percents, tempi]; exact, being integers
     wrong = (scaled < MIN_BPM) | (scaled > MAX_BPM)
     repeats = scaled[:, 1:] == scaled[:, :-1]
-    repeats[:, first[1:] - 1] = False  # of two documents
+    repeats[:, first[1:] - 1] = False  # neighbours in two documents
     wrong[:, 1:] |= repeats
     fits = ~np.logical_or.reduceat(wrong, first, axis=1)  # [percents, D]
     wanted = _pick(random, 0, fits.sum(axis=0) - 1)  # 0 percent always fits
@@ -204,18 +208,20 @@ def _counts(at: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _pick(random: np.ndarray, low: np.ndarray | int, high: np.ndarray) -> np.ndarray:
-    """A whole number from low to high, both included, for each of `random` in [0, 1); int64."""
+    """For each of `random`, in [0, 1), a whole number from low to high, both included; int64."""
     return low + (random * (high - low + 1)).astype(np.int64)
 
 
 def _uniform(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The random numbers in [0, 1) at given places of each seed's stream, float64; both broadcast."""
+    """The random numbers in [0, 1) at indices `place` of each seed's stream, float64; both broadcast."""
     return (_random(seeds, place) >> np.uint64(11)) * 2.0**-53
 
 
 def _random(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The uint64 numbers at given places of each seed's stream: SplitMix64 (Steele, Lea, Flood 2014), whose
-    n-th number follows from the seed and n."""
+    """The uint64 numbers at indices `place` of each seed's stream; both broadcast.
+
+    The generator is SplitMix64 (Steele, Lea, Flood 2014), whose n-th number is a function of the seed and n.
+    """
     x = seeds + (place + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""MIDI files -> shards of tokens. What it promises is in docs/data.md.
+"""MIDI files -> shards of tokens. docs/data.md says what is guaranteed.
 
 Worker processes import this module, so it must stay free of torch.
 """
@@ -37,7 +37,7 @@ from .workers import Failure, Result, run_tasks
 
 RUN = "run.json"
 FAILED = "failed.tsv"
-ELSEWHERE = "use another --output, or --overwrite to delete what is there"
+ELSEWHERE = "use another --output, or --overwrite to delete its files"
 
 _OURS = re.compile(
     rf"(shard-\d{{5,}}\.(bin|idx|motifs|json)|{shards.MANIFEST}|{shards.TOKENIZER}|{shards.DIVISION}|{RUN}|{FAILED})"
@@ -54,7 +54,7 @@ def _tokenizer() -> HIDTokenizer:
 
 
 class Encoded(NamedTuple):
-    """A MIDI file as tokens: ids uint16 [n], its bars, what was mended, and its motifs (uint64 [m])."""
+    """A MIDI file as tokens: ids uint16 [n], number of bars, codes of mends, and motifs (uint64 [m])."""
 
     ids: np.ndarray
     bars: int
@@ -63,7 +63,7 @@ class Encoded(NamedTuple):
 
 
 def encode_file(path: str, sustain: bool = False) -> Encoded | Failure:
-    """The tokens of a MIDI file, or why it is refused."""
+    """The tokens of a MIDI file, or the reason to refuse it; runs in a worker process."""
     try:
         ids, mends = _tokenizer().encode_with_mends(path, sustain=sustain)
     except MidiError as error:
@@ -86,9 +86,9 @@ def write_shards(
     """Write shards `finished`, `finished` + 1, ...: shard k holds files k * shard_size and after.
 
     Args:
-        results: what `encode_file` made of files `finished * shard_size` .. `total` - 1, in order.
-        seen: digests of the songs that are there already; the new ones are added.
-        named: the files that --val_list names.
+        results: results of `encode_file` for files `finished * shard_size` .. `total` - 1, in order.
+        seen: digests of the songs in finished shards; those of new songs are added.
+        named: the files named by --val_list.
     """
     results = iter(results)
     for number in range(finished, -(-total // shard_size)):
@@ -124,7 +124,7 @@ def write_shards(
 
 
 def _records(folder: Path, count: int, *, rehash: bool = False) -> Iterator[dict]:
-    """Completion records of shards 0, 1, ..., up to the first that is not finished."""
+    """Completion records of shards 0, 1, ..., up to the first shard that is not finished."""
     for number in range(count):
         record = shards.read_record(folder, number, rehash=rehash)
         if record is None:
@@ -134,7 +134,7 @@ def _records(folder: Path, count: int, *, rehash: bool = False) -> Iterator[dict
 
 
 def _check_report(source: Path, record: dict) -> None:
-    """UserError if the counts in a completion record are missing or contradict each other."""
+    """Raise UserError if the counts in a completion record are missing or contradict each other."""
     files, kept = (shards.field(source, record, key, int) for key in ("files", "kept"))
     dropped, mends = (shards.field(source, record, key, dict) for key in ("dropped", "mends"))
     failures = shards.field(source, record, "failures", list)
@@ -156,11 +156,11 @@ def _check_report(source: Path, record: dict) -> None:
 
 
 def _claim(folder: Path, run: dict, overwrite: bool) -> None:
-    """Make `folder` belong to this run, or to the same one that was broken off."""
+    """Mark `folder` as belonging to this run, unless it is marked so already; UserError if to another."""
     ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
     marker = folder / RUN
     if overwrite:
-        # These two first: without them, nobody takes what is left for a finished folder, or resumes it.
+        # These two first: without them the rest is not mistaken for a finished folder or a run to resume.
         for path in sorted(ours, key=lambda path: path.name not in (shards.MANIFEST, RUN)):
             path.unlink()
         sync_folder(folder)
@@ -195,12 +195,12 @@ def preprocess(
     sustain: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """What the command does; see `--help` for the arguments.
+    """Run the command; its `--help` describes the arguments.
 
     Raises:
-        UserError: the input names no files, none of them became a song, `val_list` names other files, or
-            `output` is taken.
-        OSError: the disk is full, or the like; the same call goes on where it stopped.
+        UserError: there are no input files, none of them became a song, `val_list` names files that are not
+            among them, or `output` belongs to another run.
+        OSError: for example, the disk is full; the same call resumes where this one stopped.
     """
     files = in_order(find_files(source), seed, limit)
     named = None if val_list is None else named_files(val_list, source, files)
@@ -245,7 +245,7 @@ def _run(
         (folder / shards.MANIFEST).unlink(missing_ok=True)
         if finished < count:
             if finished:
-                print(f"{folder}: goes on after {finished} of {count} shards")
+                print(f"{folder}: resumes after {finished} of {count} shards")
             results = run_tasks(
                 partial(encode_file, sustain=True) if run["sustain"] else encode_file,
                 islice(files, counts["done"], None),
@@ -254,9 +254,12 @@ def _run(
                 memory_bytes=run["memory_mb"] << 20,
             )
             shown = _with_progress(results, len(files), counts)
-            with contextlib.closing(results), contextlib.closing(shown):  # the bar ends before an error shows
+            with (
+                contextlib.closing(results),
+                contextlib.closing(shown),
+            ):  # ends the progress bar before an error is printed
                 write_shards(folder, shown, len(files), run["shard_size"], finished, seen, named)
-        seen.clear()  # what follows needs memory, too
+        seen.clear()  # near-duplicates are found next, and need memory
         _finish(folder, run, count)
 
 
@@ -290,7 +293,7 @@ def _finish(folder: Path, run: dict, count: int) -> None:
 
 
 def _division(folder: Path, run: dict) -> Division:
-    """Where the songs of all finished shards stand, by their motifs, `run`, and what --val_list named."""
+    """The division of the songs of all finished shards, by their motifs, `run` and the songs named."""
     lengths, digests, hashes, named = [], [], [], set()
     for record in _records(folder, -(-run["files"] // run["shard_size"])):
         index = shards.read_index(folder / record["shard"]["idx"]["name"], run["fingerprint"])
@@ -310,7 +313,7 @@ def _division(folder: Path, run: dict) -> Division:
 
 
 def _write_failures(folder: Path, count: int, division: Division) -> None:
-    """Write `failed.tsv`: the files that gave no song and, shard by shard after them, the near-duplicates."""
+    """Write `failed.tsv`: for each shard the files that gave no song, then its near-duplicates left out."""
     left_out = np.flatnonzero(division.side == shards.LEFT_OUT)
     wanted, names, first = {*left_out.tolist(), *division.kept[left_out].tolist()}, {}, 0
     for record in _records(folder, count):
@@ -329,7 +332,7 @@ def _write_failures(folder: Path, count: int, division: Division) -> None:
 
 
 def _manifest(folder: Path, run: dict, division: Division) -> dict:
-    """The manifest of a folder whose other files are all there, made from them, `run` and its division."""
+    """The manifest of a folder whose other files are complete, from these files, `run` and the division."""
     count = -(-run["files"] // run["shard_size"])
     entries = [record["shard"] for record in _records(folder, count)]
     return {
@@ -355,10 +358,10 @@ def _manifest(folder: Path, run: dict, division: Division) -> dict:
 
 
 def verify(folder: str | os.PathLike) -> shards.ShardSet:
-    """Compare every byte of a finished folder with its manifest, and the manifest with the run.
+    """Check every byte of a finished folder against its manifest, and the manifest against the run.
 
     Raises:
-        UserError: the first thing found wrong, with the name of its file.
+        UserError: something is wrong; the message names the first such file.
     """
     songs = shards.verify(folder)
     source, marker = songs.folder / shards.MANIFEST, songs.folder / RUN

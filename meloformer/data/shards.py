@@ -1,6 +1,6 @@
 """Tokens on disk: shards of songs, written atomically and read by memory mapping.
 
-The format, byte by byte, is in docs/data.md. Nothing here is unpickled.
+docs/data.md describes the format byte by byte. Nothing is pickled.
 """
 
 import bisect
@@ -35,7 +35,7 @@ DIGEST_BYTES = 16
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 DIVISION = "division.bin"
-TRAIN, VALIDATION, LEFT_OUT = range(3)  # the bytes of the division
+TRAIN, VALIDATION, LEFT_OUT = range(3)  # values of the bytes in `division.bin`
 
 _HEADER = struct.Struct("<8sII32sQQ")  # magic, version, bytes per token, fingerprint, songs, tokens
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -51,7 +51,7 @@ def _token_bytes(ids: np.ndarray) -> memoryview:
 
 
 def field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
-    """The entry `key` of a record read from `source`; UserError if there is none of that type."""
+    """The entry `key` of a record read from `source`; UserError if there is none of type `kind`."""
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(f"{source}: the entry '{key}' is missing or of the wrong type")
@@ -59,7 +59,7 @@ def field(source: Path, record: dict, key: str, kind: type | tuple[type, ...]):
 
 
 def _listed_file(source: Path, record: dict, key: str) -> Path:
-    """The file that entry `key` of a manifest names: a regular file of its own folder, of that size."""
+    """The file that entry `key` names; UserError unless it has the listed size and is in the same folder."""
     entry = field(source, record, key, dict)
     name = field(source, entry, "name", str)
     if not _PLAIN_NAME.fullmatch(name):
@@ -76,7 +76,7 @@ def _listed_file(source: Path, record: dict, key: str) -> Path:
 
 
 def file_entry(path: Path) -> dict:
-    """What a manifest says of a file: name, bytes, SHA-256 (64 hex digits)."""
+    """The manifest's entry for a file: name, bytes, SHA-256 (64 hex digits)."""
     digest, size = sha256_of_file(path)
     return _entry(path.name, size, digest)
 
@@ -86,7 +86,7 @@ def _entry(name: str, size: int, sha256: str) -> dict:
 
 
 def intact_file(source: Path, record: dict, key: str) -> Path:
-    """The file that entry `key` of a record read from `source` names; UserError unless it is as listed."""
+    """Like `_listed_file`; UserError also unless the file has the listed SHA-256."""
     path = _listed_file(source, record, key)
     if file_entry(path) != record[key]:
         raise UserError(f"{path}: its SHA-256 is not the one in {source.name}: the file is damaged")
@@ -102,7 +102,7 @@ def shard_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What a shard's .idx file says of its n songs."""
+    """The content of a shard's .idx file about its n songs."""
 
     offsets: np.ndarray  # int64 [n + 1]: song i is tokens offsets[i] .. offsets[i + 1] - 1
     digests: np.ndarray  # uint8 [n, 16]
@@ -113,7 +113,8 @@ def read_index(path: Path, fingerprint: str) -> Index:
     """Read and check an .idx file.
 
     Raises:
-        UserError: it is damaged, of another version, or of another tokenizer than `fingerprint`.
+        UserError: it is damaged, has another format version, or belongs to another tokenizer than
+            `fingerprint`.
     """
     with open_to_read(path) as file:
         data = file.read()
@@ -144,7 +145,7 @@ def read_motifs(path: Path, songs: int) -> tuple[np.ndarray, np.ndarray]:
     """The .motifs file of a shard: all hashes (uint64, mapped) and where each song's lie (int64 [songs + 1]).
 
     Raises:
-        UserError: it is damaged, or not of that many songs.
+        UserError: it is damaged, or is not for that many songs.
     """
     numbers = _map(path, MOTIF_DTYPE)
     at = len(numbers) - songs - 1
@@ -155,7 +156,7 @@ def read_motifs(path: Path, songs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ShardWriter:
-    """Writes one shard: `add` songs, then `finish`. Until then there are temporary files only.
+    """Writes one shard: `add` songs, then `finish`. Until then it has temporary files only.
 
     Memory: 36 bytes per song; tokens and motifs go to their files as they come.
     """
@@ -184,7 +185,7 @@ class ShardWriter:
         self._digests += digest
 
     def finish(self, report: dict) -> dict:
-        """Complete the shard; returns its completion record, which includes `report`.
+        """Complete the shard; returns its completion record, which includes the entries of `report`.
 
         The record is written after the shard's other files are synced: a shard with a record is finished.
         """
@@ -210,9 +211,9 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file written bit by bit, and the hash of what was to be written.
+    """A file written piece by piece, and the SHA-256 of what was written to it.
 
-    A hash of the file read back would seal what a disk garbled, too.
+    A hash computed by reading the file back would miss what the disk had damaged.
     """
 
     def __init__(self, path: Path):
@@ -225,15 +226,15 @@ class _HashedFile:
         self._size += len(data)
 
     def put_in_place(self) -> dict:
-        """Sync and rename it; returns its entry of a manifest."""
+        """Sync the file and rename it to its final name; returns its entry for the manifest."""
         put_in_place(self.file, self._path)
         return _entry(self._path.name, self._size, self._hash.hexdigest())
 
 
 def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | None:
-    """The completion record of a shard whose files are complete; None if it is not finished.
+    """The completion record of a shard; None if the shard is not finished.
 
-    Sizes are checked, with `rehash` also the hashes.
+    The sizes of its files are checked, with `rehash` also their hashes: UserError if they differ.
     """
     path = Path(folder) / f"{shard_name(number)}.json"
     if not path.exists():
@@ -251,7 +252,7 @@ def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | No
 
 
 class ShardSet:
-    """All songs of a preprocessed folder, by number.
+    """All songs of a preprocessed folder, numbered from 0.
 
     `shards[i]` is a read-only uint16 [n] view into the mapped file: tokens are read on access, and a song is
     found in O(log shards).
@@ -259,15 +260,15 @@ class ShardSet:
     Attributes:
         folder: the folder it was opened from.
         manifest: the content of its manifest.
-        val_split: the fraction of songs meant for validation; 0 if they were named.
+        val_split: the fraction of songs meant for validation; 0 if they were named by --val_list.
         lengths: int64 [songs], tokens of each song.
         bars: int32 [songs], bars (CHORD tokens) of each song.
         digests: uint8 [songs, 16], content digests.
         division: uint8 [songs], TRAIN, VALIDATION or LEFT_OUT.
 
     Raises:
-        UserError: something in the folder is missing or damaged, or belongs to another tokenizer than
-            `fingerprint` (64 hex digits; by default this program's vocabulary).
+        UserError: a file is missing or damaged, or the folder belongs to another tokenizer than `fingerprint`
+            (64 hex digits; by default that of this program's vocabulary).
     """
 
     def __init__(self, folder: str | os.PathLike, fingerprint: str | None = None):
@@ -327,13 +328,13 @@ class ShardSet:
         return self._tokens[shard][offsets[i] : offsets[i + 1]]
 
     def split(self, name: str) -> np.ndarray:
-        """Numbers of the songs in "train" or "val" (int64, ascending); near-duplicates may be in neither."""
+        """Numbers of the songs in "train" or "val" (int64, ascending); songs left out are in neither."""
         if name not in ("train", "val"):
             raise ValueError(f"no split {name!r}: it is 'train' or 'val'")
         return np.flatnonzero(self.division == (VALIDATION if name == "val" else TRAIN))
 
     def sha256(self) -> str:
-        """Of all songs and on which side each is (64 hex digits)."""
+        """SHA-256 of the digests of all songs and of their division (64 hex digits)."""
         return hashlib.sha256(self.digests.tobytes() + self.division.tobytes()).hexdigest()
 
 
@@ -347,12 +348,12 @@ def _map(path: Path, dtype: np.dtype = TOKEN_DTYPE) -> np.ndarray:
 
 
 def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSet:
-    """Read all shards and the tokenizer: hashes, digests, bar counts, and the grammar of every song.
+    """Check all shards and the tokenizer: hashes, digests, bar counts, motifs, and the grammar of every song.
 
-    What else the folder of a run holds is compared by `preprocess.verify`.
+    `build.verify` checks the other files of the folder.
 
     Raises:
-        UserError: the first thing found wrong, with the name of its file.
+        UserError: something is wrong; the message names the first such file.
     """
     songs = ShardSet(folder, fingerprint)
     source = songs.folder / MANIFEST
