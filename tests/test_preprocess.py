@@ -117,15 +117,15 @@ def test_no_song_at_all(tmp_path, capsys):
 
 
 BAD_ARGUMENTS = {
-    "nothing": ([], "--input and --output are needed"),
-    "no output": (["--input", "x"], "--input and --output are needed"),
+    "nothing": ([], "--input and --output are required"),
+    "no output": (["--input", "x"], "--input and --output are required"),
     "no workers": (["--input", "x", "--output", "y", "--workers", "0"], "not at least 1"),
     "endless timeout": (["--input", "x", "--output", "y", "--timeout", "1" + "0" * 20], "--timeout"),
     "endless memory": (["--input", "x", "--output", "y", "--memory-mb", "9" * 14], "--memory-mb"),
     "negative seed": (["--input", "x", "--output", "y", "--seed", "-1"], "--seed"),
     "val_split 1": (["--input", "x", "--output", "y", "--val_split", "1"], "not below 1"),
     "no such input": (["--input", "nowhere", "--output", "y"], "No such file"),
-    "verify and input": (["--input", "x", "--verify", "y"], "--verify goes without"),
+    "verify and input": (["--input", "x", "--verify", "y"], "--verify cannot be combined"),
     "verify nothing": (["--verify", "nowhere"], "nowhere: is not a folder"),
 }
 

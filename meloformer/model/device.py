@@ -1,4 +1,4 @@
-"""The choice of a device and of an attention backend, for every command that computes."""
+"""Choice of the device and the attention backend, for every command that runs a model."""
 
 import torch
 
@@ -10,10 +10,10 @@ from .transformer import DENSE, ModelConfig
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that a --device flag means: auto, cpu, cuda or cuda:N.
 
-    'auto' is CUDA if there is any; 'cuda' is the GPU of number `local_rank`.
+    'auto' is 'cuda' if PyTorch sees a GPU, otherwise 'cpu'; 'cuda' is the GPU with the number `local_rank`.
 
     Raises:
-        UserError: there is no such device.
+        UserError: `name` is not one of these, or there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,14 +33,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_attention(name: str, device: torch.device, model: ModelConfig) -> str:
-    """The attention that an --attention flag means for a model on `device`.
+    """The attention backend that an --attention flag means for a model on `device`.
 
     Raises:
-        UserError: it is not of that model, or cannot run there.
+        UserError: the model was trained with other attention, or the backend cannot run on `device`.
     """
     if model.dense:
         if name not in ("auto", DENSE):
-            raise UserError(f"--attention {name}: the model is dense, it was trained without summaries")
+            raise UserError(f"--attention {name}: the model is dense: it was trained without summaries")
         return DENSE
     if name == DENSE:
         raise UserError(f"--attention {DENSE}: the model was trained with summaries, and needs them")

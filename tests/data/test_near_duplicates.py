@@ -389,7 +389,7 @@ BAD = {
     "beyond the limit": ("0.mid\n1.mid\n2.mid\n3.mid", ["--limit", "1"], "is not among the 1 files"),
     "empty": ("\n\n", [], "the list is empty"),
     "no text": ("a\0", [], "is not a text file"),
-    "with a share": ("0.mid", ["--val_split", "0.1"], "--val_list goes without --val_split"),
+    "with a share": ("0.mid", ["--val_split", "0.1"], "--val_list and --val_split cannot be combined"),
 }
 
 
