@@ -74,8 +74,7 @@ class HIDTokenizer:
         ids = np.asarray(ids)
         state = grammar.check(ids)
         if not (state.bar_complete or (len(ids) and ids[-1] == vocab.EOS)):
-            where = "before the first bar, in a bar header, or before a note is complete"
-            raise ValueError(f"the ids end where no song may end: {where}")
+            raise ValueError("the token ids end inside a bar header or a note, or hold no bar")
         return score.to_midi(*decode_score(ids), attributes.band(ids))
 
     def token_name(self, token: int) -> str:
