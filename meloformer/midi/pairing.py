@@ -28,8 +28,8 @@ class Note(NamedTuple):
         key: channel (with its port) << 7 | pitch.
         velocity: 1..127.
         instrument: program 0..127, plus `channels.DRUMS` for a drum kit.
-        ended: what ended it: `BY_OFF` (a note-off or a controller), `BY_STRIKE` (it was struck again) or
-            `BY_TRACK_END`.
+        ended: what ended it: `BY_OFF` (a note-off or a controller), `BY_STRIKE` (it was struck again, or is a
+            drum note ended by a controller) or `BY_TRACK_END`.
     """
 
     start: int
@@ -119,10 +119,10 @@ def _pair_track(
     paired = Paired()
     notes, unmatched = paired.notes, paired.unmatched
     sounding: dict[int, dict[int, list[tuple[int, int, int]]]] = defaultdict(dict)  # by channel, by key
-    struck: dict[int, int] = {}  # key -> the first of the notes that its last strike ended
-    awaited: dict[
-        int, tuple[int, int]
-    ] = {}  # key -> when notes of it ended last, how many of their offs may follow
+    # By key: the first note that was ended when the key was last struck again; when notes last ended, and how
+    # many of their note-offs may still come on that tick.
+    struck: dict[int, int] = {}
+    awaited: dict[int, tuple[int, int]] = {}
     restruck: Counter[int] = Counter()
     programs: dict[int, int] = {}
     bank: dict[int, int] = {}
@@ -141,7 +141,7 @@ def _pair_track(
                     for key, open_notes in sounding.pop(channel, {}).items():
                         for start, velocity, instrument in open_notes:
                             ended = BY_OFF
-                            if instrument >= DRUMS:  # a hit that lacks its off: it was over long ago
+                            if instrument >= DRUMS:  # it has no note-off, and may have ended long before
                                 ended = BY_STRIKE
                                 paired.missing[key] += 1
                             notes.append(Note(start, tick, key, velocity, instrument, ended))
@@ -161,7 +161,7 @@ def _pair_track(
             if open_notes is None:
                 unmatched[key].append(tick)
             elif open_notes[0][0] == tick and awaited.get(key, _NEVER)[0] == tick and awaited[key][1]:
-                # Written behind the onset; its note has ended on this tick already.
+                # The note-off comes after the note-on that has already ended its note on this tick.
                 awaited[key] = tick, awaited[key][1] - 1
                 if key in struck:
                     index = struck.pop(key)
@@ -212,23 +212,23 @@ def _pair_track(
 
 
 def _borrow_offs(tracks: list[Paired], mends: Counter[str]) -> None:
-    """Let notes without a note-off take unmatched ones of other tracks, of keys whose note-offs are missing.
+    """Give notes whose note-offs are missing in their track the unmatched ones of other tracks.
 
-    Each takes the first after its start, but none after a strike that ended it; later notes choose first.
+    Each note takes the first after its start, unless it was struck again before; later notes choose first.
     """
     unmatched: dict[int, list[int]] = defaultdict(list)
     for paired in tracks:
         for key, ticks in paired.unmatched.items():
             if key not in paired.missing:
                 unmatched[key] += ticks
-    unended: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # start, track, place of a note
+    unended: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # start, track, index of a note
     for index, paired in enumerate(tracks):
         if not unmatched.keys().isdisjoint(paired.missing):
             for place, note in enumerate(paired.notes):
                 if note.ended != BY_OFF and note.key in unmatched and note.key in paired.missing:
                     unended[note.key].append((note.start, index, place))
     for key, waiting in unended.items():
-        offs, later = sorted(unmatched[key]), []  # `later`: those behind the start, the first of them last
+        offs, later = sorted(unmatched[key]), []  # `later`: those after the start, in descending order
         group, end = None, None
         for start, index, place in sorted(waiting, reverse=True):
             note = tracks[index].notes[place]

@@ -51,7 +51,7 @@ def sustain(scanned: list[smf.Track], tracks: list[list[Note]], limit: int) -> l
 
 
 def _pedal_events(scanned: list[smf.Track], limit: int) -> dict[int, list[tuple[int, bool | None]]]:
-    """(tick, whether down) of each channel, in time order; None where all sound ends and the pedal stays."""
+    """(tick, whether the pedal is down; None for All Sound Off) by channel, in time order."""
     events = defaultdict(list)
     for track in scanned:
         for tick, status, number, value in track.events:
@@ -68,7 +68,7 @@ def _pedal_events(scanned: list[smf.Track], limit: int) -> dict[int, list[tuple[
 
 
 def _holds(changes: list[tuple[int, bool | None]]) -> tuple[list[int], list[int | None]]:
-    """When the pedal goes down, and up again (None: never)."""
+    """Ticks from which the pedal holds notes, and when each hold ends (None: never)."""
     downs: list[int] = []
     releases: list[int | None] = []
     down = False
@@ -76,7 +76,7 @@ def _holds(changes: list[tuple[int, bool | None]]) -> tuple[list[int], list[int 
         if is_down is None:
             if down:
                 releases[-1] = tick
-                downs.append(tick + 1)  # a note that ends on this tick is ended with the others
+                downs.append(tick + 1)  # notes that end on this tick are not held
                 releases.append(None)
             continue
         if is_down and not down:

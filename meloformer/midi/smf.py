@@ -24,8 +24,8 @@ SYSEX = -2  # the type that `_read_system` returns for a system-exclusive messag
 # The controllers that are kept; 124 to 127 change the mode of a channel, and all of 123 to 127 end its notes.
 _CONTROLLERS = frozenset({BANK, PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, *range(ALL_NOTES_OFF, 128)})
 
-_SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # every other system status stands alone
-_UNDEFINED = frozenset({0xF4, 0xF5, 0xF9, 0xFD})  # system statuses
+_SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # other system messages have none
+_UNDEFINED = frozenset({0xF4, 0xF5, 0xF9, 0xFD})  # system status bytes that MIDI does not define
 _HEADER_BYTES = 14
 _READ_AHEAD = bytes(16)  # lets the scan look past the end instead of checking before every byte
 _LOW_28_BITS = (1 << 28) - 1  # the largest number a MIDI file can hold
@@ -73,9 +73,9 @@ class Scan:
 def scan(data: bytes) -> Scan:
     """Read a whole file; if it is a copy in text mode, the file that was copied.
 
-    Such a copy has a byte 0D before every byte 0A. Files that happen to look so, say for the line ends of a
-    text, are told by what there is to repair: less without these 0D in a copy, more in a file that had them.
-    Taking out one 0D before each 0A restores a file exactly, also where it held 0D 0A itself.
+    Such a copy has a byte 0D before every byte 0A. Other files may have that, too, for example in the line
+    ends of a text. So the file is read with and without these 0D; it is a copy if less is repaired without.
+    Removing one 0D before each 0A restores a file exactly, also where it held 0D 0A itself.
 
     Raises:
         MidiError: `not_midi`, if there is no complete header.
@@ -198,10 +198,10 @@ def _read_events(
     Returns the position after the last event and whether the mark was found. The position is beyond `limit`
     if the last event did not fit; that event is dropped.
 
-    Counted as damaged are notes with a data byte above 127, data bytes without a status, times that do not
-    fit into 4 bytes, and statuses that MIDI does not define. What programs write by habit is not: a velocity
-    of 128, controllers above 127, times with zeros before them or negative ones, messages without a length,
-    and what a recorder keeps of the line, such as clock, time code and active sensing.
+    Counted as damaged are notes with a data byte above 127, data bytes without a status byte, delta times
+    that do not fit into 4 bytes, and status bytes that MIDI does not define. What programs write by habit is
+    not: a velocity of 128, controller values above 127, delta times that are negative or have leading zeros,
+    system-exclusive messages without a length, and recorded clock, time code and active sensing.
     """
     add, metas, mends = track.events.append, found.metas, found.mends
     tick = status = port = 0
