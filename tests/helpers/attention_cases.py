@@ -1,9 +1,9 @@
-"""Structures for attention tests, and the oracle that judges every backend.
+"""Structures for attention tests, and the oracle that every backend is compared with.
 
 Songs are lists of (bar, inst, kind, onset) made by a generator that follows the token grammar; a row
-is a list of songs, a batch a list of rows. The oracle is written from the rule table of the design,
-pair by pair in Python, and from the attention formula; it uses nothing of the code under test. (Long
-structures, in `dense_case`, go by the rule itself, which is tested against the oracle.)
+is a list of songs, a batch a list of rows. The oracle implements the visibility table pair by pair in Python,
+and the attention formula; it uses none of the code under test. (For long structures, `dense_case` uses the
+visibility rule of the code, which is tested against the oracle.)
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ SEES = {
     "next": {T: {T, P}, P: {T, P, L}, L: {V}, V: {T, P}},
     "any": {T: NOTE, P: NOTE, L: NOTE, V: NOTE},
 }
-NEW_RULES = ("next", "any")  # what differs from the rule that all other tests go by
+NEW_RULES = ("next", "any")  # those other than `alike`, the default of the tests
 
 
 class Token(NamedTuple):
@@ -75,7 +75,7 @@ def song(
     return tokens
 
 
-# Two bars of one instrument, far apart: whole lines of the later one see whole tiles of the earlier one.
+# Two bars of one instrument, far apart: query blocks of the later one see whole tiles of the earlier one.
 FULL_COLUMNS: Batch = [[[Token(8 * (i >= 150), 0, P, i) for i in range(300)]]]
 
 
@@ -114,7 +114,7 @@ def facts(batch: Batch, length: int | None = None) -> dict[str, Tensor]:
 def structure(
     batch: Batch, length: int | None = None, num_summaries: int | None = None, kind_rule: str = "alike"
 ) -> Structure:
-    """By the original scheme, but for the kind rule; `any` goes with the near bars of the default."""
+    """A structure with the kind rule and the near bars that go with it (`NEAR_BARS_OF`)."""
     near_bars = NEAR_BARS_OF[kind_rule]
     return Structure.build(
         **facts(batch, length), num_summaries=num_summaries, near_bars=near_bars, kind_rule=kind_rule
@@ -128,7 +128,7 @@ class Case(NamedTuple):
 
 
 def dense_case(packed: Structure) -> Case:
-    """The masks by the rule itself, for structures that are too long for the oracle in Python."""
+    """The masks by the visibility rule of the code, for structures too long for the oracle in Python."""
     keys = packed.keys.at(slice(None), None)
     summaries, tokens = (x.at(slice(None), slice(None), None) for x in (packed.summaries, packed.tokens))
     regular_mask = regular_sees(tokens, keys, packed.near_bars, packed.kind_rule)
@@ -144,7 +144,7 @@ def case(name: str, seed: int = 0, kind_rule: str = "alike") -> Case:
 def oracle_masks(
     batch: Batch, near_bars: tuple[int, ...] | None = None, kind_rule: str = "alike"
 ) -> tuple[Tensor, Tensor]:
-    """Who sees whom by the design's table, near bars as in `structure`: bool [B, M, M + N], [B, N, M + N]."""
+    """Masks by the visibility table, near bars as in `structure`: bool [B, M, M + N], [B, N, M + N]."""
     near_bars = NEAR_BARS_OF[kind_rule] if near_bars is None else near_bars
     length = max(sum(map(len, row)) for row in batch)
     bars = [[(d, bar) for d, s in enumerate(row) for bar in sorted({t.bar for t in s})] for row in batch]
@@ -171,7 +171,7 @@ def oracle_masks(
 
 
 def _sees(t: Token, u: Token, near_bars: tuple[int, ...], sees: dict[int, set[int]]) -> bool:
-    """RR, for u not after t in the same document."""
+    """Whether regular token t sees u, which is in the same document and not after t."""
     bar_rule = (u.kind == STRUCTURAL and u.inst == NONE) or t.inst == u.inst or t.bar - u.bar in near_bars
     kind_rule = t.kind == STRUCTURAL or u.kind == STRUCTURAL or t.onset == u.onset or u.kind in sees[t.kind]
     return bar_rule and kind_rule
@@ -181,8 +181,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V over the keys in `mask` [B, Q, K]; 0 where there are none."""
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~mask[:, None], float("-inf"))
-    blind = ~mask.any(dim=-1)[:, None, :, None]
-    return scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0) @ v
+    fully_masked = ~mask.any(dim=-1)[:, None, :, None]
+    return scores.masked_fill(fully_masked, 0).softmax(dim=-1).masked_fill(fully_masked, 0) @ v
 
 
 PHASES = ("summarize", "update")
@@ -224,11 +224,11 @@ def outputs_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor])
 
 
 def check_low_precision(function, plain, inputs, names):
-    """The error rule: against float64, at most 2x (output) or 3x (gradients) what plain PyTorch errs.
+    """The error against float64 is at most 2 times (output) or 3 times (gradients) that of plain PyTorch.
 
-    Plus one rounding of the largest value, since plain PyTorch may err by nothing at all. A gradient that is
-    exactly 0, since one key alone is seen, is the product of a key or query and a difference of two equal
-    sums of D products: their roundings in float32.
+    One rounding of the largest value is allowed besides, since plain PyTorch may be exact. A gradient that is
+    exactly 0, because only one key is seen, is computed as a key or query times the difference of two equal
+    sums of D products: there the rounding of these sums in float32 is allowed.
     """
     gold = outputs_and_gradients(plain, [x.double() for x in inputs])
     dim, largest = inputs[0].shape[-1], max(x.abs().max().float() for x in inputs)
@@ -243,9 +243,9 @@ def check_low_precision(function, plain, inputs, names):
 def check_error(
     name: str, got: Tensor, low: Tensor, exact: Tensor, times: int, dtype=None, cancels: float = 0.0
 ) -> None:
-    """`got` errs at most `times` what `low` does, which was computed in the same low precision, plus one
-    rounding of the largest value and `cancels`, what terms that cancel each other leave; `dtype` names the
-    precision if the tensors do not."""
+    """The error of `got` is at most `times` that of `low`, which was computed in the same low precision, plus
+    one rounding of the largest value and `cancels`, the error left by terms that cancel; `dtype` is the
+    precision if the tensors have another."""
     assert got.isfinite().all(), name
     allowed = times * (low - exact).abs().max() + torch.finfo(dtype or got.dtype).eps * exact.abs().max()
     allowed += cancels
@@ -254,7 +254,7 @@ def check_error(
 
 
 def check_padding(function: Callable[..., Tensor], phase: str, structure: Structure, dim: int) -> None:
-    """Padding gets exactly 0, output and gradients, and what it holds changes nobody's results."""
+    """Outputs and gradients of padding are exactly 0, and its values do not affect other results."""
     padding = {"s": structure.summary_doc < 0, "r": structure.doc < 0}
     streams = [name[-1] for name in (*INPUTS[phase], INPUTS[phase][0])]
     inputs = random_inputs(phase, structure, torch.float32, dim=dim)
@@ -269,7 +269,7 @@ def check_padding(function: Callable[..., Tensor], phase: str, structure: Struct
 
 
 def count_pairs(structure: Structure) -> Counts:
-    """The counts of all rows together; `structure` is on the CPU."""
+    """The counts of visible pairs of all rows together; `structure` is on the CPU."""
     real = structure.doc.numpy() >= 0
     doc, bar, inst, kind, onset = (
         fact.numpy()[real]

@@ -15,7 +15,7 @@ SPARSE = ModelConfig(layers=4, dim=32, heads=2, ffn=48, **ORIGINAL)
 
 
 class StaticAttention:
-    """Attention over tensors of one shape, as the kernels' operators have it: any mask, of this batch."""
+    """Attention for tensors of one fixed shape, like that of the kernels' operators; the mask is random."""
 
     any_summaries = False
 
@@ -37,7 +37,7 @@ class StaticAttention:
 
 
 class AnySummaries:
-    """Attention whose graph serves any number of summaries, as that of the kernels' operators does."""
+    """Attention whose graph works for any number of summaries, like that of the kernels' operators."""
 
     any_summaries = True
 
@@ -49,7 +49,7 @@ class AnySummaries:
 
 
 def batches(number, rows=2, summaries=SUMMARIES):
-    """Of one shape, with other documents in each."""
+    """Batches of one shape with different documents."""
     for seed in range(number):
         random = Random(seed)
         first = random.randint(3, LENGTH - 10)

@@ -1,4 +1,4 @@
-"""Training processes as forks of one that has imported everything: many short runs at the price of few.
+"""Training processes forked from one that has imported everything, so that many short runs are cheap.
 
 `python tests/helpers/forked_train.py SCENARIO ARGUMENT...` prints a JSON value.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first optimizer would, in every fork anew
+import torch._dynamo  # otherwise the first optimizer imports it, in every fork again
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -34,7 +34,7 @@ from helpers import tiny_train
 
 
 def launch(world: int, work: Callable[[], int | None], log: Path, faults: list[dict] = ()) -> list[int]:
-    """Start `work` in `world` processes, as torchrun would; their ids. Their output goes to `log`."""
+    """Start `work` in `world` processes, as torchrun would; returns their ids. Output goes to `log`."""
     os.environ["FAULTS"] = json.dumps(list(faults))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,7 +71,7 @@ def launch(world: int, work: Callable[[], int | None], log: Path, faults: list[d
 def wait(
     pids: list[int], until: Callable[[], bool] = lambda: False, seconds: float = 1200
 ) -> list[int | None]:
-    """Exit codes, or minus the signal; None for what has not ended when `until` or the time comes."""
+    """Exit codes, or minus the signal; None for those still running once `until` holds or time is up."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while len(codes) < len(pids) and not until() and time.monotonic() < deadline:
@@ -89,11 +89,11 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         except (ProcessLookupError, ChildProcessError):
-            pass  # it has ended, and `wait` has seen it
+            pass  # it has ended, and `wait` has collected its exit code
 
 
 def kills(folder: str, world: str, count: str, *args: str) -> dict:
-    """One run left alone in `folder`/whole, one killed `count` times and resumed in `folder`/killed."""
+    """One uninterrupted run in `folder`/whole; one in `folder`/killed, killed and resumed `count` times."""
     folder, times = Path(folder), int(count)
     output = folder / "killed"
 
@@ -123,8 +123,8 @@ def kills(folder: str, world: str, count: str, *args: str) -> dict:
 
 
 def _yielding(words: list[str]) -> int:
-    """Train so that who is to kill this process meets its moments, however busy the machine is: after that
-    process, and with saves that take a while."""
+    """Train slowly enough to be killed at the intended moment on a busy machine: with lower priority than the
+    process that kills, and with saves that take longer."""
     os.nice(10)
     fsync = os.fsync
     os.fsync = lambda file: time.sleep(0.01) or fsync(file)
@@ -132,7 +132,7 @@ def _yielding(words: list[str]) -> int:
 
 
 class _Moment:
-    """Comes when a process that was started later has written `lines` lines to a log."""
+    """The moment at which a process started afterwards has written `lines` lines to a log."""
 
     def __init__(self, log: Path, lines: int):
         self._log, self._lines, self._base = log, lines, None
@@ -140,7 +140,7 @@ class _Moment:
 
     def has_come(self) -> bool:
         if not self._log.exists() or self._log.stat().st_ino == self._old:
-            return False  # every start puts a new file in its place
+            return False  # every start replaces the file
         lines = self._log.read_bytes().count(b"\n")
         if self._base is None:
             self._base = lines
@@ -148,7 +148,7 @@ class _Moment:
 
 
 def runs(*specifications: str) -> list[dict]:
-    """Runs one after the other; of each the exit codes, None for a process that had to be killed, and output.
+    """Do runs one after the other; returns the exit codes (None: had to be killed) and the output of each.
 
     A specification is a JSON object: world, args, faults. A process that is to hang is not waited for.
     """
@@ -184,7 +184,7 @@ def gradients(folder: str, shapes: str, *args: str) -> None:
 
 
 def save_gradients(file: str, *args: str) -> None:
-    """The same of this process, one of those that torchrun or `launch` started."""
+    """Save the gradients of this process, one of those that torchrun or `launch` started."""
     config = parse_args([*args])
     model = {"small": tiny_train.TINY, "base": tiny_train.TINY_BASE}[config.model_size]
     trainer = Trainer(config, model, start_job(config.device))
@@ -215,7 +215,7 @@ def save_gradients(file: str, *args: str) -> None:
 
 
 def benchmark(world: str, failing: str, *args: str) -> dict:
-    """`benchmarks.train` in `world` processes, of which that of rank `failing` fails in the end of a step."""
+    """`benchmarks.train` in `world` processes; the one with rank `failing` fails at the end of a step."""
 
     def work() -> None:
         train_run.SIZES["small"] = tiny_train.TINY

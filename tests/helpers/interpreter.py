@@ -1,7 +1,7 @@
-"""Triton's interpreter without the work whose results it throws away, which is more than half of its time.
+"""Triton's interpreter without work whose results are not used, which is more than half of its time.
 
-The interpreter is most of what the tests of kernels cost. What a kernel computes stays the same, and so does
-every check that the interpreter makes.
+Most of the time of kernel tests is spent in the interpreter. Results of kernels and all checks of the
+interpreter stay the same.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 def spare_wasted_work() -> None:
     """Patch Triton for this process; call it once, before the first kernel is launched."""
     options = interpreter.interpreter_builder.options
-    if not options.debug:  # only in debug mode does an overflow, found by computing in int64 as well, raise
+    if not options.debug:  # overflows, found by computing in int64 too, raise only in debug mode
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
 
     patch_lang, np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
@@ -26,7 +26,7 @@ def spare_wasted_work() -> None:
             launches.pop()
 
     def patch_once(fn):
-        """Replace `triton.language` in the globals of `fn`: once a launch, not at every call within it."""
+        """Replace `triton.language` in the globals of `fn` once per launch, not at every call within it."""
         patched = launches[-1] if launches else {}
         key = id(fn.__globals__)
         if key not in patched:

@@ -1,4 +1,4 @@
-"""Folders of training runs as if they had been trained, with round figures."""
+"""Made-up folders of finished training runs, with round figures."""
 
 import json
 from pathlib import Path
@@ -35,13 +35,13 @@ def write_run(
     summary: dict | None = None,
     **config,
 ) -> Path:
-    """Writes the folder of a run that ends with its last validation.
+    """Write the folder of a run that ends with its last validation.
 
     Args:
         losses: validation loss by step.
-        step_s, tokens: seconds and tokens of every other step.
-        slow: seconds of single steps; the first takes 20 unless given.
-        kinds: what to add to the loss for a kind of token.
+        step_s, tokens: seconds and tokens of every step that `slow` does not list.
+        slow: seconds of single steps; the first takes 20 unless listed.
+        kinds: difference from the total loss, by kind of token.
         summary, config: entries of `summary.json` and `config.yaml` to replace.
     """
     folder.mkdir(parents=True)
@@ -69,7 +69,7 @@ def write_run(
 
 
 def two_seeds_of_each(folder: Path) -> list[Path]:
-    """Runs of triton and of dense; the second seed of each is worse by 0.05."""
+    """Two runs each of triton and dense; the loss of the second seed is higher by 0.05."""
     return [
         write_run(
             folder / f"{attention}-{seed}",

@@ -1,9 +1,9 @@
-"""What the tests of reading look at in a song, and the note most of their files have."""
+"""The parts of a song that tests of the reader compare, and the note that most of their files hold."""
 
 from helpers.smf_bytes import off, on
 
 NOTE = on(0, 60) + off(480, 60)
-C4 = (0, False, 60, 0, 480, 64)  # what NOTE is: program, is_drum, pitch, start, end, velocity
+C4 = (0, False, 60, 0, 480, 64)  # NOTE as `notes` returns it: program, is_drum, pitch, start, end, velocity
 
 
 def notes(midi) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""Damage as files suffer it: bits that flip, bytes that go missing, lengths that lie."""
+"""Random damage of MIDI files: flipped bits, lost bytes, wrong lengths and more."""
 
 import random
 import re
@@ -20,10 +20,10 @@ def mutants(base: bytes, count: int, seed: int, donor: bytes | None = None) -> I
 
     Args:
         base: a MIDI file of at least 16 bytes.
-        donor: the file that splices take their other half from; `base` itself if None.
+        donor: the file from which splices take their second half; `base` itself if None.
 
     Yields:
-        (kind of damage, bytes); kinds take turns, and one variant in four is damaged twice more.
+        (kinds of damage, bytes). The first kind cycles through all; a quarter of the files get two more.
     """
     rng = random.Random(seed)
     kinds = list(_KINDS)
@@ -33,7 +33,7 @@ def mutants(base: bytes, count: int, seed: int, donor: bytes | None = None) -> I
             chosen += rng.choices(kinds, k=2)
         damaged = bytearray(base)
         for kind in chosen:
-            if len(damaged) >= 16:  # less may be left by the damage before
+            if len(damaged) >= 16:  # earlier damage may leave fewer bytes
                 damaged = _KINDS[kind](damaged, rng, donor or base)
         yield "+".join(chosen), bytes(damaged)
 

@@ -1,4 +1,4 @@
-"""Tiny models for tests, and what of their input reaches what of their output."""
+"""Tiny models for tests, and which of their inputs influence an output."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def of_rule(kind_rule: str) -> ModelConfig:
 
 
 def tiny_model(config: ModelConfig = TINY, dtype=torch.float64) -> MeloFormer:
-    """A model with weights large enough for every connection to show."""
+    """A model with weights large enough that every connection changes the output measurably."""
     torch.manual_seed(0)
     model = MeloFormer(config).to(dtype)
     for parameter in model.parameters():
@@ -34,7 +34,7 @@ def random_ids(batch, length=None, seed=0):
 
 
 def influence(model, ids, structure, attention, row, token) -> torch.Tensor:
-    """Largest gradient of a random mix of the logits of one token to every embedding: [B, N]."""
+    """Largest gradient of a random mix of the logits of one token by each token embedding: [B, N]."""
     probe = torch.zeros(
         *ids.shape, model.config.dim, dtype=model.token_embedding.weight.dtype, device=ids.device
     )

@@ -1,4 +1,4 @@
-"""Plans as dense masks and back, pair by pair: what the plan and the kernels are judged by."""
+"""Converts plans to dense masks and back, pair by pair, to test the plan and the kernels against."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def bit_of(column: int) -> int:
 
 
 def unpack(words: Tensor) -> Tensor:
-    """int32 [2, 64] -> bool [64, 64]: a word of 32 columns for each row, twice."""
+    """int32 [2, 64] -> bool [64, 64]: two words of 32 columns for each row."""
     return torch.stack([(words[c // 32] >> bit_of(c)) & 1 for c in range(BLOCK)], dim=1).bool()
 
 
@@ -43,7 +43,7 @@ def coverage(plan: Plan) -> list[Tensor]:
 def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -> Tensor:
     m, n = plan.summaries, plan.regular
     own, other = (m + n, n) if by_keys else (n, m + n)
-    out = torch.zeros(plan.batch, own + 1, other, dtype=torch.int64)  # -1 falls on the last
+    out = torch.zeros(plan.batch, own + 1, other, dtype=torch.int64)  # the extra last row takes index -1
     tokens, bits = plan.gathered.view(-1, BLOCK).long().cpu(), plan.bits.cpu()
     for i, (first, first_masked, masked, tiles) in enumerate(lines):
         row = i // (len(lines) // plan.batch)
@@ -62,7 +62,7 @@ def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -
 
 
 def cut(tile: int, masked: int) -> int:
-    """Full tiles stay in pairs."""
+    """Where an item may be split: full tiles, those from `masked` on, stay in pairs."""
     return tile if tile <= masked else masked + (tile - masked) // 2 * 2
 
 
@@ -128,7 +128,7 @@ class PlanOfMasks:
 
     @staticmethod
     def _line(mask: Tensor, own: Tensor, by_keys: bool, summaries: int, gather_full: bool):
-        """Columns by tiles, and the bits of those with a mask."""
+        """The columns of each tile, and the mask bits of those that have a mask."""
         real = own >= 0
         rows = torch.where(real, own if by_keys else own - summaries, 0)
         seen = mask[rows] & real[:, None]

@@ -1,4 +1,4 @@
-"""Runs of the preprocess command: songs to read, what it made of them, and its one line when it fails."""
+"""Runs of the preprocess command: input songs, output folders, and the error line of a failed run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def dump(seed: int, path: Path, bars: int) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """18 composed songs and a real one, a copy of each of two, and three files that are no songs."""
+    """18 composed songs and a real one, copies of two of these, and three files that are not songs."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "deep" / "er").mkdir(parents=True)
     for seed in range(COMPOSED):
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def processed(corpus, tmp_path_factory) -> Path:
-    """What the command makes of the corpus with real worker processes, never interrupted."""
+    """The output folder of the corpus, made with a real worker process and without interruption."""
     folder = tmp_path_factory.mktemp("processed") / "data"
     preprocess.main(command(corpus, folder, workers=1))
     return folder
@@ -72,7 +72,7 @@ def encoded(path: str):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Encode in this process, each file once: for tests of what happens around that."""
+    """Encode in this process, each file once, for tests of everything but the worker processes."""
 
     def run_tasks(function, items, **_):
         for item in items:
@@ -82,11 +82,11 @@ def in_process(monkeypatch):
 
 
 class Crash(BaseException):
-    """Stands for sudden death: no handler catches it."""
+    """Simulates sudden death: no exception handler catches it."""
 
 
 def finished_shards(folder: Path) -> dict[str, int]:
-    """Time stamps of the files of all finished shards."""
+    """Modification times (ns) of the files of all finished shards, by file name."""
     stamps = {}
     for record in folder.glob("shard-*.json"):
         for path in folder.glob(record.stem + ".*"):
@@ -95,7 +95,7 @@ def finished_shards(folder: Path) -> dict[str, int]:
 
 
 def start(arguments: list[str], **options) -> subprocess.Popen:
-    """The command in a process of its own."""
+    """Start the command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command_line = [sys.executable, "-m", "meloformer.preprocess", *arguments]
     return subprocess.Popen(command_line, env=environment, stdout=subprocess.DEVNULL, **options)
@@ -107,7 +107,7 @@ def wait_for_shards(folder: Path, count: int, process: subprocess.Popen) -> None
 
 
 def fails(arguments: list[str], capsys) -> str:
-    """The one line that the command says when it exits with code 2."""
+    """The error line of the command, which must exit with code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda: preprocess.main(arguments))

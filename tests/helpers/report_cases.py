@@ -1,4 +1,4 @@
-"""Made-up results of benchmarks.report with round figures, and what to read their pages with."""
+"""Made-up results of benchmarks.report with round figures, and functions that read the pages made of them."""
 
 import re
 from copy import deepcopy
@@ -66,7 +66,7 @@ def result(*rows: dict, **more) -> dict:
 
 
 def song() -> dict:
-    """A row where cuDNN takes 1 + 3 ms, so that the limit is 0.4 ms, and Triton 0.8."""
+    """A row where cuDNN takes 1 + 3 ms, so that the limit is 0.4 ms, and Triton takes 0.8 ms."""
     columns = {
         "triton": triton(0.25, 0.55, 4_000_000),
         "dense_cudnn": entry(1.0, 3.0, 20_000_000),
@@ -88,7 +88,7 @@ def packed(tokens: int) -> dict:
 
 
 def written(folder: Path, *results: dict) -> list[Path]:
-    """The paths of these results as files 0.json, 1.json, ..."""
+    """Write these results to files 0.json, 1.json, ...; returns the paths."""
     paths = [folder / f"{i}.json" for i in range(len(results))]
     for path, content in zip(paths, results):
         save(content, path)
@@ -96,11 +96,11 @@ def written(folder: Path, *results: dict) -> list[Path]:
 
 
 def table_rows(text: str, heading: str) -> list[str]:
-    """The rows of the table under a heading of a page, without its head."""
+    """The rows of the table under a heading of a page, without the header row."""
     section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     return [line for line in section.splitlines() if line.startswith("|")][2:]
 
 
 def table_cells(text: str, heading: str) -> list[list[str]]:
-    """The same rows as cells."""
+    """The cells of each of these rows."""
     return [re.split(r"(?<!\\)\|", line)[1:-1] for line in table_rows(text, heading)]

@@ -1,4 +1,4 @@
-"""Work that test processes share instead of each doing it."""
+"""Results that are computed once and shared by all test processes."""
 
 import fcntl
 import os
@@ -11,11 +11,11 @@ Result = TypeVar("Result")
 
 
 def once(tmp_path_factory, name: str, make: Callable[[Path], Result]) -> Result:
-    """What `make` returns, called in one of the test processes of this run; the others wait for it.
+    """The result of `make`, which one of the test processes of this run calls; the others wait for it.
 
     Args:
-        name: of the folder that `make` is given, and which stays; one for each call in the tests.
-        make: its result is pickled.
+        name: name of the folder that `make` gets and that is kept; unique for each call in the tests.
+        make: called with that folder; its result is pickled.
     """
     base = tmp_path_factory.getbasetemp()
     # Each process of pytest-xdist has a folder below the one of the run.

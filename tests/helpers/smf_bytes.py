@@ -22,7 +22,7 @@ def chunk(body: bytes, tag: bytes = b"MTrk", length: int | None = None) -> bytes
 
 
 def track(*events: bytes, end: int = 0) -> bytes:
-    """A track of whole events (each with its delta time), closed `end` ticks after the last."""
+    """A track of complete events (each with its delta time) that ends `end` ticks after the last."""
     return chunk(b"".join(events) + number(end) + END[1:])
 
 

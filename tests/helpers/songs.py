@@ -5,7 +5,7 @@ import io
 import miditoolkit
 from miditoolkit.midi.utils import example_midi_file
 
-EXAMPLE = example_midi_file()  # the real song that miditoolkit installs
+EXAMPLE = example_midi_file()  # the real song that comes with miditoolkit
 
 
 def example() -> miditoolkit.MidiFile:
@@ -31,7 +31,7 @@ def song(
 
 
 def through_file(midi: miditoolkit.MidiFile) -> miditoolkit.MidiFile:
-    """The song after a trip through bytes."""
+    """The song written to bytes and parsed again."""
     buffer = io.BytesIO()
     midi.dump(file=buffer)
     buffer.seek(0)

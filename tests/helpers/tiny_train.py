@@ -1,9 +1,9 @@
 """`python tests/helpers/tiny_train.py ...`: meloformer.train with tiny models for "small" and "base", and
-faults on demand. That for "base" has the channels per head of real models: kernels for GPUs take it.
+faults on demand. The one for "base" has as many channels per head as real models, as GPU kernels require.
 
 FAULTS in the environment is a JSON list of {"attempt", "rank", "step", "what"}: what happens to a process
 when it begins that step (steps count from 0, attempts are torchrun's restarts). TIMEOUT_S replaces the
-patience of the process group.
+timeout of the process group.
 """
 
 import json

@@ -16,7 +16,7 @@ from meloformer.training.config import TrainConfig
 ROOT = Path(__file__).resolve().parents[2]
 TINY_TRAIN = ROOT / "tests" / "helpers" / "tiny_train.py"
 FORKED_TRAIN = ROOT / "tests" / "helpers" / "forked_train.py"
-TIMES = ("tokens_per_s", "data_wait", "mfu")  # of a record, what two equal runs do not share
+TIMES = ("tokens_per_s", "data_wait", "mfu")  # entries of a record that depend on time
 SETTINGS = {
     "model_size": "small",
     "max_seq_len": 512,
@@ -34,13 +34,13 @@ def config(data, output, **changes) -> TrainConfig:
 
 
 def arguments(data, **changes) -> list[str]:
-    """The same as flags, without --output_dir."""
+    """The settings of `config` as command-line flags, without --output_dir."""
     settings = {"data_dir": data, **SETTINGS, **changes}
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def records(output, key="loss") -> list[dict]:
-    """The records of a run that have `key`, without what is time."""
+    """The records of a run that have `key`, without entries that depend on time."""
     lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if key in line]
 
@@ -50,7 +50,7 @@ def losses(output) -> list[float]:
 
 
 def assert_same_run(one, other):
-    """Logs and final weights are equal bit by bit."""
+    """Assert that logs (times apart) and final weights are bitwise equal."""
     assert records(one) == records(other)
     assert records(one, "val_loss") == records(other, "val_loss")
     first, second = (load_checkpoint(latest_checkpoint(output / "checkpoints")) for output in (one, other))
@@ -89,20 +89,20 @@ def torchrun(processes: int, *args, restarts: int = 0, script: Path = TINY_TRAIN
 
 
 def spec(world: int, *args, faults=()) -> str:
-    """A run for the scenario "runs" of `forked_train`."""
+    """The specification of a run for the scenario "runs" of `forked_train`."""
     words = [str(arg) for arg in args]
     return json.dumps({"world": world, "args": words, "faults": list(faults)})
 
 
 def forked(scenario: str, *args, **more):
-    """What a scenario of `forked_train` tells."""
+    """Run a scenario of `forked_train`; returns the JSON value that it prints."""
     done = run([sys.executable, FORKED_TRAIN, scenario, *args], **more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def read_gradients(file: Path) -> tuple[dict[str, Tensor], list[int]]:
-    """What a scenario of `forked_train` saved: gradients by name, and the buckets that were exchanged."""
+    """Gradients by name and the buckets exchanged, from a file that `forked_train` saved."""
     with safe_open(file, "pt") as opened:
         found = {name: opened.get_tensor(name) for name in opened.keys()}
         return found, json.loads(opened.metadata()["exchanged"])
