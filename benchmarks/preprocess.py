@@ -176,7 +176,8 @@ def page(result: dict) -> str:
         f"Memory of the parent process: {memory['mib_with_few_files']:.0f} MiB with "
         f"{memory['few_files']:,} files, {memory['bytes_per_further_file']:.0f} bytes for each further one "
         f"(up to {memory['many_files']:,}, with paths of {memory['characters_per_path']} characters): peak "
-        "resident memory of the whole process with Python, libraries and all that the run keeps.\n\n"
+        "resident memory of the whole process with Python, libraries and all that the run keeps. Most of the "
+        "bytes per file are mapped pages of the motif files, which the system can take back.\n\n"
         "Made by `python -m benchmarks.preprocess FOLDER... --json FILE` on "
         f"{provenance(result['machine'])}.\n"
     )
