@@ -16,12 +16,15 @@ from meloformer.training.stop import StopRequest
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_is_recorded_and_the_handlers_come_back(number, monkeypatch):
     monkeypatch.setattr(stop, "_leave_terminal", lambda: None)  # it would silence the tests
-    before = signal.getsignal(number)
-    with StopRequest() as request:
-        assert request.reason is None
-        os.kill(os.getpid(), number)
-        assert request.reason == number.name
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored where the tests run under nohup
+    try:
+        with StopRequest() as request:
+            assert request.reason is None
+            os.kill(os.getpid(), number)
+            assert request.reason == number.name
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_nohup_outlives_the_terminal():
@@ -54,6 +57,7 @@ def test_a_closed_terminal_stops_a_run_that_can_still_print(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", CLOSED, str(told)],
         stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # it is ignored under nohup
     )  # fmt: skip
     os.close(terminal)
     said = b""
