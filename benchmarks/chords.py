@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.common import folder_report, markdown
 from benchmarks.common.machine import describe, provenance
+from benchmarks.learning.toy import BARS_AGO, FIXED_CHORD
 from meloformer import cli
 from meloformer.data.inputs import find_files
 from meloformer.errors import MidiError, UserError
@@ -40,7 +41,7 @@ TRIADS = {
 }
 TRIAD_OF = {quality: triad for triad, qualities in TRIADS.items() for quality in qualities}
 # The parts of the mixture of a toy that copies and counts. Of bars before the song, all songs take the part.
-ALL_SONGS, THIS_SONG, BARS_AGO = 0.1, 0.25, {1: 0.15, 2: 0.1, 4: 0.2, 8: 0.2}
+ALL_SONGS, THIS_SONG, *OF_BARS_AGO = FIXED_CHORD.tolist()
 
 
 @dataclass
@@ -185,7 +186,7 @@ def toy_nats(counted: list[np.ndarray], predicted: list[np.ndarray]) -> float:
         counts = np.zeros(len(vocab.CHORD))
         for bar, label in enumerate(labels):
             chance = ALL_SONGS * base[label] + THIS_SONG * (counts[label] / bar if bar else base[label])
-            for ago, part in BARS_AGO.items():
+            for ago, part in zip(BARS_AGO, OF_BARS_AGO):
                 chance += part * (labels[bar - ago] == label if bar >= ago else base[label])
             nats -= np.log(chance)
             counts[label] += 1

@@ -1,5 +1,6 @@
 """`meloformer COMMAND ...`, the same as `python -m meloformer.COMMAND ...`."""
 
+import argparse
 import importlib
 import sys
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int | None:
         usage="meloformer COMMAND [FLAGS]",
         description="Learns from MIDI files to write whole songs.",
         epilog=f"commands (each explains its flags with --help):\n{listed}",
-        formatter_class=cli.PlainHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the epilog
     )
     parser.add_argument("--version", action="version", version=f"meloformer {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")

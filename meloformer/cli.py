@@ -16,10 +16,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class PlainHelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a description and an epilog."""
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that accepts `--max-bars` for `--max_bars` and vice versa, with one-line errors."""
 

@@ -9,8 +9,7 @@ ORIGINAL_RULE = {"kind_rule": "alike", "near_bars": "0,1,2,4"}
 
 
 def attention_label(run: dict) -> str:
-    """`attention` of a run or a row, its `kind_rule` and `near_bars` unless they are the original ones, and
-    what was taken away from the model (`without`)."""
+    """`attention` of a run or a row, and `kind_rule` and `near_bars` unless they are the original ones."""
     label = run["attention"]
     if label != DENSE:
         kind_rule, near_bars = (run.get(name, original) for name, original in ORIGINAL_RULE.items())
@@ -18,7 +17,7 @@ def attention_label(run: dict) -> str:
             label += f", {kind_rule}"
         if near_bars != ORIGINAL_RULE["near_bars"]:
             label += f", near {near_bars.replace(',', ' ')}"
-    return f"{label}, no {run['without']}" if run.get("without") else label
+    return label
 
 
 # The palette of Okabe and Ito, safe for colour-blind readers; other labels take a colour of `_LEFT`.

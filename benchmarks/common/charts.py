@@ -4,6 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from meloformer.plots import style
 from meloformer.plots.style import GREY, INK
 
 BAR_HEIGHT = 0.16  # inches, the gap to the next bar included
@@ -22,19 +23,8 @@ def draw_legend(figure: Figure, handles: list[tuple[str, dict]]) -> None:
     Args:
         handles: (label, keyword arguments of its `Line2D`) of each entry.
     """
-    figure.legend(
-        handles=[Line2D([], [], label=label, **style) for label, style in handles],
-        loc="upper left",
-        bbox_to_anchor=(0.03, 1 - 0.6 / figure.get_figheight()),
-        ncols=4,
-        fontsize=8.5,
-        labelcolor=INK,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.6,
-        columnspacing=1.6,
-    )
+    lines = [Line2D([], [], label=label, **drawn) for label, drawn in handles]
+    style.draw_legend(figure, lines, 0.03, 0.6, 4, handlelength=1.6, columnspacing=1.6)
 
 
 def draw_bars(axes: Axes, at: list[float], values: list[float], colours: list[str], texts: list[str]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from ..tokens import attributes, vocab
 from ..tokens.attributes import TokenAttributes
 from ..tokens.vocab import BAND, BPM, CHORD, DRUMS, INST, MAX_BPM, MIN_BPM, P, T, V
+from .splitmix import random_numbers
 
 MAX_SEMITONES = 6  # up; one less down, since -6 and +6 give the same key
 MAX_BINS = vocab.VELOCITY_BINS - 1
@@ -100,7 +101,7 @@ def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.
     band_doc = doc[listed]
     first = np.searchsorted(band_doc, np.arange(len(starts)))
     within = np.arange(len(listed)) - first[band_doc]
-    order = np.lexsort((_random(seeds[band_doc], _FOR_BAND + within), band_doc))
+    order = np.lexsort((random_numbers(seeds[band_doc], _FOR_BAND + within), band_doc))
     band_at, band = at[listed], head[listed][order]
     place = np.zeros(len(starts) * len(BAND), dtype=np.int64)
     place[band_doc * len(BAND) + band - BAND.start] = 1 + within
@@ -214,15 +215,4 @@ def _pick(random: np.ndarray, low: np.ndarray | int, high: np.ndarray) -> np.nda
 
 def _uniform(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
     """The random numbers in [0, 1) at indices `place` of each seed's stream, float64; both broadcast."""
-    return (_random(seeds, place) >> np.uint64(11)) * 2.0**-53
-
-
-def _random(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The uint64 numbers at indices `place` of each seed's stream; both broadcast.
-
-    The generator is SplitMix64 (Steele, Lea, Flood 2014), whose n-th number is a function of the seed and n.
-    """
-    x = seeds + (place + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return (random_numbers(seeds, place) >> np.uint64(11)) * 2.0**-53

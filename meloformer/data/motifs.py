@@ -10,11 +10,11 @@ import numpy as np
 
 from ..tokens import vocab
 from ..tokens.attributes import last_index
+from .splitmix import splitmix64
 
 MOTIF_DTYPE = np.dtype("<u8")
-GRID = (
-    vocab.STEPS_PER_QUARTER // 8
-)  # steps; coarse, so that a file saved with fewer ticks per quarter keeps its motifs
+# In steps; coarse, so that a file saved with fewer ticks per quarter keeps its motifs.
+GRID = vocab.STEPS_PER_QUARTER // 8
 MIN_NOTES, MIN_PITCHES = 4, 3  # simpler motifs, such as one note on every beat, are in too many songs
 _PITCHES = 128
 
@@ -48,14 +48,7 @@ def _of_groups(slot: np.ndarray, pitch: np.ndarray, group: np.ndarray) -> np.nda
     low, high = np.minimum.reduceat(pitch, starts), np.maximum.reduceat(pitch, starts)
     between = (pitch > np.repeat(low, notes)) & (pitch < np.repeat(high, notes))  # any: at least 3 pitches
     tells = (notes >= MIN_NOTES) & np.logical_or.reduceat(between, starts)
+    hashed = slot * _PITCHES + pitch - np.repeat(low, notes)
     # A sum, so that the order of the notes does not matter. It may overflow: it is a hash.
-    sums = np.add.reduceat(_mix(slot * _PITCHES + pitch - np.repeat(low, notes)), starts)
-    return _mix(sums[tells])
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The mixing function of SplitMix64 (Steele, Lea, Flood 2014): a hash of 64-bit numbers."""
-    x = values.astype(MOTIF_DTYPE) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    sums = np.add.reduceat(splitmix64(hashed.astype(MOTIF_DTYPE)), starts)
+    return splitmix64(sums[tells])

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from miditoolkit import MidiFile
 
 from ..tokens.vocab import QUALITIES
@@ -17,6 +16,7 @@ from .roll_axes import (
     draw_bar_grid,
     draw_drums,
     draw_melodic,
+    draw_part_legend,
     number_bars,
     parts_of,
     summary_of,
@@ -96,21 +96,7 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
         va="top",
     )
     if parts:
-        figure.legend(
-            handles=[Patch(color=part.colour, label=part.name) for part in parts],
-            loc="upper left",
-            bbox_to_anchor=(x, 1 - 0.45 / height),
-            ncols=8,
-            fontsize=8.5,
-            labelcolor=INK,
-            frameon=False,
-            borderpad=0,
-            borderaxespad=0,
-            handlelength=0.9,
-            handleheight=0.9,
-            handletextpad=0.5,
-            columnspacing=1.6,
-        )
+        draw_part_legend(figure, [(part.name, part.colour) for part in parts], x, 8, 1.6)
     save_figure(figure, path)
 
 

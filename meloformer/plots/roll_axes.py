@@ -7,10 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from miditoolkit import Instrument, MidiFile
 
 from ..midi.general_midi import DRUM_GROUPS, PROGRAM_NAMES
-from .style import COLOURS, FAINT, GREY, LINE
+from .style import COLOURS, FAINT, GREY, LINE, draw_legend
 
 _DRUM_COLOUR = "#4a4f5c"
 
@@ -39,6 +41,21 @@ def parts_of(midi: MidiFile) -> list[Part]:
         colour = _DRUM_COLOUR if is_drum else COLOURS[len(parts) % len(COLOURS)]
         parts.append(Part(program, name, colour, is_drum, np.array(notes, dtype=np.int64)))
     return parts
+
+
+def draw_part_legend(
+    figure: Figure, entries: list[tuple[str, str]], x: float, columns: int, gap: float
+) -> None:
+    """A legend below the title of a piano roll.
+
+    Args:
+        entries: label and colour of each.
+        x: of its left edge, fraction of the width.
+        gap: between its columns, in font sizes.
+    """
+    handles = [Patch(color=colour, label=label) for label, colour in entries]
+    squares = {"handlelength": 0.9, "handleheight": 0.9, "handletextpad": 0.5}
+    draw_legend(figure, handles, x, 0.45, columns, **squares, columnspacing=gap)
 
 
 def bar_lines_of(midi: MidiFile, end: int) -> list[int]:

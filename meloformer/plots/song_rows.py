@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from miditoolkit import MidiFile
 
 from ..midi.general_midi import FAMILY_NAMES
@@ -15,6 +14,7 @@ from .roll_axes import (
     draw_bar_grid,
     draw_drums,
     draw_melodic,
+    draw_part_legend,
     drum_group,
     number_bars,
     parts_of,
@@ -83,21 +83,7 @@ def _draw_head(figure: Figure, title: str, parts: list[Part]) -> None:
     colours = {part.program // 8: part.colour for part in parts if not part.is_drum}
     families = [(FAMILY_NAMES[family], colours[family]) for family in sorted(colours)]
     families += [("Drums", part.colour) for part in parts if part.is_drum][:1]
-    figure.legend(
-        handles=[Patch(color=colour, label=label) for label, colour in families],
-        loc="upper left",
-        bbox_to_anchor=(x, 1 - 0.45 / height),
-        ncols=9,
-        fontsize=8.5,
-        labelcolor=INK,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=0.9,
-        handleheight=0.9,
-        handletextpad=0.5,
-        columnspacing=1.4,
-    )
+    draw_part_legend(figure, families, x, 9, 1.4)
 
 
 def _draw_row(

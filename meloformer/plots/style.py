@@ -5,6 +5,7 @@ Figures are built without pyplot: no global state, and no display needed.
 
 import os
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,6 +27,29 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=GREY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
+
+
+def draw_legend(
+    figure: Figure, handles: list[Artist], x: float, below: float, columns: int, **spacing: float
+) -> None:
+    """A legend without a frame.
+
+    Args:
+        x, below: its upper left corner: fraction of the width, and inches below the upper edge.
+        spacing: of `Figure.legend`, in font sizes.
+    """
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(x, 1 - below / figure.get_figheight()),
+        ncols=columns,
+        fontsize=8.5,
+        labelcolor=INK,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        **spacing,
+    )
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:

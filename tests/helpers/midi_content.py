@@ -1,5 +1,7 @@
 """The parts of a song that tests of the reader compare, and the note that most of their files hold."""
 
+from meloformer.midi.reader import read_midi_with_mends
+
 from helpers.smf_bytes import off, on
 
 NOTE = on(0, 60) + off(480, 60)
@@ -21,3 +23,10 @@ def signatures(midi) -> list[tuple[int, int, int]]:
 
 def tempi(midi) -> list[tuple[int, float]]:
     return [(t.time, round(t.tempo, 3)) for t in midi.tempo_changes]
+
+
+def assert_reads_as(data: bytes, expected: list[tuple], mends: dict[str, int]) -> None:
+    """A file has exactly these notes, as `notes` gives them in any order, and these mends."""
+    midi, found = read_midi_with_mends(data)
+    assert notes(midi) == sorted(expected)
+    assert dict(found) == mends

@@ -2,10 +2,10 @@
 
 import pytest
 
-from meloformer.midi.reader import read_midi, read_midi_with_mends
+from meloformer.midi.reader import read_midi
 
 from helpers import smf_bytes as smf
-from helpers.midi_content import C4, NOTE, notes
+from helpers.midi_content import C4, NOTE, assert_reads_as
 from helpers.smf_bytes import control, gs_rhythm, off, on, program, song, sysex, track
 
 XG = sysex(b"\x43\x10\x4c\0\0\x7e\0")
@@ -225,10 +225,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_outcome(name):
-    data, expected, mends = FILES[name]
-    midi, found = read_midi_with_mends(data)
-    assert notes(midi) == sorted(expected)
-    assert dict(found) == mends
+    assert_reads_as(*FILES[name])
 
 
 def test_programs_are_plain_integers():

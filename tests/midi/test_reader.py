@@ -16,7 +16,7 @@ from meloformer.midi import reader as midi_reader
 from meloformer.midi.reader import MENDS, REASONS, read_midi, read_midi_with_mends
 
 from helpers import smf_bytes as smf
-from helpers.midi_content import C4, NOTE, notes, signatures, tempi
+from helpers.midi_content import C4, NOTE, assert_reads_as, notes, signatures, tempi
 from helpers.smf_bytes import (
     END,
     chunk,
@@ -253,10 +253,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_outcome(name):
-    data, expected, mends = FILES[name]
-    midi, found = read_midi_with_mends(data)
-    assert notes(midi) == sorted(expected)
-    assert dict(found) == mends
+    assert_reads_as(*FILES[name])
 
 
 REFUSED = {
