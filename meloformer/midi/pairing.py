@@ -119,8 +119,8 @@ def _pair_track(
     paired = Paired()
     notes, unmatched = paired.notes, paired.unmatched
     sounding: dict[int, dict[int, list[tuple[int, int, int]]]] = defaultdict(dict)  # by channel, by key
-    # By key: the first note that was ended when the key was last struck again; when notes last ended, and how
-    # many of their note-offs may still come on that tick.
+    # By key: if notes of it last ended because it was struck again, the first of them; when notes last ended,
+    # and how many of their note-offs may still come on that tick.
     struck: dict[int, int] = {}
     awaited: dict[int, tuple[int, int]] = {}
     restruck: Counter[int] = Counter()
@@ -171,6 +171,7 @@ def _pair_track(
                     restruck[key] -= 1
             else:
                 del on_channel[key]
+                struck.pop(key, None)
                 awaited[key] = tick, len(open_notes) - 1
                 for start, velocity, instrument in open_notes:
                     notes.append(Note(start, tick, key, velocity, instrument, BY_OFF))

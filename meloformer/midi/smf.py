@@ -7,6 +7,7 @@ whatever its bytes.
 
 import struct
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -84,12 +85,10 @@ def scan(data: bytes) -> Scan:
     if not breaks or breaks != data.count(b"\n"):
         return _scan(data)
     undone = _scan(data.replace(b"\r\n", b"\n"))
-    try:
+    with suppress(MidiError):  # the bytes before the header may be too many as they stand
         as_it_stands = _scan(data)
-    except MidiError:  # the header alone is cut off
-        return undone
-    if _repairs(undone) >= _repairs(as_it_stands):
-        return as_it_stands
+        if _repairs(as_it_stands) <= _repairs(undone):
+            return as_it_stands
     undone.mends["text_mode"] += 1
     return undone
 

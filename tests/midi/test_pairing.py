@@ -125,6 +125,16 @@ FILES = {
         [*[(0, False, 60, 0, 10, 64)] * 2, *[(0, False, 60, 10, 20, 9)] * 2],
         {},
     ),
+    "an_old_strike_is_not_taken_for_one_of_this_tick": (
+        song(
+            track(
+                *(on(0, 60), on(10, 60), on(0, 60), off(10, 60), on(0, 60, 9), off(0, 60)),
+                off(10, 60),
+            )
+        ),
+        [(0, False, 60, 0, 10, 64), *[(0, False, 60, 10, 20, 64)] * 2, (0, False, 60, 20, 30, 9)],
+        {"struck_again": 1},
+    ),
     "unison_of_which_one_is_struck_again": (
         song(track(on(0, 60), on(0, 60), off(10, 60), on(0, 60, 9), off(0, 60), off(10, 60))),
         [*[(0, False, 60, 0, 10, 64)] * 2, (0, False, 60, 10, 20, 9)],

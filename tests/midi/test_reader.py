@@ -117,6 +117,11 @@ FILES = {
         [C4] * 10,
         {"text_mode": 1},
     ),
+    "text_mode_of_bytes_before_the_header": (
+        (b"\n" * 600 + song(track(NOTE))).replace(b"\n", b"\r\n"),
+        [C4],
+        {"text_mode": 1, "wrapped": 1},
+    ),
     "text_mode_of_the_division": (
         song(track(on(0, 60), off(2560, 60)), division=2560).replace(b"\n", b"\r\n"),
         [(0, False, 60, 0, 2560, 64)],
