@@ -38,39 +38,53 @@ from helpers.training import (
 STEPS = 6
 
 
+SHARDED = ["--shard_state"]
+
+
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """Runs of two processes, by name: their folder, and exit codes and output of each start."""
-    return once(tmp_path_factory, "sharded", lambda folder: make_runs(data, folder))
-
-
-def make_runs(data, folder):
-    every_step = {"save_every": 1, "keep_last": STEPS}
-    sharded = ["--shard_state"]
-
-    def start(name, *more, world=2, faults=(), **changes):
-        rows = {"gradient_accumulation_steps": 4 // world, "max_steps": STEPS, "epochs": 4}
-        words = arguments(data, **{**rows, **changes})
-        return name, spec(world, *words, "--output_dir", folder / name, *more, faults=faults)
-
     starts = [
         start("plain"),
-        start("sharded", *sharded, sample_every=STEPS),
+        start("sharded", *SHARDED, sample_every=STEPS),
         start("bf16", precision="bf16"),
-        start("sharded bf16", *sharded, precision="bf16"),
-        start("recomputed", *sharded, checkpoint_activations="layer"),
-        start("stopped", *sharded, faults=[fault("SIGTERM", 2, rank=1)]),
-        start("stopped", *sharded, "--resume"),
-        start("changed", *sharded, faults=[fault("SIGTERM", 1, rank=1)]),
+        start("sharded bf16", *SHARDED, precision="bf16"),
+        start("recomputed", *SHARDED, checkpoint_activations="layer"),
+        start("stopped", *SHARDED, faults=[fault("SIGTERM", 2, rank=1)]),
+        start("stopped", *SHARDED, "--resume"),
+        start("changed", *SHARDED, faults=[fault("SIGTERM", 1, rank=1)]),
         start("changed", "--resume", world=1, faults=[fault("SIGTERM", 3)]),
-        start("changed", *sharded, "--resume"),
-        start("dry", *sharded, "--dry_run"),
-        start("nan loss", *sharded, faults=[fault("nan loss", 3, rank=1)], **every_step),
-        start("inf gradient", *sharded, faults=[fault("inf gradient", 3, rank=1)], **every_step),
-        start("inf weight", *sharded, faults=[fault("inf weight", 1, rank=1)], save_every=1),
+        start("changed", *SHARDED, "--resume"),
+        start("dry", *SHARDED, "--dry_run"),
+    ]
+    return once(tmp_path_factory, "sharded", lambda folder: make_runs(data, folder, starts))
+
+
+@pytest.fixture(scope="module")
+def not_finite_runs(data, tmp_path_factory):
+    """The same of runs that meet numbers that are not finite: by another test process at the same time."""
+    every_step = {"save_every": 1, "keep_last": STEPS}
+    starts = [
+        start("nan loss", *SHARDED, faults=[fault("nan loss", 3, rank=1)], **every_step),
+        start("inf gradient", *SHARDED, faults=[fault("inf gradient", 3, rank=1)], **every_step),
+        start("inf weight", *SHARDED, faults=[fault("inf weight", 1, rank=1)], save_every=1),
+    ]
+    return once(tmp_path_factory, "not-finite", lambda folder: make_runs(data, folder, starts))
+
+
+def start(name, *more, world=2, faults=(), **changes):
+    """One start of the run of that name, for `make_runs`."""
+    rows = {"gradient_accumulation_steps": 4 // world, "max_steps": STEPS, "epochs": 4}
+    return name, world, {**rows, **changes}, more, faults
+
+
+def make_runs(data, folder, starts):
+    specs = [
+        spec(world, *arguments(data, **settings), "--output_dir", folder / name, *more, faults=faults)
+        for name, world, settings, more, faults in starts
     ]
     told = {}
-    for (name, _), result in zip(starts, forked("runs", *(text for _, text in starts))):
+    for (name, *_), result in zip(starts, forked("runs", *specs)):
         told.setdefault(name, []).append(result)
     return {name: (folder / name, results) for name, results in told.items()}
 
@@ -147,8 +161,8 @@ def test_an_export_of_a_sharded_run_generates(runs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["nan loss", "inf gradient"])
-def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(runs, what):
-    folder, told = runs[what]
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(not_finite_runs, what):
+    folder, told = not_finite_runs[what]
     assert codes(told) == [[0, 0]], told
     found = [record.get("skipped", False) for record in records(folder)]
     assert found == [False] * 3 + [True] + [False] * 2
@@ -158,8 +172,8 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(runs, what):
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_finite_in_the_share_of_another_process_are_not_saved(runs):
-    folder, told = runs["inf weight"]
+def test_weights_that_are_not_finite_in_the_share_of_another_process_are_not_saved(not_finite_runs):
+    folder, told = not_finite_runs["inf weight"]
     assert codes(told)[0][0] == 3 and codes(told)[0][1] != 0, told
     assert "the weights are not finite after step 2" in told[0]["output"]
     assert latest_checkpoint(folder / "checkpoints").name == "step-00000001"
