@@ -1,9 +1,9 @@
-"""What the model reads of a token besides its id and instrument: functions of the tokens up to it alone.
+"""What the model knows of a token besides its id and instrument: functions of the tokens up to it alone.
 
 HID leaves out what does not change, and music repeats itself. So the input of a token also says which onset,
 length, velocity and chord are in force; which token of its family came before; and what followed when the
 same token stood at the same place of an earlier bar. Attention could find each of these, but a small model
-needs many more songs to learn to.
+needs many more songs to learn to. The labels of `ChordGuesses` are not read, but copied by the output.
 """
 
 from collections.abc import Iterable
@@ -50,23 +50,41 @@ TABLE_SIZES = InputFeatures(
     next_instrument=BAR_ENDS + 1,
 )
 
+
+class ChordGuesses(NamedTuple):
+    """Labels that the next bar may take over from an earlier bar of the song: ids of CHORD tokens, int64
+    [B, N] each; 0 where the document has no such bar.
+
+    one, two, four, eight: of the bar so many bars before the next one.
+    after_one: what followed the label of this bar when it last stood in a bar before.
+    after_two: what followed the labels of the bar before and of this one when they last stood so before.
+    """
+
+    one: Tensor
+    two: Tensor
+    four: Tensor
+    eight: Tensor
+    after_one: Tensor
+    after_two: Tensor
+
+
 _NOTE_FAMILIES = (vocab.T, vocab.P, vocab.L, vocab.V)
 _SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
 
 
 @torch.no_grad()
-def input_features(ids_BN: Tensor, structure: Structure) -> InputFeatures:
-    """The features of packed rows, on the device of `ids_BN`; it never synchronizes with the host.
+def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, ChordGuesses]:
+    """Of packed rows, on the device of `ids_BN`; it never synchronizes with the host.
 
     Args:
         ids_BN: token ids, integer [B, N].
         structure: of the same tokens; of it the documents, positions and instruments count.
 
-    What a token says follows from the tokens of its document up to it, so packing and padding change nothing.
+    What a token gets follows from the tokens of its document up to it, so packing and padding change nothing.
     """
     scan = _Scan(ids_BN.long(), structure)
     onset = scan.in_force(vocab.T)
-    return InputFeatures(
+    features = InputFeatures(
         onset=onset,
         length=scan.in_force(vocab.L),
         velocity=scan.in_force(vocab.V),
@@ -75,6 +93,8 @@ def input_features(ids_BN: Tensor, structure: Structure) -> InputFeatures:
         repeat=scan.repeat(onset),
         next_instrument=scan.next_instrument(),
     )
+    ago = (scan.token_at(scan.bar_before_next(bars), scan.start) for bars in (1, 2, 4, 8))
+    return features, ChordGuesses(*ago, *scan.chords_after())
 
 
 class _Scan:
@@ -84,7 +104,9 @@ class _Scan:
         self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
-        self.bar = self.last_of(vocab.CHORD)
+        self.begins_bar = self.is_of(vocab.CHORD)
+        self.bar = self.last(self.begins_bar)
+        self.bars_so_far = self.begins_bar.cumsum(dim=1)  # of the whole row
         in_note = _any(self.is_of(family) for family in _NOTE_FAMILIES)
         self.group = torch.maximum(self.last(~in_note), self.start - 1)  # notes of a group come after this
 
@@ -102,6 +124,10 @@ class _Scan:
         """1 + the value of the family's token at index `at`, 0 where that is before `first`."""
         value = self.ids.gather(1, at.clamp(min=0)) - family.start + 1
         return torch.where(at >= first, value, 0)
+
+    def token_at(self, at: Tensor, first: Tensor) -> Tensor:
+        """The token at index `at`, 0 where that is before `first`."""
+        return torch.where(at >= first, self.ids.gather(1, at.clamp(min=0)), 0)
 
     def in_force(self, family: vocab.Family) -> Tensor:
         return self.value_at(self.last_of(family), family, self.group + 1)
@@ -126,6 +152,27 @@ class _Scan:
         key = (place * (len(vocab.T) + 1) + onset) * vocab.VOCAB_SIZE + self.ids
         earlier = self._last_with_same(key)
         return torch.where(earlier >= 0, self.ids.gather(1, earlier + 1), 0)
+
+    def bar_before_next(self, bars: int) -> Tensor:
+        """Where the bar begins that is so many bars before the next one; -1 if the row has none."""
+        return self._nth_bar(self.bars_so_far - bars)
+
+    def chords_after(self) -> tuple[Tensor, Tensor]:
+        """`ChordGuesses.after_one` and `after_two`."""
+        label = self.token_at(self.bar, self.start)
+        before = self.token_at(self.bar_before_next(2), self.start)
+        one = (self.doc + 1) * vocab.VOCAB_SIZE + label
+        found = []
+        for key in (one, one * vocab.VOCAB_SIZE + before):
+            earlier = self._last_with_same(torch.where(self.begins_bar, key, -1 - self.index))
+            after = self._nth_bar(self.bars_so_far.gather(1, earlier.clamp(min=0)))
+            after = torch.where(earlier >= 0, after, -1).gather(1, self.bar.clamp(min=0))
+            found.append(self.token_at(torch.where(self.bar >= self.start, after, -1), self.start))
+        return found[0], found[1]
+
+    def _nth_bar(self, number: Tensor) -> Tensor:
+        """Where the bar of this number in the row begins, -1 if the number is negative."""
+        return torch.where(number >= 0, torch.searchsorted(self.bars_so_far, number + 1), -1)
 
     def next_instrument(self) -> Tensor:
         is_inst = self.is_of(vocab.INST)

@@ -17,7 +17,7 @@ from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
 from ..tokens import vocab
-from .inputs import TABLE_SIZES, InputFeatures, input_features
+from .inputs import TABLE_SIZES, ChordGuesses, InputFeatures, read_context
 from .layers import DenseLayer, Embedding, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
@@ -35,6 +35,7 @@ class ModelConfig:
         time_fraction: part of a head's pairs of channels that musical time rotates; the token index rotates
             the others.
         features: names of the `InputFeatures` whose embeddings are added to the input.
+        copy_chords: whether the output can copy the labels that `ChordGuesses` names.
     """
 
     layers: int
@@ -50,6 +51,7 @@ class ModelConfig:
     time_fraction: float = 0.75
     time_theta: float = 500_000.0
     features: tuple[str, ...] = InputFeatures._fields
+    copy_chords: bool = True
 
     def __post_init__(self):
         for name in ("near_bars", "features"):
@@ -128,6 +130,8 @@ class MeloFormer(nn.Module):
         for layer in self.layers:
             layer.recompute_ffn = recompute == "ffn"
         self.norm_out = RMSNorm(config.dim)
+        if config.copy_chords:
+            self.copy_gate = nn.Linear(config.dim, len(ChordGuesses._fields), bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -197,7 +201,7 @@ class MeloFormer(nn.Module):
         # Streams are in the dtype that products are computed in: between layers nothing is done but to add
         # and to norm, both bound by memory.
         dtype = self._compute_dtype()
-        features = input_features(ids_BN, structure)
+        features, guesses = read_context(ids_BN, structure)
         r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(structure.inst, dtype)
         for name, embedding in self.feature_embeddings.items():
             r_BNE = r_BNE + embedding(getattr(features, name), dtype)
@@ -217,7 +221,23 @@ class MeloFormer(nn.Module):
             rotary_s = self._rotary(structure.summary_position, bar_end_BM)
             for layer in self.layers:
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
-        return F.linear(self.norm_out(r_BNE), self.token_embedding.weight)
+        r_BNE = self.norm_out(r_BNE)
+        logits_BNV = F.linear(r_BNE, self.token_embedding.weight)
+        if self.config.copy_chords:
+            self._copy_chords(logits_BNV, r_BNE, guesses)
+        return logits_BNV
+
+    def _copy_chords(self, logits_BNV: Tensor, r_BNE: Tensor, guesses: ChordGuesses) -> None:
+        """Add to the logits of the labels guessed what the gates make of the stream, in place.
+
+        Which labels come next depends on the song more than on music at large, and a label that a song
+        brought up cannot pass through the stream as well as the one index that names it (pointer networks,
+        Vinyals et al. 2015, arXiv:1506.03134).
+        """
+        for guess_BN, gate_BN in zip(guesses, self.copy_gate(r_BNE).unbind(-1)):
+            # One guess after the other: two may name one label, and the order of a sum must be fixed.
+            gate_BN = torch.where(guess_BN > 0, gate_BN, 0)
+            logits_BNV.scatter_add_(2, guess_BN[..., None], gate_BN[..., None])
 
     def _rotary(self, position_BN: Tensor, time_BN: Tensor) -> Rotary:
         config = self.config

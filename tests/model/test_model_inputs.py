@@ -1,11 +1,12 @@
-"""The input features against a reader that goes token by token, and what they may not depend on."""
+"""Input features and chord guesses against a reader that goes token by token, and what they may not depend
+on."""
 
 import numpy as np
 import pytest
 import torch
 
 from meloformer.kernels.structure import Structure
-from meloformer.model.inputs import BAR_ENDS, TABLE_SIZES, InputFeatures, input_features
+from meloformer.model.inputs import BAR_ENDS, TABLE_SIZES, ChordGuesses, InputFeatures, read_context
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.vocab import CHORD, INST, L, P, T, V
 
@@ -24,10 +25,20 @@ def packed(documents: list[np.ndarray], padding: int = 0):
     return tensor(row, vocab.PAD), Structure.build(tensor(doc, -1), *(tensor(field, 0) for field in fields))
 
 
-def read_token_by_token(ids: np.ndarray) -> InputFeatures:
-    """The features of one document, with what a musician would keep in mind: dictionaries."""
+NAMES = InputFeatures._fields + ChordGuesses._fields
+SIZES = [*TABLE_SIZES, *(vocab.VOCAB_SIZE for _ in ChordGuesses._fields)]
+
+
+def context_of(ids, structure) -> list[torch.Tensor]:
+    features, guesses = read_context(ids, structure)
+    return [*features, *guesses]
+
+
+def read_token_by_token(ids: np.ndarray) -> np.ndarray:
+    """The context of one document, [names, n], with what a musician would keep in mind: dictionaries."""
     rows, seen, followers, last_of_family = [], {}, {}, {}
-    force, chord, head, inst = {}, 0, None, vocab.NO_INSTRUMENT
+    force, head, inst = {}, None, vocab.NO_INSTRUMENT
+    chords, after = [], {}
     pending = None  # the place of the token before this one
     for token in ids.tolist():
         family = vocab.family_of(token)
@@ -39,7 +50,9 @@ def read_token_by_token(ids: np.ndarray) -> InputFeatures:
                 followers[head] = rank or BAR_ENDS
             head = rank
         if family is CHORD:
-            chord = token - CHORD.start + 1
+            for length in (1, 2):
+                after[tuple(chords[-length:]), length] = token
+            chords.append(token)
             last_of_family.pop("INST", None)
         if family not in (T, P, L, V):
             force = {}
@@ -55,35 +68,37 @@ def read_token_by_token(ids: np.ndarray) -> InputFeatures:
         rows.append(
             (
                 *(force.get(name, 0) for name in "TLV"),
-                chord,
+                chords[-1] - CHORD.start + 1 if chords else 0,
                 previous,
                 seen.get(pending, 0),
                 followers.get(head, 0) if head is not None else 0,
+                *(chords[-bars] if len(chords) >= bars else 0 for bars in (1, 2, 4, 8)),
+                *(after.get((tuple(chords[-length:]), length), 0) if chords else 0 for length in (1, 2)),
             )
         )
-    return InputFeatures(*np.array(rows).T)
+    return np.array(rows).T
 
 
 def test_features_are_what_a_reader_notes(songs):
     documents = songs[:6]
-    features = input_features(*packed(documents, padding=7))
+    context = context_of(*packed(documents, padding=7))
     start = 0
     for document in documents:
         expected = read_token_by_token(document)
-        for name, got, want in zip(InputFeatures._fields, features, expected):
+        for name, got, want in zip(NAMES, context, expected):
             np.testing.assert_array_equal(got[0, start : start + len(document)].numpy(), want, name)
         start += len(document)
-    for name, values, size in zip(InputFeatures._fields, features, TABLE_SIZES):
+    for name, values, size in zip(NAMES, context, SIZES):
         assert values.min() >= 0 and values.max() < size, name
         assert values.unique().numel() > 3, name  # it says something in these songs
 
 
 def test_features_do_not_depend_on_later_tokens(songs):
     ids = songs[3]
-    whole = input_features(*packed([ids]))
+    whole = context_of(*packed([ids]))
     for length in (1, 2, 17, len(ids) // 2, len(ids) - 1):
-        prefix = input_features(*packed([ids[:length]]))
-        for name, part, full in zip(InputFeatures._fields, prefix, whole):
+        prefix = context_of(*packed([ids[:length]]))
+        for name, part, full in zip(NAMES, prefix, whole):
             assert torch.equal(part, full[:, :length]), (name, length)
 
 
@@ -96,7 +111,7 @@ def test_any_ids_give_indices_of_the_tables(seed):
     zeros = torch.zeros_like(ids)
     inst = torch.randint(0, 130, ids.shape, generator=generator)
     structure = Structure.build(doc, zeros, inst, zeros, zeros)
-    for name, values, size in zip(InputFeatures._fields, input_features(ids, structure), TABLE_SIZES):
+    for name, values, size in zip(NAMES, context_of(ids, structure), SIZES):
         assert values.shape == ids.shape and values.min() >= 0 and values.max() < size, name
 
 
@@ -104,7 +119,17 @@ def test_what_repeats_is_foreseen():
     """A bar played twice: from its second token on, `repeat` names the next token."""
     bar = [INST.start + 3, T.start, P.start + 60, L.start + 5, V.start + 9, T.start + 24, P.start + 62]
     ids = np.array([vocab.BOS, CHORD.start, vocab.TS.start, vocab.BPM.start, *bar, CHORD.start + 1, *bar])
-    features = input_features(*packed([ids]))
+    features, _ = read_context(*packed([ids]))
     second = slice(len(ids) - len(bar), len(ids) - 1)
     np.testing.assert_array_equal(features.repeat[0, second].numpy(), ids[len(ids) - len(bar) + 1 :])
     assert features.next_instrument[0, -1] == BAR_ENDS
+
+
+def test_chords_that_return_are_guessed():
+    """Bars under the labels a b c a b: after the last one the song went on with c."""
+    a, b, c = range(CHORD.start, CHORD.start + 3)
+    ids = np.array([vocab.BOS, a, b, c, a, b, INST.start, T.start])
+    _, guesses = read_context(*packed([ids]))
+    assert [int(guess[0, -1]) for guess in guesses] == [b, a, b, 0, c, c]
+    assert [int(guess[0, 4]) for guess in guesses] == [a, c, a, 0, b, 0]  # c a was never heard before
+    assert not any(guess[0, 0] for guess in guesses)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from meloformer.kernels import make_attention
 from meloformer.kernels.rope import apply_rope
-from meloformer.model.inputs import input_features
+from meloformer.model.inputs import read_context
 from meloformer.model.layers import Embedding, Rotary
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer, ModelConfig
@@ -60,7 +60,7 @@ def design_written_out(model, ids, batch) -> torch.Tensor:
     position_r = torch.tensor([i for _, i, _ in tokens])
     last = {(doc, token.bar): i for doc, i, token in tokens}
     position_s = torch.tensor([last[bar] for bar in sorted(last)])
-    features = input_features(ids, structure(batch))
+    features, guesses = read_context(ids, structure(batch))
     time_r = torch.tensor([192 * token.bar for *_, token in tokens]) + (features.onset[0] - 1).clamp(min=0)
     time_s = torch.tensor([192 * (bar + 1) for _, bar in sorted(last)])
     summary_mask, regular_mask = oracle_masks(batch)
@@ -112,7 +112,13 @@ def design_written_out(model, ids, batch) -> torch.Tensor:
             )
             streams[j] = x + (gate * gate.sigmoid() * up) @ weights[layer + "ffn.down.weight"].T
         r, s = streams if len(streams) == 2 else (streams[0], s)
-    return norm(r, "norm_out.weight") @ weights["token_embedding.weight"].T
+    r = norm(r, "norm_out.weight")
+    logits = r @ weights["token_embedding.weight"].T
+    for row, guess in zip(weights["copy_gate.weight"], guesses):
+        for i, label in enumerate(guess[0].tolist()):
+            if label:
+                logits[i, label] += r[i] @ row
+    return logits
 
 
 @pytest.mark.parametrize("backend", ["reference", "flex"])
