@@ -9,7 +9,8 @@ ORIGINAL_RULE = {"kind_rule": "alike", "near_bars": "0,1,2,4"}
 
 
 def attention_label(run: dict) -> str:
-    """`attention` of a run or a row, and `kind_rule` and `near_bars` unless they are the original ones."""
+    """`attention` of a run or a row, `kind_rule` and `near_bars` unless they are the original ones, and the
+    part that its attention lacked, if `without` names one."""
     label = run["attention"]
     if label != DENSE:
         kind_rule, near_bars = (run.get(name, original) for name, original in ORIGINAL_RULE.items())
@@ -17,6 +18,8 @@ def attention_label(run: dict) -> str:
             label += f", {kind_rule}"
         if near_bars != ORIGINAL_RULE["near_bars"]:
             label += f", near {near_bars.replace(',', ' ')}"
+    if run.get("without"):
+        label += f", no {run['without']}"
     return label
 
 

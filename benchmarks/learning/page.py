@@ -15,6 +15,8 @@ MEANINGS = f"""\
   rows of tokens in the same order, and are validated after the same numbers of tokens.
 - **Behind the attention** stand the kind rule (`--kind_rule`) and the near bars (`--near_bars`) where they
   are not those of the original scheme, `alike` and 0,1,2,4.
+- **no summaries, no own past**: a part of the attention is left out, see `benchmarks/learning/ablation.py`:
+  no token sees a summary; or it sees its own instrument in near bars only, as the others.
 - **dense**: a plain causal Transformer without summary tokens, its number of parameters within 2 %.
 - **At equal tokens, at equal time**: the lowest loss that each run reached within what the shortest run took.
   The range is that over the seeds. Read a difference only where two ranges do not overlap, and then for

@@ -11,6 +11,7 @@ from statistics import median
 import yaml
 
 from benchmarks.common.attention_label import ORIGINAL_RULE
+from benchmarks.learning.ablation import lacking
 from meloformer.errors import UserError
 from meloformer.training.config import CONFIG
 from meloformer.training.run_log import LOG, read_log
@@ -29,9 +30,10 @@ def read_run(folder: Path) -> dict:
     """A run as JSON values.
 
     Returns:
-        `name`, `attention`, `kind_rule`, `near_bars`, `seed`; `settings` and `origin`, which must be equal
-        in all runs of a comparison; figures of its summary; `tokens_per_s` over all steps except slow ones
-        (the first, and those of more than `SLOW` times the median step); `slow_steps` and `slow_seconds`;
+        `name`, `attention`, `kind_rule`, `near_bars`, `without` (see `ablation`), `seed`; `settings` and
+        `origin`, which must be equal in all runs of a comparison; figures of its summary; `tokens_per_s` over
+        all steps except slow ones (the first, and those of more than `SLOW` times the median step);
+        `slow_steps` and `slow_seconds`;
         `validation`, lists with an entry for each validation: `step`, `tokens` so far, `seconds` of the
         steps that were not slow, `all_seconds`, and the figures of `validation.validate`.
 
@@ -60,6 +62,7 @@ def read_run(folder: Path) -> dict:
         "name": folder.resolve().name,
         "attention": summary["attention"],
         **{name: config.get(name, original) for name, original in ORIGINAL_RULE.items()},
+        "without": lacking(folder),
         "seed": config["seed"],
         "settings": {key: value for key, value in config.items() if key not in (*_IRRELEVANT, *_VARIED)},
         "origin": {key: summary[key] for key in ("data", "device", "processes", "precision", "versions")},
