@@ -75,6 +75,7 @@ def generate(
     max_context: int = 24576,
     attention: str = "auto",
     on_token: Callable[[int, int], None] = lambda tokens, bars: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Token ids (uint16 [n]) of a whole song, BOS and EOS included: the prompt, then what the model adds.
 
@@ -90,6 +91,8 @@ def generate(
         max_context: maximum number of tokens the model sees at once; older bars are left out.
         attention: name of a backend, or "auto".
         on_token: called after every token with the number of new tokens and of new bars begun.
+        stop: called after every token; True ends the song after its last complete bar. Where there is no
+            new one, what is left is the prompt, or BOS and EOS alone.
 
     Raises:
         ValueError: `bars` is below 1, the prompt breaks the grammar, or none of the instruments that
@@ -105,6 +108,7 @@ def generate(
     within_constraints = constraints.allowed_ids()
     has_note = any(token in vocab.P for token in ids)
     begin = complete = len(ids)  # the first `complete` tokens form a song that may end there
+    bar_line = begin  # and the first `bar_line` tokens one that ends with a complete bar
     new_bars = 0
 
     while len(ids) - begin < max_tokens:
@@ -130,11 +134,17 @@ def generate(
             if token == vocab.EOS or (token in vocab.CHORD and last_bar):
                 complete = len(ids)
                 break
-        new_bars += token in vocab.CHORD and grammar.bar_ends
+        if token in vocab.CHORD and grammar.bar_ends:
+            new_bars += 1
+            if new_bars > 1:
+                bar_line = len(ids)
         ids.append(token)
         grammar.push(token)
         has_note = has_note or token in vocab.P
         if grammar.bar_complete:
             complete = len(ids)
         on_token(len(ids) - begin, new_bars)
+        if stop():
+            complete = bar_line
+            break
     return np.array([*ids[:complete], vocab.EOS], dtype=np.uint16)

@@ -50,6 +50,39 @@ def test_the_last_token_allowed_ends_the_song_at_a_complete_note(model):
         assert len(ids) <= limit + 2 and ids[-1] == vocab.EOS
 
 
+def stopped_after(model, tokens, prompt=None):
+    """A song of the model, stopped after so many new tokens, and the bars begun by then."""
+    seen = []
+    ids = generate(
+        model,
+        prompt,
+        bars=50,
+        sampling=Sampling(temperature=3.0),
+        on_token=lambda *counts: seen.append(counts),
+        stop=lambda: len(seen) == tokens,
+    )
+    assert len(seen) == tokens and seen[-1][0] == tokens
+    return ids, seen[-1][1]
+
+
+def test_a_stopped_song_keeps_its_complete_bars(model):
+    prompt = TOKENIZER.encode(compose(1, bars=3))
+    whole = generate(model, prompt, bars=3, sampling=Sampling(temperature=3.0))
+    lines = attributes.cut_points(whole)[3:]
+    begin = len(prompt) - 1
+    for cut, bars in ((lines[1] - begin, 0), (lines[1] - begin + 1, 1), (lines[2] - begin + 1, 2)):
+        ids, begun = stopped_after(model, int(cut), prompt)
+        grammar.check(ids)
+        np.testing.assert_array_equal(ids[:-1], whole[: lines[bars]])
+        assert len(attributes.cut_points(ids)) == 3 + bars and begun == bars + 1 and ids[-1] == vocab.EOS
+
+
+def test_a_new_song_stopped_in_its_first_bar_has_none(model):
+    ids, begun = stopped_after(model, 6)
+    assert begun == 1
+    np.testing.assert_array_equal(ids, [vocab.BOS, vocab.EOS])
+
+
 def test_a_continued_song_keeps_its_beginning(model):
     prompt = TOKENIZER.encode(compose(1, bars=3))
     ids = generate(model, prompt, bars=2, max_tokens=400)
