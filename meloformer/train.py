@@ -11,11 +11,11 @@ from . import cli
 from .errors import UserError
 from .files import check_can_write, exclusive_lock, require_locks
 from .model.transformer import SIZES, ModelConfig
+from .stop import STOPPED, StopRequest
 from .training.config import TrainConfig, chosen_model, parse_args
 from .training.distributed import Job, start_job
 from .training.dry_run import dry_run
 from .training.estimate import is_out_of_memory, out_of_memory
-from .training.stop import STOPPED, StopRequest
 from .training.trainer import Trainer
 
 _LOCK = ".lock"
@@ -36,7 +36,7 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
         DivergedError: loss, gradients or weights are not finite.
     """
     model_config = chosen_model(config, model_config or SIZES[config.model_size])
-    with StopRequest() as stop:
+    with StopRequest("will save after this step and stop; Ctrl-C stops without saving") as stop:
         if config.deterministic:
             _make_deterministic()
         job = start_job(config.device)

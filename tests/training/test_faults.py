@@ -11,8 +11,8 @@ import torch
 from meloformer import train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
+from meloformer.stop import STOPPED
 from meloformer.training.distributed import Job
-from meloformer.training.stop import STOPPED
 
 from helpers.tiny_train import TINY
 from helpers.training import (

@@ -14,10 +14,10 @@ from benchmarks.common.compile_counts import count_compilations
 from meloformer.data.batches import Batch
 from meloformer.kernels import plan
 from meloformer.model.transformer import SIZES
+from meloformer.stop import STOPPED
 from meloformer.tokens.vocab import IGNORE_INDEX
 from meloformer.training.distributed import Job
 from meloformer.training.stepper import Stepper
-from meloformer.training.stop import STOPPED
 
 from helpers.attention_cases import Song, check_error, count_pairs, song, structure
 from helpers.model_cases import random_ids

@@ -12,10 +12,10 @@ from meloformer import train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
 from meloformer.model.transformer import MeloFormer
+from meloformer.stop import STOPPED
 from meloformer.training import resume, trainer
 from meloformer.training.distributed import start_job
 from meloformer.training.stepper import Stepper
-from meloformer.training.stop import STOPPED
 from meloformer.training.trainer import Trainer
 
 from helpers.tiny_train import TINY

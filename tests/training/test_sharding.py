@@ -16,8 +16,8 @@ from meloformer import export, train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.generate import main as generate_command
 from meloformer.model.transformer import RECOMPUTE, MeloFormer
+from meloformer.stop import STOPPED
 from meloformer.training.distributed import Job, full_tensor, shard_model
-from meloformer.training.stop import STOPPED
 
 from helpers.compiled_layers import SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step
 from helpers.shared_work import once

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from meloformer.training import stop
-from meloformer.training.stop import StopRequest
+from meloformer import stop
+from meloformer.stop import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
@@ -18,7 +18,7 @@ def test_a_signal_is_recorded_and_the_handlers_come_back(number, monkeypatch):
     monkeypatch.setattr(stop, "_leave_terminal", lambda: None)  # it would silence the tests
     before = signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored where the tests run under nohup
     try:
-        with StopRequest() as request:
+        with StopRequest("will save") as request:
             assert request.reason is None
             os.kill(os.getpid(), number)
             assert request.reason == number.name
@@ -30,7 +30,7 @@ def test_a_signal_is_recorded_and_the_handlers_come_back(number, monkeypatch):
 def test_nohup_outlives_the_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest() as request:
+        with StopRequest("will save") as request:
             os.kill(os.getpid(), signal.SIGHUP)
             assert request.reason is None
     finally:
@@ -39,8 +39,8 @@ def test_nohup_outlives_the_terminal():
 
 CLOSED = """
 import sys, time
-from meloformer.training.stop import StopRequest
-with StopRequest() as request:
+from meloformer.stop import StopRequest
+with StopRequest("will save") as request:
     print("ready", flush=True)
     while request.reason is None:
         time.sleep(0.01)

@@ -1,11 +1,15 @@
-"""Requests to stop: a signal, or the end of the launcher. They are recorded; the loop polls them."""
+"""Requests to stop training or generation: a signal, or the end of the launcher. The loops poll them."""
 
+import contextlib
 import os
 import signal
 import stat
 import threading
 
-STOPPED = 75  # exit code of a run that saved and stopped on request: EX_TEMPFAIL, "try again"
+STOPPED = 75  # exit code of a command that saved and stopped on request: EX_TEMPFAIL, "try again"
+
+# SIGHUP is not known on Windows.
+_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -13,9 +17,13 @@ class StopRequest:
 
     After it the default handler of SIGINT is restored: a second Ctrl-C ends the process at once, even inside
     a long call into a library.
+
+    Args:
+        promise: what is printed at the signal: what will be saved, and what a second Ctrl-C does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str) -> None:
+        self._promise = promise
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
         # A launcher that is killed leaves its workers running: they would collide with the next run.
@@ -32,9 +40,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in _SIGNALS:
                 # `nohup` has SIGHUP ignored: such a run is to outlive its terminal.
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -43,12 +51,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        if number == signal.SIGHUP:
+        number = signal.Signals(number)
+        if number.name == "SIGHUP":
             _leave_terminal()
         if self._signal is None:
-            self._signal = signal.Signals(number)
-            text = f"\n{self._signal.name}: will save after this step and stop; Ctrl-C stops without saving\n"
-            os.write(2, text.encode())  # print is not reentrant: the signal may interrupt one
+            self._signal = number
+            with contextlib.suppress(OSError):  # stderr may be a file on a full disk, or closed
+                # print is not reentrant: the signal may interrupt one
+                os.write(2, f"\n{number.name}: {self._promise}\n".encode())
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
