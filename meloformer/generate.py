@@ -1,26 +1,26 @@
 """`python -m meloformer.generate`: a new song, or the continuation of one, from a checkpoint."""
 
-import os
+import argparse
 import re
-import stat
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from . import cli
 from .errors import MidiError, UserError
-from .files import temporary_of
 from .generation.constraints import Constraints
 from .generation.load import load_model
 from .generation.loop import DEFAULT_MAX_TOKENS, generate
+from .generation.outputs import require_outputs
+from .generation.report import NewMusic, Progress, hints
 from .generation.sampling import Sampling
 from .kernels import BACKENDS
 from .midi.general_midi import PROGRAM_NAMES
 from .midi.writer import write_midi
 from .model.device import pick_attention, pick_device
 from .model.transformer import DENSE
+from .stop import STOPPED, StopRequest
 from .tokens import attributes, vocab
 from .tokens.tokenizer import HIDTokenizer
 
@@ -70,34 +70,6 @@ def read_prompt(path: str, bars: int | None) -> np.ndarray:
     return ids
 
 
-def require_writable(flag: str, path: str) -> None:
-    """Check that a file can be written at `path` before the work begins, and leave nothing there.
-
-    Raises:
-        UserError: it cannot; the message names flag and path.
-    """
-    target = Path(path)
-    try:
-        if "\0" in path:
-            raise ValueError("embedded null byte")
-        if target.is_dir():
-            raise UserError(f"{flag} {path}: is a folder, not the name of a file")
-        if not target.parent.is_dir():
-            raise UserError(f"{flag} {path}: there is no folder {target.parent}")
-        # Writing replaces what is there: of a device or a pipe, that would be the device itself.
-        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-            raise UserError(f"{flag} {path}: exists and is not a regular file")
-        # Files are written under a longer name beside the target and then renamed: try one like it.
-        probe = temporary_of(target)
-        was_there = probe.exists()
-        probe.touch()
-        if not was_there:
-            probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {path!r}: cannot be written ({reason})") from None
-
-
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="python -m meloformer.generate",
@@ -107,6 +79,11 @@ def make_parser() -> cli.Parser:
     add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
     add("--output", required=True, help="the MIDI file to write")
     add("--picture", help="also draw the song as a piano roll, into this .png file")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace the files of --output and --picture if they exist; the prompt is never replaced",
+    )
     add("--prompt", help="a MIDI file to continue")
     add("--prompt_bars", type=cli.positive_int, help="use only the first N bars of the prompt", metavar="N")
     add(
@@ -158,7 +135,8 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 if the song is finished, `STOPPED` if it was stopped on request."""
     args = make_parser().parse_args(argv)
     if args.prompt_bars and not args.prompt:
         raise UserError("--prompt_bars needs --prompt")
@@ -169,23 +147,23 @@ def main(argv: list[str] | None = None) -> None:
         bpm=args.tempo,
         instruments=None if args.instruments is None else parse_instruments(args.instruments),
     )
-    require_writable("--output", args.output)
-    if args.picture:
-        require_writable("--picture", args.picture)
-        if os.path.realpath(args.picture) == os.path.realpath(args.output):
-            raise UserError(f"--picture {args.picture}: is the same file as --output")
+    outputs = {"--output": args.output} | ({"--picture": args.picture} if args.picture else {})
+    with StopRequest("will keep the complete bars and stop; Ctrl-C stops without keeping them") as request:
+        require_outputs(outputs, args.prompt, args.overwrite)
+        return write_song(args, constraints, request)
+
+
+def write_song(args: argparse.Namespace, constraints: Constraints, request: StopRequest) -> int:
+    """Generate a song and write it; returns the exit code.
+
+    Raises:
+        UserError: of the prompt, the checkpoint, or a file that cannot be written.
+    """
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
     if prompt is not None and constraints.instruments is not None:
         prompt = attributes.with_instruments(prompt, constraints.instruments)
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
-    attention = pick_attention(args.attention, model.device, model.config)
-
-    bar = tqdm(total=args.bars or args.max_tokens, unit="bar" if args.bars else "token")
-
-    def show(tokens: int, bars: int) -> None:
-        bar.set_postfix(tokens=tokens, bars=bars, refresh=False)
-        bar.update((max(0, bars - 1) if args.bars else tokens) - bar.n)
-
+    progress = Progress(args.bars, args.max_tokens, request)
     ids = generate(
         model,
         prompt,
@@ -195,29 +173,35 @@ def main(argv: list[str] | None = None) -> None:
         constraints=constraints,
         seed=args.seed,
         max_context=max_context,
-        attention=attention,
-        on_token=show,
+        attention=pick_attention(args.attention, model.device, model.config),
+        on_token=progress.on_token,
+        stop=progress.stop,
     )
-    bar.close()
-    new = ids[0 if prompt is None else len(prompt) :]
-    if not vocab.P.mask(ids).any():
-        raise UserError(f"the model wrote no note in {args.max_tokens} tokens: raise --max_tokens")
+    music = NewMusic.of(ids, begin=0 if prompt is None else len(prompt))
+    progress.close(music.bars)
+    if not music.bars or not vocab.P.mask(ids).any():
+        nothing = f"so {args.output} is not written"
+        if progress.stopped_by:
+            print(f"stopped by {progress.stopped_by} before a bar with notes was complete, {nothing}")
+            return STOPPED
+        raise UserError(
+            f"the model wrote no note in {progress.tokens} tokens, {nothing}: raise --max_tokens, or try "
+            "another --seed or --temperature"
+        )
     midi = HIDTokenizer().decode(ids)
     try:
         write_midi(midi, args.output)
     except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}") from None
-    new_bars = len(attributes.cut_points(ids)) - (0 if prompt is None else len(attributes.cut_points(prompt)))
-    print(f"{args.output}: {new_bars} new bars, {int(vocab.P.mask(new).sum())} new notes")
-    if args.bars and new_bars < args.bars:
-        print(
-            f"fewer than {args.bars} bars: stopped at --max_tokens {args.max_tokens}, or because one bar "
-            f"alone is longer than the {max_context} tokens of the rows that the model was trained on"
-        )
+        raise UserError(
+            f"cannot write {args.output}: {error.strerror or error}. The song is lost, but the same --seed "
+            "writes it again"
+        ) from None
+    print("\n".join([f"{args.output}: {music}", *hints(music, progress, max_context)]))
     if args.picture:
         from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here
 
         piano_roll(midi, args.picture)
+    return STOPPED if progress.stopped_by else 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 import errno
 import os
+import signal
+import sys
 from dataclasses import asdict
-from pathlib import Path
+from types import SimpleNamespace
 
 import mido
 import pytest
+from matplotlib.figure import Figure
 
 from meloformer import generate as module
+from meloformer import stop
 from meloformer.checkpoint.store import save_checkpoint
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
-from meloformer.tokens import vocab
+from meloformer.tokens import attributes, vocab
+from meloformer.tokens.grammar import check
+from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.untrained import CONFIG, untrained
 
@@ -83,62 +89,11 @@ def test_mistakes_are_named(checkpoint, tmp_path, args, says):
     assert not (tmp_path / "x.mid").exists()
 
 
-@pytest.fixture
-def no_work(monkeypatch):
-    """Reading the prompt and loading the model must not be reached."""
-    for name in ("read_prompt", "load_model"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-
-
-@pytest.mark.parametrize(
-    "name, says",
-    [
-        ("taken.png", "is a folder"),
-        ("none/x.png", "there is no folder .*none"),
-        ("file/x.png", "there is no folder .*file"),
-        ("pipe.png", "not a regular file"),
-        ("x" * 300 + ".png", "name too long"),
-        ("x" * 248 + ".png", "name too long"),  # with what is added while it is written
-        ("nul\0.png", "null byte"),
-    ],
-)
-@pytest.mark.parametrize("flag", ["--output", "--picture"])
-def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, no_work, flag, name, says):
-    folder = tmp_path / "here"
-    (folder / "taken.png").mkdir(parents=True)
-    (folder / "file").touch()
-    os.mkfifo(folder / "pipe.png")
-    before = sorted(folder.iterdir())
-    places = {"--output": str(tmp_path / "x.mid")} | {flag: f"{folder}/{name}"}
-    with pytest.raises(UserError, match=f"(?i)^{flag} .*{says}") as error:
-        module.main(["--checkpoint", "c", *(word for place in places.items() for word in place)])
-    assert error.value.exit_code == 2 and "\n" not in str(error.value)
-    assert sorted(folder.iterdir()) == before and not (tmp_path / "x.mid").exists()
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
-def test_a_folder_that_takes_no_file_is_told_before_the_work(tmp_path, no_work, monkeypatch, code):
-    """As root no permission is missing: the answer of the system is made up."""
-
-    def refuse(path, *_, **__):
-        raise OSError(code, os.strerror(code), str(path))
-
-    monkeypatch.setattr(Path, "touch", refuse)
-    with pytest.raises(UserError, match=rf"^--output .*x\.mid.*\({os.strerror(code)}\)$"):
-        module.main(["--checkpoint", "c", "--output", str(tmp_path / "x.mid")])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_device_is_not_replaced(no_work):
-    with pytest.raises(UserError, match="--output /dev/full: exists and is not a regular file"):
-        module.main(["--checkpoint", "c", "--output", "/dev/full"])
-
-
-def test_the_picture_does_not_replace_the_song(tmp_path, no_work):
-    (tmp_path / "link").symlink_to(tmp_path)
-    paths = ["--output", str(tmp_path / "x.png"), "--picture", str(tmp_path / "link" / "x.png")]
-    with pytest.raises(UserError, match="same file as --output"):
-        module.main(["--checkpoint", "c", *paths])
+def test_a_song_is_replaced_where_it_may_be(checkpoint, tmp_path):
+    (tmp_path / "x.mid").write_bytes(b"old")
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "60"]
+    module.main([*words, "--overwrite"])
+    assert mido.MidiFile(tmp_path / "x.mid").tracks
 
 
 def test_nothing_is_left_where_the_work_fails(tmp_path):
@@ -148,16 +103,90 @@ def test_nothing_is_left_where_the_work_fails(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_under_the_picture_keeps_the_song(checkpoint, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "songs"
+    folder.mkdir()
+    paths = ["--output", str(folder / "x.mid"), "--picture", str(folder / "x.png")]
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(UserError, match=r"^cannot write the picture .*x\.png: No space left") as error:
+        module.main(["--checkpoint", str(checkpoint), *paths, "--max_tokens", "60"])
+    assert "\n" not in str(error.value) and "x.mid: " in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == ["x.mid"] and mido.MidiFile(folder / "x.mid").tracks
+
+
+def test_a_progress_bar_that_cannot_be_shown_costs_no_song(checkpoint, tmp_path, monkeypatch):
+    """stderr may be a file on a full disk."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", SimpleNamespace(write=full_disk, flush=full_disk))
+        module.main(
+            ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "60"]
+        )
+    assert mido.MidiFile(tmp_path / "x.mid").tracks
+
+
+@pytest.fixture
+def stopped(checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs the command, with a signal when a bar begins; gives exit code, path and output."""
+
+    def run(number, begun, *args):
+        def generate(*positional, on_token, **named):
+            def then_signal(tokens, bars):
+                on_token(tokens, bars)
+                if bars == begun:
+                    os.kill(os.getpid(), number)
+
+            return whole(*positional, on_token=then_signal, **named)
+
+        whole = module.generate
+        monkeypatch.setattr(stop, "_leave_terminal", lambda: None)  # it would silence the tests
+        monkeypatch.setattr(module, "generate", generate)
+        path = tmp_path / "x.mid"
+        words = ["--checkpoint", str(checkpoint), "--output", str(path), "--temperature", "3", *args]
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored under nohup
+        try:
+            code = module.main(words)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        return code, path, capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_keeps_the_complete_bars(stopped, tmp_path, number):
+    compose(3, bars=2).dump(tmp_path / "prompt.mid")
+    picture = tmp_path / "x.png"
+    args = ["--prompt", str(tmp_path / "prompt.mid"), "--bars", "9", "--picture", str(picture)]
+    code, path, said = stopped(number, 4, *args)
+    assert code == 75
+    ids = HIDTokenizer().encode(path)
+    check(ids)
+    assert len(attributes.cut_points(ids)) <= 2 + 3  # trailing rests are not written to MIDI files
+    assert f"{path}: 3 new bars, " in said.out
+    assert f"stopped by {number.name}: 3 of the 9 bars were complete and are kept" in said.out
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_that_comes_too_early_says_that_nothing_is_kept(stopped, number):
+    code, path, said = stopped(number, 1, "--bars", "9")
+    assert code == 75 and not path.exists()
+    assert (
+        f"stopped by {number.name} before a bar with notes was complete, so {path} is not written" in said.out
+    )
+
+
 def test_a_disk_that_fills_up_leaves_no_part_of_a_song(checkpoint, tmp_path, monkeypatch):
     target = tmp_path / "songs" / "x.mid"
     target.parent.mkdir()
-
-    def fill(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", fill)
-    with pytest.raises(UserError, match=r"cannot write .*x\.mid: No space left"):
-        module.main(["--checkpoint", str(checkpoint), "--output", str(target), "--max_tokens", "400"])
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*x\.mid: No space left.* The song is lost"):
+        module.main(["--checkpoint", str(checkpoint), "--output", str(target), "--max_tokens", "60"])
     assert not list(target.parent.iterdir())
 
 
