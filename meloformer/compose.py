@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         paths = compose_corpus(args.output, args.count, args.seed)
     except OSError as error:
-        raise UserError(f"cannot write songs to {args.output}: {error.strerror}") from None
+        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror}") from None
     print(f"wrote {len(paths)} songs to {args.output}")
 
 

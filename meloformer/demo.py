@@ -16,6 +16,8 @@ from tqdm import trange
 from . import cli, generate, preprocess, train
 from .composer.compose import compose
 from .errors import UserError
+from .files import write_atomic
+from .midi.writer import write_midi
 from .plots.loss_curve import loss_curve
 from .training.run_log import LOG, read_log
 
@@ -81,9 +83,9 @@ def demo(folder: Path, steps: int, overwrite: bool) -> None:
     print(f"A real song, and {SONGS} songs by a small procedural composer")
     midi = folder / "midi"
     midi.mkdir()
-    shutil.copy(example_midi_file(), midi / "real-song.mid")
+    write_atomic(midi / "real-song.mid", Path(example_midi_file()).read_bytes())
     for seed in trange(SONGS, desc="compose", unit="song"):
-        compose(seed).dump(midi / f"composed-{seed:02d}.mid")
+        write_midi(compose(seed), midi / f"composed-{seed:02d}.mid")
 
     step("1. MIDI files to token shards", preprocess.main, {"input": midi, "output": folder / "data"})
     run = folder / "run"

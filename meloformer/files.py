@@ -46,16 +46,18 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file to write to. It replaces `path` at the end; if anything fails, `path` is untouched.
 
     Raises:
-        OSError: the disk is full, there is no permission, and the like.
+        OSError: the disk is full, there is no permission, and the like; it names the file.
     """
     path = Path(path)
     try:
         with open(temporary_of(path), "wb") as file:
             yield file
             put_in_place(file, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary_of(path).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a failed write Python does not know it
+            error.filename = os.fspath(path)
         raise
 
 

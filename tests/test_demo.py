@@ -1,7 +1,11 @@
+import os
+
 import pytest
 
 from meloformer import demo
 from meloformer.errors import UserError
+
+from helpers.full_disk import full_disk
 
 
 def test_only_a_demos_own_folder_is_emptied(tmp_path):
@@ -25,6 +29,13 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         demo.main(["--output", str(tmp_path / "file")])
+
+
+def test_a_full_disk_leaves_no_half_song(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=r"^.*real-song\.mid: No space left on device$"):
+        demo.main(["--output", str(tmp_path)])
+    assert not list((tmp_path / "midi").iterdir())
 
 
 def test_a_step_is_printed_as_the_command_it_is(capsys):

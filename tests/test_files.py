@@ -19,6 +19,8 @@ from meloformer.files import (
     write_json,
 )
 
+from helpers.full_disk import full_disk
+
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
@@ -31,6 +33,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with atomic_writer(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    """The error of a failed write, unlike that of a failed open, does not have it."""
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left") as error:
+        write_atomic(tmp_path / "file", b"new")
+    assert error.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
 
 
 def test_equal_values_are_equal_bytes(tmp_path):

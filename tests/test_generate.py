@@ -1,4 +1,3 @@
-import errno
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
 
+from helpers.full_disk import full_disk
 from helpers.untrained import CONFIG, untrained
 
 
@@ -101,10 +101,6 @@ def test_nothing_is_left_where_the_work_fails(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         module.main(["--checkpoint", "nowhere", *paths])
     assert not list(tmp_path.iterdir())
-
-
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_disk_that_fills_up_under_the_picture_keeps_the_song(checkpoint, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from miditoolkit import Instrument, Marker, MidiFile, Note, TempoChange, TimeSignature
 
+from ..midi.writer import write_midi
 from ..tokens.vocab import QUALITIES, STEPS_PER_QUARTER
 from .arrangement import (
     COMMON_SIGNATURES,
@@ -288,5 +289,5 @@ def compose_corpus(folder: str | Path, count: int, seed: int, first: int = 0) ->
     paths = []
     for number in range(first, first + count):
         paths.append(folder / f"song-{number:04d}.mid")
-        compose(seed * 100_003 + number).dump(paths[-1])
+        write_midi(compose(seed * 100_003 + number), paths[-1])
     return paths

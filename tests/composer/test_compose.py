@@ -1,14 +1,19 @@
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 
 import miditoolkit
 import pytest
 
+from meloformer.compose import main as command
 from meloformer.composer.arrangement import METRES, PROGRESSIONS, ROLES, Chord, Dice
 from meloformer.composer.compose import MAX_BARS, compose, compose_corpus
+from meloformer.errors import UserError
+
+from helpers.full_disk import full_disk
 
 SEEDS = range(60)
 
@@ -235,8 +240,17 @@ def test_command(tmp_path):
     assert len(list((tmp_path / "out").glob("*.mid"))) == 2
 
 
+def test_a_full_disk_leaves_no_half_song(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=r"^cannot write .*song-0000\.mid: No space left on device$"):
+        command(["--output", str(tmp_path), "--count", "1"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_fails_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     done = run_command("--output", tmp_path / "file", "--count", 1)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write songs to") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"error: cannot write {tmp_path / 'file'}: ") and done.stderr.count("\n") == 1
+    )

@@ -9,9 +9,7 @@ import pytest
 from meloformer import generate as module
 from meloformer.errors import UserError
 
-
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+from helpers.full_disk import full_disk
 
 
 @pytest.fixture
