@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.attention import measure, metrics
 from benchmarks.attention.compare import compare
-from benchmarks.attention.page import page, update_readme
+from benchmarks.attention.page import page
 from benchmarks.attention.results import FORMAT, load, merge
 from benchmarks.common.failures import check_gpu, free_memory, one_line
 from benchmarks.common.machine import describe
@@ -123,9 +123,6 @@ def write_pages(args: argparse.Namespace, results: list[dict], sources: list[Pat
         print("no charts: matplotlib is not installed; --from draws them where it is", file=sys.stderr)
     write(target, page(result, drawn, [source.name for source in sources]))
     print(f"wrote {', '.join([str(target), *drawn])}")
-    if args.readme:
-        picture = target.with_name(drawn[0]) if drawn else None
-        update_readme(args.readme, result, sources, target, picture)
 
 
 def numbers(text: str) -> list[int]:
@@ -176,7 +173,6 @@ def parser() -> cli.Parser:
         help="the page to write, with its charts and JSON file beside it (default: runs/attention.md; "
         "--compare only prints)",
     )
-    p.add_argument("--readme", type=Path, metavar="FILE", help="also update the table between its markers")
     instead = p.add_mutually_exclusive_group()
     instead.add_argument(
         "--from",

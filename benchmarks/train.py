@@ -237,12 +237,8 @@ def _publish(results: list[dict], sources: list[Path], target: Path, readme_path
     write(target, text)
     print(text)
     if readme_path is not None:
-        shown = picture and target.with_name(picture)
         update_section(
-            readme_path,
-            "training",
-            sources,
-            lambda seen: readme_body(results, names, seen(target), shown and seen(shown)),
+            readme_path, "training", sources, lambda seen: readme_body(results, names, seen(target))
         )
 
 

@@ -2,10 +2,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from meloformer import generate, preprocess, train
 from meloformer.data import workers
 from meloformer.midi import reader as midi_reader
+from meloformer.model.transformer import SIZES, MeloFormer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -21,6 +23,21 @@ def test_every_mend_and_reason_is_explained():
     page = (ROOT / "docs" / "midi.md").read_text()
     for code, text in (midi_reader.MENDS | midi_reader.REASONS | workers.REASONS).items():
         assert re.search(rf"^\| `{code}` \| .*{re.escape(text)} \|$", page, re.M), code
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_sizes_are_those_of_the_code():
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+)M \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    told = {name: tuple(map(int, shape)) for name, _, *shape in rows}
+    assert told == {name: (size.layers, size.dim, size.heads) for name, size in SIZES.items()}
+    for name, millions, *_ in rows:
+        with torch.device("meta"):
+            count = sum(weight.numel() for weight in MeloFormer(SIZES[name]).parameters())
+        assert count / 1e6 == pytest.approx(int(millions), rel=0.02), name
 
 
 @pytest.mark.parametrize("command", [preprocess, train, generate], ids=lambda module: module.__name__)

@@ -1,13 +1,11 @@
-"""The page of `benchmarks.report` and the table of the README, from result files alone."""
+"""The page of `benchmarks.report`, from result files alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.attention import metrics
 from benchmarks.attention.metrics import LABELS, PASSES, measured, milliseconds
 from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, escape, table
-from benchmarks.common.readme_section import update_section
 
 MEANINGS = """\
 - **Row**: one row of tokens, a batch of one. A packed row holds several songs back to back as documents,
@@ -199,46 +197,3 @@ def _entries(rows: list[dict]) -> list[tuple[dict, str, dict]]:
         for column in metrics.columns_of([row])
         if measured(row, column)
     ]
-
-
-def readme_body(result: dict, page_path: str, picture: str | None) -> str:
-    """Chart and table for the README.
-
-    Args:
-        page_path, picture: relative to the README.
-    """
-    others = ["dense_cudnn", "dense_flash", "flex", "flex_sorted"]
-    columns: list[tuple[str, Callable[[dict], str]]] = [
-        ("song or row", lambda row: escape(row["name"])),
-        ("tokens", lambda row: f"{row['tokens']:,}"),
-        ("visible", lambda row: f"{metrics.visible_share(row):.1%}"),
-        ("forward + backward, ms", lambda row: _both(measured(row, "triton"))),
-        ("x limit", lambda row: cell(metrics.times_limit(row), "{:.2f}")),
-        *(
-            (f"over {LABELS[c]}", lambda row, c=c: cell(metrics.speedup(row, c), "{:.1f}x"))
-            for c in metrics.columns_of(result["rows"])
-            if c in others
-        ),
-    ]
-    rows = [row for row in result["rows"] if measured(row, "triton")]
-    lines = [[make(row) for _, make in columns] for row in rows]
-    settings, machine = result["settings"], result["machines"][0]
-    parts = [
-        *([f"![Attention: time of one layer by song]({picture})\n"] if picture else []),
-        table([head for head, _ in columns], lines),
-        f"One layer, {settings['heads']} heads of {settings['dim']}, {settings['dtype']}, "
-        f"{machine['gpu']}, {machine['date']}: [all figures and what they mean]({page_path}).",
-    ]
-    return "\n".join(parts)
-
-
-def update_readme(
-    path: Path, result: dict, sources: list[Path], page_path: Path, picture: Path | None
-) -> None:
-    """Puts `readme_body` between the markers of a README. Raises UserError if it has none."""
-    update_section(
-        path,
-        "attention",
-        sources,
-        lambda seen: readme_body(result, seen(page_path), seen(picture) if picture else None),
-    )

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from benchmarks.common.attention_label import attention_label
 from benchmarks.common.machine import describe
+from benchmarks.common.readme_section import update_section
 from benchmarks.common.results_file import load, save, write
 from benchmarks.learning.chart import draw
-from benchmarks.learning.page import page
+from benchmarks.learning.page import page, readme_body
 from benchmarks.learning.run_folder import read_run
 from benchmarks.learning.toy import measure
 from meloformer import cli
@@ -103,6 +104,9 @@ def main(argv: list[str] | None = None) -> None:
         metavar="JSON",
         help="make the page from this result alone",
     )
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also update the table between the markers of this file"
+    )
     args = parser.parse_args(argv)
     if args.output.suffix != ".md":
         raise UserError(f"--output {args.output}: must end in .md")
@@ -123,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     write(args.output, text)
     draw(result, picture)
     print(text)
+    if args.readme:
+        update_section(args.readme, "learning", [source], lambda seen: readme_body(result, seen(args.output)))
 
 
 if __name__ == "__main__":

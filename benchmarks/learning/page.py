@@ -97,26 +97,70 @@ def _best(run: dict) -> int:
     return losses.index(min(losses))
 
 
-def _by_model(runs: list[dict]) -> str:
-    """A row for each attention and kind rule: its speed, and its losses over the seeds."""
-    ends = {
-        axis: min(run["validation"][axis][-1] for run in runs)
-        for axis in ("tokens", "seconds", "all_seconds")
+def readme_body(result: dict, page_path: str) -> str:
+    """Table for the README: the speed of each model, and its losses at equal tokens and at equal time.
+
+    Args:
+        page_path: relative to the README.
+    """
+    runs, data = result["runs"], result["origin"]["data"]
+    ends = {axis: end for axis, end in _ends(runs).items() if axis != "all_seconds"}
+    heads = ["attention", "seeds", "trained at, tokens/s", *_within(ends)]
+    lines = []
+    for name, seeds in _models(runs):
+        cells = [name, str(len(seeds)), _mean_speed(seeds)]
+        for axis, end in ends.items():
+            mean, spread = _mean_and_range([lowest_until(_curve(run, axis), end) for run in seeds])
+            cells.append(mean if spread == "-" else f"{mean} ({spread})")
+        lines.append(cells)
+    return "\n".join(
+        [
+            table(heads, lines),
+            f"Validation loss in nats per token, mean and range over the seeds: the "
+            f"{result['settings']['model_size']} model, {data['training']['songs']:,} songs to train on, "
+            f"{data['validation']['songs']:,} to validate, {result['origin']['device']}: "
+            f"[all figures and what they mean]({page_path}).",
+        ]
+    )
+
+
+def _ends(runs: list[dict]) -> dict[str, float]:
+    """Where the shortest run ends, by axis: what all runs are compared within."""
+    axes = ("tokens", "seconds", "all_seconds")
+    return {axis: min(run["validation"][axis][-1] for run in runs) for axis in axes}
+
+
+def _within(ends: dict[str, float]) -> list[str]:
+    """The head of a column of losses for each of `_ends`."""
+    forms = {
+        "tokens": lambda end: f"loss within {end / 1e6:,.2f}M tokens",
+        "seconds": lambda end: f"loss within {end:,.1f} s",
+        "all_seconds": lambda end: f"loss within {end:,.1f} s, slow steps included",
     }
-    heads = ["model", "seeds", "tokens/s"]
-    for text in (
-        f"loss within {ends['tokens'] / 1e6:,.2f}M tokens",
-        f"loss within {ends['seconds']:,.1f} s",
-        f"loss within {ends['all_seconds']:,.1f} s, slow steps included",
-    ):
-        heads += [text, "range"]
+    return [forms[axis](end) for axis, end in ends.items()]
+
+
+def _models(runs: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The runs of each attention and kind rule, by its label."""
     models: dict[str, list[dict]] = {}
     for run in runs:
-        models.setdefault(attention_label(run), []).append(run)
+        models.setdefault(escape(attention_label(run)), []).append(run)
+    return list(models.items())
+
+
+def _mean_speed(runs: list[dict]) -> str:
+    return f"{sum(run['tokens_per_s'] for run in runs) / len(runs):,.0f}"
+
+
+def _by_model(runs: list[dict]) -> str:
+    """A row for each attention and kind rule: its speed, and its losses over the seeds."""
+    ends = _ends(runs)
+    heads = ["model", "seeds", "tokens/s"]
+    for text in _within(ends):
+        heads += [text, "range"]
     lines = []
-    for name, seeds in models.items():
-        speed = sum(run["tokens_per_s"] for run in seeds) / len(seeds)
-        cells = [escape(name), str(len(seeds)), f"{speed:,.0f}"]
+    for name, seeds in _models(runs):
+        cells = [name, str(len(seeds)), _mean_speed(seeds)]
         for axis, end in ends.items():
             cells += _mean_and_range([lowest_until(_curve(run, axis), end) for run in seeds])
         lines.append(cells)

@@ -94,29 +94,35 @@ def page(results: list[dict], sources: list[str], picture: str | None = None) ->
     return "\n".join(part for part in parts if part)
 
 
-def readme_body(results: list[dict], sources: list[str], page_path: str, picture: str | None) -> str:
-    """Chart and table for the README, with paths relative to it. Dense rows appear only as a ratio."""
+def readme_body(results: list[dict], sources: list[str], page_path: str) -> str:
+    """Table for the README: how fast each size trains on one GPU, at the length of the first row and without
+    recomputation. Of several sparse rows of a size the first is taken; dense appears only as a ratio.
+
+    Args:
+        page_path: relative to the README.
+    """
     every = measured_rows(joined(results, sources))
-    plain = [row for row in every if row["checkpoint_activations"] == "none"]
-    rows = [row for row in plain if row["attention"] != "dense"]
+    alike = {"gpus": 1, "checkpoint_activations": "none", "tokens_per_row": every[0]["tokens_per_row"]}
+    rows: dict[str, dict] = {}
+    for row in every:
+        if row["attention"] not in ("dense", "flex") and alike.items() <= row.items():
+            rows.setdefault(row["size"], row)
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("size", lambda row: row["size"]),
+        ("parameters", lambda row: f"{row['parameters'] / 1e6:.0f}M"),
         ("attention", lambda row: row["attention"]),
-        ("tokens per row", lambda row: f"{row['tokens_per_row']:,}"),
-        ("GPUs", lambda row: str(row["gpus"])),
-        ("rows per GPU", lambda row: str(row["rows_per_batch"])),
         ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
         ("times dense", lambda row: cell(_times(row, every, "dense"), "{:.2f}")),
         ("MFU", lambda row: cell(row["mfu"], "{:.1%}")),
         ("memory, GB", lambda row: cell(row["peak_gb"], "{:.1f}")),
     ]
+    lines = [[make(row) for _, make in columns] for row in rows.values()]
     machine = results[0]["machine"]
-    parts = [
-        *([f"![Training: tokens per second by size]({picture})\n"] if picture else []),
-        table([head for head, _ in columns], [[make(row) for _, make in columns] for row in rows], left=2),
-        f"{machine['gpu'] or 'CPU'}, {machine['date']}: [all figures and what they mean]({page_path}).",
-    ]
-    return "\n".join(parts)
+    return "\n".join([
+        table([head for head, _ in columns], lines),
+        f"One {machine['gpu'] or 'CPU'}, rows of {alike['tokens_per_row']:,} tokens, {machine['date']}: "
+        f"[all figures and what they mean]({page_path}).",
+    ])  # fmt: skip
 
 
 def _named(row: dict) -> dict:

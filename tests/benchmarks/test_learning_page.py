@@ -1,12 +1,16 @@
 import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks.learning.__main__ import gather
-from benchmarks.learning.page import page, targets
+from benchmarks.common.readme_section import marked
+from benchmarks.common.results_file import load
+from benchmarks.learning.__main__ import FORMAT, gather, main
+from benchmarks.learning.page import page, readme_body, targets
 from meloformer.errors import UserError
 
 from helpers.learning_runs import DENSE, SPARSE, two_seeds_of_each, write_run
+from helpers.training import ROOT
 
 
 def by_model(folders) -> list[list[str]]:
@@ -47,6 +51,32 @@ def test_a_run_validated_too_late_has_no_loss_at_equal_time(tmp_path):
     fast = write_run(tmp_path / "a", SPARSE, step_s=0.01)
     _, _, dense = by_model([fast, write_run(tmp_path / "b", DENSE, attention="dense")])
     assert dense[3] == "2.5000" and dense[5:7] == ["-", "-"]
+
+
+def test_the_table_of_a_readme_is_between_its_markers(tmp_path):
+    readme, paper = tmp_path / "README.md", tmp_path / "r" / "p.md"
+    readme.write_text("before\n<!-- learning: old.json -->\nold\n<!-- end of learning -->\nafter\n")
+    folders = [str(folder) for folder in two_seeds_of_each(tmp_path)]
+    paper.parent.mkdir()
+    main([*folders, "--output", str(paper), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- learning: r/p.json -->\n| attention | ") and text.endswith("after\n")
+    assert "| triton | 2 | 400,000 | 2.0250 (2.0000 to 2.0500) | 2.0250 (2.0000 to 2.0500) |" in text
+    assert "(r/p.md)" in text and "old" not in text
+
+    readme.write_text("no place\n")
+    with pytest.raises(UserError, match="must have one part between"):
+        main(["--from", str(paper.with_suffix(".json")), "--output", str(paper), "--readme", str(readme)])
+
+
+def test_the_projects_own_table_is_made_of_its_results():
+    text = (ROOT / "README.md").read_text()
+    (name,) = re.findall(r"<!-- learning: (.*) -->", text)
+    page_path = Path(name).with_suffix(".md").as_posix()
+    result = load(ROOT / name, FORMAT, "benchmarks.learning")
+    assert marked("learning", [name], readme_body(result, page_path)) in text
+    picture = Path(name).with_suffix(".png").name
+    assert (ROOT / page_path).read_text() == page(result, picture, Path(name).name)
 
 
 def test_targets_are_reached_by_all():
