@@ -99,7 +99,9 @@ def report(error: BaseException) -> int:
     rank = os.environ.get("RANK", "0")  # under torchrun one process may fail and the others not
     if isinstance(error, UserError):
         where = "error" if rank == "0" else f"error in process {rank}"
-        print(f"{where}: {error}", file=sys.stderr, flush=True)
+        # Names of files may hold line breaks and escape sequences of terminals.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+        print(f"{where}: {text}", file=sys.stderr, flush=True)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)

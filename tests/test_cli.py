@@ -31,7 +31,14 @@ def test_bad_arguments_end_in_one_line_and_code_two(parser, args, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error, text", [(UserError("no such folder"), "no such folder")])
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (UserError("no such folder"), "no such folder"),
+        (UserError("a\nb\x1b[2J.mid: é, not a file"), r"a\nb\x1b[2J.mid: é, not a file"),
+    ],
+    ids=["plain", "name with controls"],
+)
 def test_a_user_error_ends_in_one_line_and_code_two(error, text, capsys):
     def main():
         raise error
