@@ -114,7 +114,7 @@ def hints(music: NewMusic, progress: Progress, max_context: int) -> list[str]:
     wanted, found = progress.wanted, []
     bars = f"{music.bars:,} of the {wanted:,} bars" if wanted else _count(music.bars, "bar")
     if progress.stopped_by:
-        found.append(f"stopped by {progress.stopped_by}: {bars} were complete and are kept")
+        found.append(f"stopped by {progress.stopped_by}: kept {bars}, all that were complete")
     elif progress.cut:
         found.append(
             f"--max_tokens {progress.max_tokens} ended it in bar {music.bars:,}"

@@ -105,4 +105,4 @@ def test_a_stopped_song_says_what_is_kept(monkeypatch):
     progress, at = shown(monkeypatch, 8, [(100, 4)], bars=3, request=Asked("no promise"))
     assert at == 3 and not progress.cut
     (hint,) = hints(NewMusic(3, 9, ("Drums",), 4.0), progress, 2048)
-    assert hint == "stopped by SIGTERM: 3 of the 8 bars were complete and are kept"
+    assert hint == "stopped by SIGTERM: kept 3 of the 8 bars, all that were complete"
