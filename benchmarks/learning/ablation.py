@@ -14,6 +14,7 @@ import torch
 
 from meloformer import cli, train
 from meloformer.errors import UserError
+from meloformer.kernels.attention import Attention
 from meloformer.kernels.structure import NO_INSTRUMENT, Structure
 from meloformer.model.transformer import MeloFormer
 from meloformer.training.config import parse_args
@@ -22,7 +23,7 @@ ABLATION = "ablation.json"  # in the folder of a run
 
 
 def without_summaries(structure: Structure) -> Structure:
-    """No token sees a summary: they all are padding."""
+    """No token sees a summary: to them all are padding."""
     return replace(structure, summary_doc=torch.full_like(structure.summary_doc, -1))
 
 
@@ -44,6 +45,24 @@ def lacking(folder: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["without"] if path.exists() else None
 
 
+class LackingAttention:
+    """The attention of a batch, with summaries made from the whole structure, and tokens updated by another.
+
+    Args:
+        whole, lacking: of the same batch.
+    """
+
+    def __init__(self, whole: Attention, lacking: Attention):
+        self._parts = whole, lacking
+        self.summarize, self.update = whole.summarize, lacking.update
+        self.any_summaries = whole.any_summaries
+
+    def finalize(self) -> "LackingAttention":
+        for part in self._parts:
+            part.finalize()
+        return self
+
+
 def leave_out(part: str) -> None:
     """Make the attention of every model in this process lack `part`; all else reads the whole structure."""
     whole = MeloFormer.attention_for
@@ -51,7 +70,7 @@ def leave_out(part: str) -> None:
     def attention_for(self, structure: Structure, name: str = "auto"):
         if self.config.dense:
             raise UserError("a dense model has no part to leave out")
-        return whole(self, PARTS[part](structure), name)
+        return LackingAttention(whole(self, structure, name), whole(self, PARTS[part](structure), name))
 
     MeloFormer.attention_for = attention_for
 

@@ -12,6 +12,7 @@ from meloformer.kernels import make_attention, triton_backend
 from meloformer.kernels import ops as _registers_the_operators  # noqa: F401
 from meloformer.kernels.launch import TABLE, Launch, Launches, override, untuned
 from meloformer.kernels.plan import Plan
+from meloformer.kernels.structure import KIND_RULE
 from meloformer.kernels.triton_backend import Backend
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer, ModelConfig
@@ -299,11 +300,11 @@ def test_no_token_sees_what_comes_later():
 class TestCompiled:
     pytestmark = gpu
 
-    def long(self):
+    def long(self, kind_rule="alike"):
         """One row of a song of about 3,000 tokens, one of several."""
         r = Random(0)
         batch = [[song(r, 60, (128, 33, 0, 80, 25), resting=0.2)], [song(r, 9), song(r, 20), song(r, 3)]]
-        return structure(batch, num_summaries=64).to("cuda")
+        return structure(batch, num_summaries=64, kind_rule=kind_rule).to("cuda")
 
     @pytest.mark.parametrize("dim", [32, 64, 128])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -352,9 +353,8 @@ class TestCompiled:
     @pytest.mark.parametrize("size", SIZES)
     def test_a_training_step_is_that_of_flex(self, size):
         """Loss and gradients in bf16, by the norm of their difference."""
-        packed = structure([[song(Random(2), 40, (128, 33, 0, 80))]], length=2048, num_summaries=128).to(
-            "cuda"
-        )
+        batch = [[song(Random(2), 40, (128, 33, 0, 80))]]
+        packed = structure(batch, length=2048, num_summaries=128, kind_rule=KIND_RULE).to("cuda")
         generator = torch.Generator("cuda").manual_seed(0)
         ids = torch.randint(400, packed.doc.shape, device="cuda", generator=generator)
         torch.use_deterministic_algorithms(False)
@@ -373,7 +373,7 @@ class TestCompiled:
         assert (gradient - flex_gradient).norm() < 3e-2 * flex_gradient.norm()
 
     def test_no_token_of_a_base_model_sees_what_comes_later(self):
-        packed = self.long()
+        packed = self.long(KIND_RULE)
         torch.manual_seed(0)
         model = MeloFormer(replace(SIZES["base"], layers=3)).to("cuda")
         ids = torch.randint(400, packed.doc.shape, device="cuda")

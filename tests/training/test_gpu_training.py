@@ -13,6 +13,7 @@ from benchmarks import train as train_benchmark
 from benchmarks.common.compile_counts import count_compilations
 from meloformer.data.batches import Batch
 from meloformer.kernels import plan
+from meloformer.kernels.structure import KIND_RULE
 from meloformer.model.transformer import SIZES
 from meloformer.stop import STOPPED
 from meloformer.tokens.vocab import IGNORE_INDEX
@@ -66,7 +67,7 @@ def make_batch(
 ) -> Batch:
     random = Random(seed)
     rows = [songs(random, length, bars, instruments) for _ in range(ROWS)]
-    packed = structure(rows, LENGTH, room)
+    packed = structure(rows, LENGTH, room, KIND_RULE)
     ids = random_ids(rows, LENGTH, seed)
     same = packed.doc[:, 1:] == packed.doc[:, :-1]
     targets = torch.full_like(ids, IGNORE_INDEX)
