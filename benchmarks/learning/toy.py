@@ -4,14 +4,15 @@ Two toys predict each INST and each CHORD token of the validation songs from wha
 song, told that a token of that family comes. The *fixed* one mixes its guesses with weights set by hand and
 knows of no training song but how frequent each chord is. The *fitted* one adds counts from the training songs
 and, for INST, the rule that only instruments of the band that stand later in its list may follow; its weights
-are fitted on training songs left out of the counts, and in each song shift to what has guessed well there.
+are fitted on training songs left out of the counts, and so is how far they shift, in each song, to what has
+guessed well there.
 
 `python -m benchmarks.learning.toy --data DIR` prints both.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ CHORD_ORDER, INST_ORDER = 4, 3  # how many earlier labels the counts look at
 BARS_AGO = (1, 2, 4, 8)
 HELD_OUT = 10  # every so many-th training song fits the weights
 FIT_SONGS = 100  # at most
-SHARE = 0.03  # of the weight goes back to the fitted weights at every token
+SHARES = (0.03, 0.1, 0.3, 1.0)  # of the weight that goes back to the fitted ones at every token: to choose of
 # Guesses in the order of `inst_guesses` and `chord_guesses`.
 FIXED_INST = np.array([0.0, 0.28, 0.7, 0.0, 0.02])
 FIXED_CHORD = np.array([0.1, 0.25, 0.15, 0.1, 0.2, 0.2])
@@ -183,7 +184,7 @@ def fit(steps: list[tuple[np.ndarray, np.ndarray]], rounds: int = 20) -> np.ndar
     return weights
 
 
-def nats(steps: Iterator[Step], weights: np.ndarray, share: float = 1.0) -> list[float]:
+def nats(steps: Iterable[Step], weights: np.ndarray, share: float = 1.0) -> list[float]:
     """Nats of each step of one song.
 
     Args:
@@ -225,11 +226,13 @@ def measure(shards: ShardSet, max_bars: int | None = None) -> dict:
     fixed = {"CHORD": FIXED_CHORD, "INST": FIXED_INST}
     result: dict = {"songs": len(validation), "fixed": {}, "fitted": {}, "targets": {}}
     for name, steps in (("CHORD", chord_steps), ("INST", inst_steps)):
-        fitted = fit([chances(step) for song in held[:FIT_SONGS] for step in steps(song, partly[name], True)])
+        fit_on = [list(steps(song, partly[name], True)) for song in held[:FIT_SONGS]]
+        fitted = fit([chances(step) for song in fit_on for step in song])
+        share = min(SHARES, key=lambda share: sum(sum(nats(song, fitted, share)) for song in fit_on))
         by_hand, by_fit = [], []
         for song in validation:
             by_hand += nats(steps(song, wholly[name], False), fixed[name])
-            by_fit += nats(steps(song, wholly[name], True), fitted, SHARE)
+            by_fit += nats(steps(song, wholly[name], True), fitted, share)
         result["fixed"][name] = sum(by_hand) / len(by_hand)
         result["fitted"][name] = sum(by_fit) / len(by_fit)
         result["targets"][name] = len(by_fit)

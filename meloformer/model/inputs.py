@@ -93,8 +93,7 @@ def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, C
         repeat=scan.repeat(onset),
         next_instrument=scan.next_instrument(),
     )
-    ago = (scan.token_at(scan.bar_before_next(bars), scan.start) for bars in (1, 2, 4, 8))
-    return features, ChordGuesses(*ago, *scan.chords_after())
+    return features, scan.chord_guesses(structure.summary_doc.shape[1])
 
 
 class _Scan:
@@ -104,9 +103,7 @@ class _Scan:
         self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
-        self.begins_bar = self.is_of(vocab.CHORD)
-        self.bar = self.last(self.begins_bar)
-        self.bars_so_far = self.begins_bar.cumsum(dim=1)  # of the whole row
+        self.bar = self.last_of(vocab.CHORD)
         in_note = _any(self.is_of(family) for family in _NOTE_FAMILIES)
         self.group = torch.maximum(self.last(~in_note), self.start - 1)  # notes of a group come after this
 
@@ -124,10 +121,6 @@ class _Scan:
         """1 + the value of the family's token at index `at`, 0 where that is before `first`."""
         value = self.ids.gather(1, at.clamp(min=0)) - family.start + 1
         return torch.where(at >= first, value, 0)
-
-    def token_at(self, at: Tensor, first: Tensor) -> Tensor:
-        """The token at index `at`, 0 where that is before `first`."""
-        return torch.where(at >= first, self.ids.gather(1, at.clamp(min=0)), 0)
 
     def in_force(self, family: vocab.Family) -> Tensor:
         return self.value_at(self.last_of(family), family, self.group + 1)
@@ -153,26 +146,26 @@ class _Scan:
         earlier = self._last_with_same(key)
         return torch.where(earlier >= 0, self.ids.gather(1, earlier + 1), 0)
 
-    def bar_before_next(self, bars: int) -> Tensor:
-        """Where the bar begins that is so many bars before the next one; -1 if the row has none."""
-        return self._nth_bar(self.bars_so_far - bars)
-
-    def chords_after(self) -> tuple[Tensor, Tensor]:
-        """`ChordGuesses.after_one` and `after_two`."""
-        label = self.token_at(self.bar, self.start)
-        before = self.token_at(self.bar_before_next(2), self.start)
-        one = (self.doc + 1) * vocab.VOCAB_SIZE + label
-        found = []
+    def chord_guesses(self, room: int) -> ChordGuesses:
+        """`room`: no row has more bars; most of the work is done by bar, [B, room], since they are few."""
+        bars_so_far = self.is_of(vocab.CHORD).cumsum(dim=1)
+        number = torch.arange(room, device=self.ids.device).expand(len(self.ids), room)
+        exists = number < bars_so_far[:, -1:]
+        begin = torch.searchsorted(bars_so_far, number + 1).clamp(max=self.ids.shape[1] - 1)
+        label, doc = self.ids.gather(1, begin), self.doc.gather(1, begin)
+        before = torch.nn.functional.pad(label[:, :-1].where(doc[:, 1:] == doc[:, :-1], 0), (1, 0))
+        one = (doc + 1) * vocab.VOCAB_SIZE + label
+        followers = []
         for key in (one, one * vocab.VOCAB_SIZE + before):
-            earlier = self._last_with_same(torch.where(self.begins_bar, key, -1 - self.index))
-            after = self._nth_bar(self.bars_so_far.gather(1, earlier.clamp(min=0)))
-            after = torch.where(earlier >= 0, after, -1).gather(1, self.bar.clamp(min=0))
-            found.append(self.token_at(torch.where(self.bar >= self.start, after, -1), self.start))
-        return found[0], found[1]
+            earlier = self._last_with_same(torch.where(exists, key, -1 - number))
+            followers.append(label.gather(1, (earlier + 1).clamp(max=room - 1)).where(earlier >= 0, 0))
 
-    def _nth_bar(self, number: Tensor) -> Tensor:
-        """Where the bar of this number in the row begins, -1 if the number is negative."""
-        return torch.where(number >= 0, torch.searchsorted(self.bars_so_far, number + 1), -1)
+        def of_bar(values: Tensor, bars_back: int) -> Tensor:
+            at = bars_so_far - 1 - bars_back
+            index = at.clamp(0, room - 1)
+            return values.gather(1, index).where((at >= 0) & (begin.gather(1, index) >= self.start), 0)
+
+        return ChordGuesses(*(of_bar(label, n - 1) for n in (1, 2, 4, 8)), *(of_bar(f, 0) for f in followers))
 
     def next_instrument(self) -> Tensor:
         is_inst = self.is_of(vocab.INST)

@@ -14,11 +14,13 @@ from meloformer.kernels.structure import NO_INSTRUMENT, regular_sees
 from helpers.attention_cases import song, structure
 from helpers.model_cases import of_rule, random_ids, tiny_model
 
+RANDOM = Random(4)
+BATCH = [[song(RANDOM, 5), song(RANDOM, 3)]]
+
 
 @pytest.fixture
 def packed():
-    random = Random(4)
-    return structure([[song(random, 5), song(random, 3)]], kind_rule="any")
+    return structure(BATCH, kind_rule="any")
 
 
 def seen(packed):
@@ -49,7 +51,7 @@ def test_of_the_own_instrument_only_near_bars_are_seen(packed):
 def test_the_kernels_leave_out_the_same(part, packed, monkeypatch):
     model = tiny_model(replace(of_rule("any"), heads=1), torch.float32)
     monkeypatch.setattr(type(model), "attention_for", type(model).attention_for)  # put back in the end
-    ids = random_ids([packed.doc.tolist()])
+    ids = random_ids(BATCH)
     whole = model(ids, packed, "reference")
     ablation.leave_out(part)
     results = []

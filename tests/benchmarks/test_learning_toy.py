@@ -9,7 +9,7 @@ from benchmarks.learning.toy import (
     FIXED_CHORD,
     FIXED_INST,
     INSTRUMENTS,
-    SHARE,
+    SHARES,
     Counts,
     Song,
     chances,
@@ -67,7 +67,7 @@ def test_a_song_that_repeats_itself_costs_next_to_nothing(name):
     steps, _ = CASES[name]
     nothing = count([SONGS[1]])[name]
     weights = np.full(9 if name == "CHORD" else 5, 1.0)
-    found = nats(steps(REPEATING, nothing, True), weights / weights.sum(), SHARE)
+    found = nats(steps(REPEATING, nothing, True), weights / weights.sum(), SHARES[0])
     settled = found[len(found) // 2 :]
     assert sum(settled) / len(settled) < 0.05 < found[0]
     by_hand = nats(steps(REPEATING, nothing, False), {"CHORD": FIXED_CHORD, "INST": FIXED_INST}[name])

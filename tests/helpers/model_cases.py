@@ -27,10 +27,18 @@ def tiny_model(config: ModelConfig = TINY, dtype=torch.float64) -> MeloFormer:
 
 
 def random_ids(batch, length=None, seed=0):
+    """Ids [B, length] of no grammar, but that a CHORD begins each bar, and stands nowhere else."""
     length = max(sum(map(len, row)) for row in batch) if length is None else length
-    return torch.randint(
-        0, vocab.VOCAB_SIZE, (len(batch), length), generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab.VOCAB_SIZE, (len(batch), length), generator=generator)
+    is_chord = (ids >= vocab.CHORD.start) & (ids < vocab.CHORD.stop)
+    ids = torch.where(is_chord, ids - vocab.CHORD.start + vocab.BPM.start, ids)
+    chords = torch.randint(vocab.CHORD.start, vocab.CHORD.start + 6, ids.shape, generator=generator)
+    for row, songs in enumerate(batch):
+        bars = [(number, token.bar) for number, song in enumerate(songs) for token in song]
+        begins = [i for i, bar in enumerate(bars) if i == 0 or bar != bars[i - 1]]
+        ids[row, begins] = chords[row, begins]
+    return ids
 
 
 def influence(model, ids, structure, attention, row, token) -> torch.Tensor:
