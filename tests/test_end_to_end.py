@@ -39,7 +39,7 @@ def test_from_a_list_of_files_to_a_new_song(tmp_path):
         *("--max_steps", 3, "--device", "cpu"),
     )
     checkpoint = load_checkpoint(find_checkpoint(output))
-    assert checkpoint.step == 3 and checkpoint.config["size"] == "small"
+    assert checkpoint.step == 3 and checkpoint.config.size == "small"
     run("generate", "--checkpoint", output, "--output", song, "--bars", 4, "--max_tokens", 300)
     notes = [m for track in mido.MidiFile(song).tracks for m in track if m.type == "note_on" and m.velocity]
     assert notes

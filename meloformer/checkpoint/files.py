@@ -1,21 +1,22 @@
 """The files of a checkpoint folder: each is hashed when it is written and verified before it is used."""
 
+import contextlib
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import parse_json_object, sha256_of_file
+from ..files import open_to_read, parse_json_object, sha256_of_file
 
 FORMAT = "meloformer-checkpoint"
 VERSION = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 CONFIG, TOKENIZER, TRAINER, MANIFEST = "config.json", "tokenizer.json", "trainer.json", "manifest.json"
 _REQUIRED = (MODEL, CONFIG, TOKENIZER, TRAINER)
+MAX_TEXT = 16 << 20  # bytes of a JSON file, or of the header of a file of tensors: ten times what they have
 
 
 def seal(path: Path) -> dict:
@@ -44,6 +45,16 @@ def one_line(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def naming_what_cannot_be_read(path: str | os.PathLike) -> Iterator[None]:
+    """Turns errors of the file system into UserErrors that name the file, or `path` where they do not."""
+    try:
+        yield
+    except OSError as error:
+        name = path if error.filename is None else error.filename
+        raise UserError(f"cannot read {name}: {one_line(error)}") from None
+
+
 def read_manifest(path: Path) -> dict:
     """The manifest of the checkpoint folder `path`, with the types of its fields checked."""
     if not path.is_dir():
@@ -54,17 +65,23 @@ def read_manifest(path: Path) -> dict:
     manifest = _read_json(file)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{file} is not the manifest of a MeloFormer checkpoint")
-    if manifest.get("version") != VERSION:
+    version = manifest.get("version")
+    if type(version) is int and version > VERSION:
         raise UserError(
-            f"{file} has version {manifest.get('version')!r}; this MeloFormer reads version {VERSION}"
+            f"{file}: this checkpoint was written by a newer MeloFormer, in version {str(version)[:20]} of "
+            f"the format; this one reads version {VERSION}: update it"
         )
+    if version != VERSION or type(version) is not int:
+        raise damaged(file, f"its version is not {VERSION}")
     files = manifest.get("files")
     sound = (
         type(manifest.get("step")) is int
+        and 0 <= manifest["step"] < 2**63
         and isinstance(files, dict)
         and set(_REQUIRED) <= set(files) <= {*_REQUIRED, OPTIMIZER}
         and all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
         and type(manifest.get("val_loss")) in (float, type(None))
+        and math.isfinite(manifest["val_loss"] or 0)
     )
     if not sound:
         raise damaged(file, "its list of files is not one that MeloFormer writes")
@@ -84,7 +101,8 @@ def check_size(file: Path, manifest: dict) -> None:
 _verified: set[tuple] = set()
 
 
-def _check_content(file: Path, manifest: dict) -> None:
+def check_content(file: Path, manifest: dict) -> None:
+    """UserError if size or SHA-256 of a file are not those in the manifest."""
     check_size(file, manifest)
     expected = manifest["files"][file.name]["sha256"]
     now = file.stat()
@@ -107,32 +125,23 @@ def verify(path: Path) -> dict:
     for name in manifest["files"]:  # sizes first: they cost nothing
         check_size(path / name, manifest)
     for name in manifest["files"]:
-        _check_content(path / name, manifest)
+        check_content(path / name, manifest)
     return manifest
 
 
 def load_json(file: Path, manifest: dict) -> dict:
-    _check_content(file, manifest)
+    check_content(file, manifest)
     return _read_json(file)
 
 
 def _read_json(file: Path) -> dict:
     try:
-        return parse_json_object(file.read_bytes())
+        with open_to_read(file) as opened:
+            content = opened.read(MAX_TEXT + 1)
+        if len(content) > MAX_TEXT:
+            raise damaged(file, f"it has more than {MAX_TEXT >> 20} MB")
+        return parse_json_object(content)
     except OSError as error:
         raise UserError(f"cannot read {file}: {one_line(error)}") from None
     except ValueError as error:
         raise damaged(file, f"it {error}") from None
-
-
-def load_tensors(
-    file: Path, manifest: dict, device: str | torch.device
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the text metadata of a safetensors file."""
-    _check_content(file, manifest)
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        return load_file(file, str(device)), metadata
-    except (OSError, SafetensorError) as error:
-        raise damaged(file, one_line(error)) from None

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_can_write, sync_folder, to_json
-from ..tokens import vocab
+from ..model.transformer import ModelConfig
 from .files import (
     CONFIG,
     FORMAT,
@@ -40,21 +40,21 @@ from .files import (
     check_size,
     damaged,
     load_json,
-    load_tensors,
+    naming_what_cannot_be_read,
     one_line,
     read_manifest,
     seal,
     storable,
     verify,
 )
-from .optimizer import fits, flatten, shard_state, unflatten
+from .model import check_tokenizer, read_config, read_weights
+from .optimizer import flatten, restore
+from .run_state import RunState, read_run_state
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _REPLACED = ".replaced"  # a complete checkpoint while another of the same step replaces it
 _TEMPORARY = ".incomplete-"
 _SPARE_BYTES = 16 << 20  # for the text files, the log and the file system, in addition to the tensors
-# How the optimizer is implemented depends on the machine, not on the run that is resumed.
-_MACHINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,17 @@ class Checkpoint:
         weights: the model's state dict, on the device asked for.
         config: the model configuration.
         tokenizer_json: `vocab.to_json()`, the same when it was saved as now.
-        trainer: the state of the training run.
+        trainer: the state of the training run, as JSON.
+        has_optimizer: whether training can resume from it.
     """
 
     path: Path
     step: int
     weights: dict[str, Tensor]
-    config: dict
+    config: ModelConfig
     tokenizer_json: dict
     trainer: dict
+    has_optimizer: bool
 
     @property
     def max_seq_len(self) -> int:
@@ -84,10 +86,24 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint does not record it.
         """
-        try:
-            return int(self.trainer["identity"]["max_seq_len"])
-        except (KeyError, TypeError, ValueError):
-            raise damaged(self.path / TRAINER, "it lacks max_seq_len") from None
+        identity = self.trainer.get("identity")
+        length = identity.get("max_seq_len") if isinstance(identity, dict) else None
+        if type(length) is not int or length < 1:
+            raise damaged(self.path / TRAINER, "it lacks max_seq_len")
+        return length
+
+    def run_state(self) -> RunState:
+        """The state of the training run.
+
+        Raises:
+            UserError: the checkpoint holds none, or one with missing or impossible parts.
+        """
+        if not self.has_optimizer:
+            raise UserError(
+                f"{self.path} holds no optimizer state, so training cannot resume from it; --init_from "
+                "begins a new run with its weights"
+            )
+        return read_run_state(self.trainer, self.step, self.path / TRAINER)
 
 
 def save_checkpoint(
@@ -163,7 +179,7 @@ def export_model(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     check_can_write(folder.parent)
     checkpoint = load_checkpoint(path)
     trainer = {"step": checkpoint.step, "identity": {"max_seq_len": checkpoint.max_seq_len}}
-    documents = {CONFIG: checkpoint.config, TOKENIZER: checkpoint.tokenizer_json, TRAINER: trainer}
+    documents = {CONFIG: asdict(checkpoint.config), TOKENIZER: checkpoint.tokenizer_json, TRAINER: trainer}
     texts = {name: to_json(value) for name, value in documents.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -240,41 +256,41 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
+@naming_what_cannot_be_read("the checkpoint")
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
     """Read and verify a checkpoint folder, without the optimizer's state.
+
+    The weights are those of the model that the configuration describes, and finite. Nothing larger than the
+    files is made, whatever they say.
 
     Args:
         path: the folder of one checkpoint (see `find_checkpoint`).
         device: where the weights are loaded.
 
     Raises:
-        UserError: it is missing, incomplete, damaged, or was trained on another vocabulary.
+        UserError: it is missing, unreadable, incomplete, damaged, of another version, or was trained on
+            another vocabulary.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if OPTIMIZER in manifest["files"]:  # it is not read here, so only its size is checked
+    has_optimizer = OPTIMIZER in manifest["files"]
+    if has_optimizer:  # it is not read here, so only its size is checked
         check_size(path / OPTIMIZER, manifest)
-    config, tokenizer_json, trainer = (
+    config_json, tokenizer_json, trainer = (
         load_json(path / name, manifest) for name in (CONFIG, TOKENIZER, TRAINER)
     )
-    if tokenizer_json != vocab.to_json():
-        version = tokenizer_json.get("version") if isinstance(tokenizer_json, dict) else None
-        if version in vocab.EARLIER_VERSIONS.values():
-            raise UserError(
-                f"{path / TOKENIZER}: this checkpoint was trained on version {version} of the token format,"
-                f" and this program reads version {vocab.FORMAT_VERSION}: run preprocess again and train anew"
-            )
-        raise UserError(
-            f"{path / TOKENIZER}: this checkpoint was trained on another token vocabulary;"
-            " use the version of MeloFormer that wrote it"
-        )
-    weights, _ = load_tensors(path / MODEL, manifest, device)
-    return Checkpoint(path, manifest["step"], weights, config, tokenizer_json, trainer)
+    check_tokenizer(path / TOKENIZER, tokenizer_json)
+    check_size(path / MODEL, manifest)
+    weight_bytes = (path / MODEL).stat().st_size
+    config = read_config(config_json, path / CONFIG, weight_bytes)
+    weights = read_weights(config, path / CONFIG, path / MODEL, manifest, device)
+    return Checkpoint(path, manifest["step"], weights, config, tokenizer_json, trainer, has_optimizer)
 
 
+@naming_what_cannot_be_read("the checkpoint")
 def restore_optimizer(
     path: str | os.PathLike,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     shard: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor,
 ) -> None:
     """Load the optimizer state of a checkpoint into `optimizer`.
@@ -292,21 +308,16 @@ def restore_optimizer(
     manifest = read_manifest(path)
     if OPTIMIZER not in manifest["files"]:
         raise UserError(f"{path} holds no optimizer state, so training cannot resume from it")
-    state = unflatten(path / OPTIMIZER, *load_tensors(path / OPTIMIZER, manifest, "cpu"))
-    if not fits(state, optimizer):
-        raise UserError(
-            f"{path / OPTIMIZER} is the optimizer state of another model; resume with the same model options"
-        )
-    for saved, present in zip(state["param_groups"], optimizer.param_groups):
-        saved.update({name: present[name] for name in _MACHINE_OPTIONS if name in present})
-    optimizer.load_state_dict(shard_state(state, optimizer, shard))
+    restore(path / OPTIMIZER, manifest, optimizer, shard)
 
 
+@naming_what_cannot_be_read("the checkpoints")
 def has_checkpoints(root: str | os.PathLike) -> bool:
     """Whether `root` holds any checkpoint, intact or damaged."""
     return bool(_by_step(Path(root)))
 
 
+@naming_what_cannot_be_read("the checkpoints")
 def latest_checkpoint(root: str | os.PathLike) -> Path | None:
     """The checkpoint of the highest step in `root` whose files all verify; None if there is no checkpoint.
 
@@ -331,6 +342,7 @@ def latest_checkpoint(root: str | os.PathLike) -> Path | None:
     return path
 
 
+@naming_what_cannot_be_read("the checkpoints")
 def best_checkpoint(root: str | os.PathLike) -> Path | None:
     """The checkpoint of the lowest validation loss in `root`, the latest of equals; None if none has one."""
     best = None
@@ -341,6 +353,7 @@ def best_checkpoint(root: str | os.PathLike) -> Path | None:
     return best and best[1]
 
 
+@naming_what_cannot_be_read("the checkpoint")
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """The checkpoint at `path`: itself, the latest in it, or the latest in its subfolder `checkpoints`.
 

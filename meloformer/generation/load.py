@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.store import find_checkpoint, load_checkpoint
-from ..errors import UserError
-from ..model.transformer import MeloFormer, ModelConfig
+from ..model.transformer import MeloFormer
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, int]:
@@ -16,14 +15,12 @@ def load_model(folder: Path, device: torch.device) -> tuple[MeloFormer, int]:
         folder: a checkpoint, or the output folder of a training run.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or it is of an older model.
+        UserError: there is no checkpoint, it is damaged, or it is of another version.
     """
     checkpoint = load_checkpoint(find_checkpoint(folder))
-    if "features" not in checkpoint.config:
-        raise UserError(
-            f"{checkpoint.path}: its model is of an older version, without input features: train it again, "
-            "or use the version that wrote it"
-        )
-    model = MeloFormer(ModelConfig(**checkpoint.config))
-    model.load_state_dict(checkpoint.weights)
+    with torch.device("meta"):  # no memory, and no random numbers, for what is replaced
+        model = MeloFormer(checkpoint.config)
+    # Copies: what was loaded may be memory-mapped, and the run may remove its checkpoint.
+    weights = {name: weight.clone() for name, weight in checkpoint.weights.items()}
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval(), checkpoint.max_seq_len

@@ -21,6 +21,8 @@ from .inputs import TABLE_SIZES, ChordGuesses, InputFeatures, read_context
 from .layers import DenseLayer, Embedding, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
+MAX_NEAR_BAR = 10_000  # beyond any song
+MAX_NEAR_BARS = 100  # each costs a comparison of every pair of tokens
 DENSE = "dense"  # names the attention of a model without summaries, as backends name those with them
 
 
@@ -56,6 +58,16 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("near_bars", "features"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list when read from JSON
+        for name in ("layers", "dim", "heads", "ffn", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("rope_theta", "time_theta"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"{name} must be above 1, got {getattr(self, name)}")
+        if not all(0 <= distance <= MAX_NEAR_BAR for distance in self.near_bars):
+            raise ValueError(f"near_bars must be in 0..{MAX_NEAR_BAR}")
+        if len(set(self.near_bars)) < len(self.near_bars) or len(self.near_bars) > MAX_NEAR_BARS:
+            raise ValueError(f"near_bars must be at most {MAX_NEAR_BARS} different distances")
         if unknown := set(self.features) - set(InputFeatures._fields):
             raise ValueError(f"there are no input features {sorted(unknown)}")
         if not 0 <= self.time_fraction <= 1:
@@ -135,6 +147,8 @@ class MeloFormer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
+        if self.device.type == "meta":  # there, PyTorch would import its compiler in order to do nothing
+            return
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 or name == "summary_embedding":
                 nn.init.normal_(parameter, std=INIT_STD)

@@ -17,13 +17,12 @@ from ..errors import UserError
 from ..files import write_atomic
 from ..kernels import BACKENDS
 from ..kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
-from ..model.transformer import DENSE, RECOMPUTE, SIZES, ModelConfig
+from ..model.transformer import DENSE, MAX_NEAR_BAR, MAX_NEAR_BARS, RECOMPUTE, SIZES, ModelConfig
 from ..tokens import vocab
 from .family_weights import DEFAULT_WEIGHTS, parse_weights
 
 CONFIG = "config.yaml"  # in the folder of a run
 PRECISIONS = ("auto", "bf16", "fp32")
-MAX_NEAR_BAR = 10_000  # beyond any song
 _NOT_SAVED = ("resume", "dry_run")  # settings of one invocation, not of the run
 
 
@@ -67,6 +66,7 @@ class TrainConfig:
     save_every: int | None = None
     save_every_minutes: float = 30.0
     keep_last: int = 3
+    init_from: str | None = None
     resume: str | None = None
     tensorboard: bool = False
     wandb: str | None = None
@@ -200,8 +200,16 @@ def make_parser() -> cli.Parser:
     )
     add("keep_last", "checkpoints to keep, in addition to the one of the lowest validation loss", **count)
     add(
+        "init_from",
+        "begin with the weights of this checkpoint, run or export (fine-tuning): a new run in all else, of a "
+        "model of the same shape",
+        metavar="CHECKPOINT",
+    )
+    add(
         "resume",
-        "continue from the newest intact checkpoint in --output_dir (if there is one), or from the given one",
+        "continue from the newest intact checkpoint in --output_dir (if there is one), or from the given "
+        "one; more --epochs or --max_steps than before extend the run, and its learning rate then follows "
+        "the schedule of the longer one",
         nargs="?",
         const="auto",
     )
@@ -236,7 +244,10 @@ def _distances(text: str) -> str:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) <= MAX_NEAR_BAR for part in parts):
         raise argparse.ArgumentTypeError(f"'{text}' is not a list like 0,1 of numbers up to {MAX_NEAR_BAR}")
-    return ",".join(map(str, sorted(set(map(int, parts)))))
+    distances = sorted(set(map(int, parts)))
+    if len(distances) > MAX_NEAR_BARS:
+        raise argparse.ArgumentTypeError(f"more than {MAX_NEAR_BARS} distances")
+    return ",".join(map(str, distances))
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:

@@ -4,6 +4,8 @@ import math
 from collections import deque
 from statistics import median
 
+from ..checkpoint.run_state import GuardState
+
 SPIKE_RATIO = 5.0  # a gradient norm this many times the median of the last ones is a spike
 WINDOW = 128
 MIN_WINDOW = 16  # with fewer norms no spike is reported
@@ -12,6 +14,16 @@ MIN_WINDOW = 16  # with fewer norms no spike is reported
 def is_finite_step(loss: float, norm: float) -> bool:
     """Whether loss and gradient norm are finite, so that the step may change the weights."""
     return math.isfinite(loss) and math.isfinite(norm)
+
+
+def spike_advice(record: dict, limit: float) -> str:
+    """What to make of a step's record with a `grad_norm_spike`, where norms are clipped at `limit`."""
+    harmless = f"was clipped to {limit:g}" if record["grad_norm"] > limit else f"is not above {limit:g}"
+    return (
+        f"the gradient norm is {record['grad_norm_spike']:.1f} times the median of the last steps; it "
+        f"{harmless}, so nothing need be done, unless it comes often and the loss rises: then lower "
+        "--learning_rate"
+    )
 
 
 class Guard:
@@ -41,11 +53,11 @@ class Guard:
         self._norms.append(norm)
         return norm / usual if norm > SPIKE_RATIO * usual else None
 
-    def state(self) -> dict:
-        """The state as JSON values, for `restore`."""
-        return {"skipped": self.skipped, "norms": list(self._norms)}
+    def state(self) -> GuardState:
+        """The state for `restore`."""
+        return GuardState(self.skipped, tuple(self._norms))
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: GuardState) -> None:
         """Take the state of another guard. The count of consecutive skipped steps starts at 0."""
-        self.skipped = state["skipped"]
-        self._norms = deque(state["norms"], maxlen=WINDOW)
+        self.skipped = state.skipped
+        self._norms = deque(state.norms, maxlen=WINDOW)

@@ -1,10 +1,13 @@
-"""Which checkpoint a run resumes from, and the check that it is the same run."""
+"""Which checkpoint a run resumes from, or begins with, and the check that it is the same run or model."""
 
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..checkpoint.files import TRAINER, damaged
+from ..checkpoint.run_state import RunState
+from ..checkpoint.schema import brief
 from ..checkpoint.store import (
     Checkpoint,
     find_checkpoint,
@@ -12,6 +15,7 @@ from ..checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
 )
+from ..data.batches import PackedSongs
 from ..data.packing import PACKING
 from ..data.shards import ShardSet
 from ..errors import UserError
@@ -21,7 +25,7 @@ from .distributed import Job, restarted
 
 # Settings that must not change on resume, besides those that `run_identity` adds.
 FIXED = (
-    *("seed", "max_seq_len", "max_bars", "max_samples", "epochs", "max_steps", "learning_rate"),
+    *("seed", "max_seq_len", "max_bars", "max_samples", "learning_rate"),
     *("warmup_steps", "weight_decay", "max_grad_norm"),
 )
 
@@ -47,23 +51,66 @@ def run_identity(
     }
 
 
-def load_for_resume(config: TrainConfig, root: Path, identity: dict, job: Job) -> Checkpoint | None:
-    """Collective: the checkpoint to resume from, on all ranks; None for a new run.
+def load_for_resume(
+    config: TrainConfig, root: Path, identity: dict, total_steps: int, data: PackedSongs, job: Job
+) -> tuple[Checkpoint, RunState] | None:
+    """Collective: the checkpoint to resume from and its state, on all ranks; None for a new run.
 
     After a restart by torchrun the run in `root` is resumed, whether --resume was given or not.
 
+    Args:
+        total_steps: of the run as it is configured now: more than before extend it.
+        data: to train on.
+
     Raises:
-        UserError: `root` has checkpoints and --resume is not given, or they are of another run, or none is
-            intact.
+        UserError: `root` has checkpoints and --resume is not given, or they are of another or of a longer
+            run, or none is intact.
     """
     path = job.run_on_rank0(lambda: _choose(config, root))
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    for name, was, value in _differences(checkpoint.trainer["identity"], identity):
+    run = checkpoint.run_state()
+    for name, was, value in _differences(run.identity, identity):
         hint = _HINTS.get(name, "")
-        raise UserError(f"cannot resume from {path}: {name} was {was!r} there and is {value!r} now{hint}")
+        raise UserError(
+            f"cannot resume from {path}: {name} was {brief(was)} there and is {brief(value)} now{hint}"
+        )
+    if total_steps < run.total_steps:
+        raise UserError(
+            f"cannot resume from {path}: it is a run of {run.total_steps} steps, of which --epochs and "
+            f"--max_steps leave {total_steps}; a run can be made longer, not shorter"
+        )
+    _check_position(checkpoint, run, data, config.epochs)
+    if config.init_from is not None and job.is_rank0:
+        print(f"--init_from {config.init_from}: not used, since the run goes on from {path}")
+    return checkpoint, run
+
+
+def load_initial(config: TrainConfig, model: ModelConfig) -> Checkpoint | None:
+    """The checkpoint whose weights a new run begins with, by --init_from; None if it begins with random ones.
+
+    Raises:
+        UserError: it is not whole, or of another model.
+    """
+    if config.init_from is None:
+        return None
+    checkpoint = load_checkpoint(find_checkpoint(config.init_from))
+    for field in dataclasses.fields(model):
+        its, mine = (getattr(of, field.name) for of in (checkpoint.config, model))
+        if its != mine and field.name != "size":
+            raise UserError(
+                f"--init_from {checkpoint.path}: its model has {field.name} {its}, and this run's {mine}; "
+                "give the model options that it was trained with"
+            )
     return checkpoint
+
+
+def _check_position(checkpoint: Checkpoint, run: RunState, data: PackedSongs, epochs: int) -> None:
+    """UserError if the data position of a checkpoint is none that a run of these epochs comes to."""
+    epoch, row = run.state
+    if epoch > epochs or row >= (data.rows_per_epoch(epoch) if 0 < row and epoch < epochs else 1):
+        raise damaged(checkpoint.path / TRAINER, f"there is no row {row} in epoch {epoch}")
 
 
 def _differences(saved: dict, identity: dict) -> Iterator[tuple[str, object, object]]:
@@ -90,6 +137,10 @@ def _choose(config: TrainConfig, root: Path) -> str | None:
     if resume == "auto":
         return newest and str(newest)
     found = find_checkpoint(Path(resume))
+    if newest is None and config.init_from is not None:
+        raise UserError(
+            f"--resume {resume} and --init_from {config.init_from}: a run begins with one of them"
+        )
     if newest is not None and newest.resolve() != found.resolve():
         raise UserError(
             f"{config.output_dir} holds another checkpoint, {newest.name}: to go on from {found}, choose "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint.files import OPTIMIZER, damaged
 from ..checkpoint.store import Checkpoint, restore_optimizer
 from ..data.batches import Batch
 from ..errors import UserError
@@ -238,17 +239,25 @@ class Stepper:
             self.optimizer.state_dict(), self._job
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take weights and optimizer state from a checkpoint, saved by any number of processes.
-
-        Raises:
-            UserError: it has no optimizer state that fits.
-        """
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of a checkpoint of the same model, saved by any number of processes."""
         present = self.model.state_dict()
         self.model.load_state_dict(
             {name: shard_like(weight, present[name]) for name, weight in checkpoint.weights.items()}
         )
+
+    def load_optimizer(self, checkpoint: Checkpoint, steps: int) -> None:
+        """Take the optimizer state of a checkpoint, saved by any number of processes.
+
+        Args:
+            steps: that the optimizer has taken.
+
+        Raises:
+            UserError: it has none that fits.
+        """
         restore_optimizer(checkpoint.path, self.optimizer, shard_like)
+        if steps and not self.optimizer.state:
+            raise damaged(checkpoint.path / OPTIMIZER, f"it is empty after {steps} steps")
 
     def whole_model(self) -> MeloFormer | None:
         """Collective: a model that rank 0 can use alone; None on other ranks if the state is sharded."""

@@ -1,6 +1,7 @@
 """What a run says of itself: at the start in a few lines, at the end as `summary.json` and `loss.png`."""
 
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..checkpoint.run_state import Best
 from ..checkpoint.store import best_checkpoint
 from ..data.batches import PackedSongs
 from ..files import write_json
@@ -21,17 +23,22 @@ SUMMARY, PICTURE = "summary.json", "loss.png"
 
 
 class Progress(NamedTuple):
-    """How far a run is: optimizer steps, epochs begun, tokens; `best` has the step and val_loss of the lowest
-    validation loss so far."""
+    """How far a run is: optimizer steps, epochs begun, tokens, the lowest validation loss so far."""
 
     step: int
     epoch: int
     tokens: int
-    best: dict | None
+    best: Best | None
 
 
-def describe(stepper: Stepper, job: Job, data: PackedSongs, val_data: PackedSongs, step: int) -> None:
-    """Print what is about to be trained on what, after `step` steps of an earlier start."""
+def describe(
+    stepper: Stepper, job: Job, data: PackedSongs, val_data: PackedSongs, step: int, init_from: str | None
+) -> None:
+    """Print what is about to be trained on what, after `step` steps of an earlier start.
+
+    Args:
+        init_from: the checkpoint whose weights the run began with, if any.
+    """
     samples = data.samples
     print(
         f"{stepper.model.config.size} model, {stepper.model.num_parameters() / 1e6:.1f}M parameters, "
@@ -51,6 +58,8 @@ def describe(stepper: Stepper, job: Job, data: PackedSongs, val_data: PackedSong
         print(f"no MFU: the peak speed of {_device_name(job.device)} is not known")
     if step:
         print(f"resuming after step {step}")
+    elif init_from is not None:
+        print(f"beginning with the weights of {init_from}, and a new optimizer")
 
 
 def write_summary(
@@ -85,7 +94,7 @@ def write_summary(
             "skipped_steps": stepper.guard.skipped,
             "loss": losses[-1] if losses else None,
             "validation": validations[-1] if validations else None,
-            "best": progress.best,
+            "best": progress.best and asdict(progress.best),
             "best_checkpoint": best and best.name,
             "parameters": stepper.model.num_parameters(),
             "attention": stepper.attention,

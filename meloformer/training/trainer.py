@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checkpoint.run_state import Best, RunState
 from ..checkpoint.store import save_checkpoint
 from ..data.batches import PackedSongs, State
 from ..data.shards import ShardSet
@@ -26,12 +27,13 @@ from ..tokens import vocab
 from .config import CONFIG, TrainConfig, save_config
 from .distributed import Job
 from .flops import peak_flops
+from .guard import spike_advice
 from .metrics import Meter, StepFigures, bar_fields
 from .prefetch import Prefetcher
-from .resume import load_for_resume, run_identity
+from .resume import load_for_resume, load_initial, run_identity
 from .run_log import RunLog
 from .samples import write_sample
-from .schedule import learning_rate
+from .schedule import count_steps, extension, learning_rate
 from .stepper import PreparedBatch, Stepper
 from .summary import Progress, describe, write_summary
 from .validation import validate
@@ -62,7 +64,7 @@ class Trainer:
         state: which rows come next.
         tokens: trained on so far, without padding.
         due: tasks scheduled by the last step and not done yet: "validate", "sample".
-        best: step and val_loss of the lowest validation loss so far.
+        best: the lowest validation loss so far, and its step.
     """
 
     def __init__(
@@ -88,17 +90,14 @@ class Trainer:
         self.identity = run_identity(config, model_config, shards, self.stepper.precision, job.world)
         self.state, self.step, self.tokens = State(), 0, 0
         self.due: list[str] = []
-        self.best: dict | None = None
+        self.best: Best | None = None
         peak = peak_flops(job.device)
         self.meter, self.log = Meter(peak and job.world * peak), None
         self._skipped: list[dict] = []  # the steps skipped in a row
 
-        # For the schedule and the progress bar. Epochs are packed anew each, so one may take a step more
-        # or less than the first; the run ends by the epochs themselves.
         self.steps_per_epoch = math.ceil(self.data.rows_per_epoch(0) / self.identity["rows_per_step"])
-        self.total_steps = self.steps_per_epoch * config.epochs
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.total_steps = count_steps(self.steps_per_epoch, config)
+        self._steps_before = self.total_steps  # of the run that is resumed
 
     @property
     def checkpoints(self) -> Path:
@@ -110,16 +109,25 @@ class Trainer:
         return self.state.epoch - (self.step > 0 and self.state.index == 0)
 
     def restore(self) -> None:
-        """Go on from the checkpoint that --resume means, if there is one; see `load_for_resume`."""
-        checkpoint = load_for_resume(self.config, self.checkpoints, self.identity, self.job)
-        if checkpoint is None:
+        """Go on from the checkpoint that --resume means, or begin with the weights that --init_from names."""
+        found = load_for_resume(
+            self.config, self.checkpoints, self.identity, self.total_steps, self.data, self.job
+        )
+        if found is None:
+            initial = load_initial(self.config, self.stepper.model.config)
+            if initial is not None:
+                self.stepper.load_weights(initial)
+                self.config = dataclasses.replace(self.config, init_from=str(initial.path))
             return
-        saved = checkpoint.trainer
-        self.stepper.restore(checkpoint)
-        self.stepper.guard.restore(saved["guard"])
-        self.state = State(*saved["state"])
-        self.step, self.tokens = saved["step"], saved["tokens"]
-        self.due, self.best = list(saved["due"]), saved["best"]
+        checkpoint, saved = found
+        self.stepper.load_weights(checkpoint)
+        self.stepper.load_optimizer(checkpoint, saved.step - saved.guard.skipped)
+        self.stepper.guard.restore(saved.guard)
+        self.state = State(*saved.state)
+        self.step, self.tokens = saved.step, saved.tokens
+        self.due, self.best = list(saved.due), saved.best
+        self.config = dataclasses.replace(self.config, init_from=saved.config.get("init_from"))
+        self._steps_before = saved.total_steps
 
     def save(self, val_loss: float | None = None) -> None:
         """Collective: write a checkpoint.
@@ -132,8 +140,8 @@ class Trainer:
             DivergedError: the weights are not finite.
             UserError: the disk is full, or cannot be written.
         """
-        if self.best is not None and self.best["step"] == self.step:
-            val_loss = self.best["val_loss"]
+        if self.best is not None and self.best.step == self.step:
+            val_loss = self.best.val_loss
         weights, optimizer_state = self.stepper.state()
         self.job.run_on_rank0(lambda: self._save(weights, optimizer_state, val_loss))
         self._saved_at = time.monotonic()
@@ -152,15 +160,19 @@ class Trainer:
             config=dataclasses.asdict(self.stepper.model.config),
             tokenizer_json=vocab.to_json(),
             optimizer_state=optimizer_state,
-            trainer={
-                "identity": self.identity,
-                "state": list(self.state),
-                "tokens": self.tokens,
-                "due": self.due,
-                "best": self.best,
-                "guard": self.stepper.guard.state(),
-                "config": dataclasses.asdict(self.config),
-            },
+            trainer=dataclasses.asdict(
+                RunState(
+                    step=self.step,
+                    total_steps=self.total_steps,
+                    identity=self.identity,
+                    state=tuple(self.state),
+                    tokens=self.tokens,
+                    due=tuple(self.due),
+                    best=self.best,
+                    guard=self.stepper.guard.state(),
+                    config=dataclasses.asdict(self.config),
+                )
+            ),
             keep_last=self.config.keep_last,
             val_loss=val_loss,
         )
@@ -188,19 +200,10 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
         progress = Progress(self.step, self.state.epoch, self.tokens, self.best)
-        self.job.run_on_rank0(
-            lambda: write_summary(
-                self.output,
-                self.checkpoints,
-                progress,
-                stopped,
-                self.stepper,
-                self.job,
-                self.data,
-                self.val_data,
-                self.identity["data"],
-            )
+        write = partial(
+            write_summary, self.output, self.checkpoints, progress, stopped, self.stepper, self.job
         )
+        self.job.run_on_rank0(lambda: write(self.data, self.val_data, self.identity["data"]))
         return stopped
 
     def _open(self) -> None:
@@ -213,7 +216,11 @@ class Trainer:
             wandb=self.config.wandb,
         )
         save_config(self.config, self.output / CONFIG)
-        describe(self.stepper, self.job, self.data, self.val_data, self.step)
+        describe(self.stepper, self.job, self.data, self.val_data, self.step, self.config.init_from)
+        if self._steps_before < self.total_steps:
+            line, record = extension(self.step, self._steps_before, self.total_steps, self.config)
+            print(line)
+            self.log.write({"step": self.step, "epoch": self.epoch, **record})
 
     def _loop(self, bar: tqdm) -> str | None:
         """What requested a stop, or None if the run is finished."""
@@ -326,7 +333,7 @@ class Trainer:
                     return True, True, val_loss
                 val_loss = figures["val_loss"]
                 self._log_validation(bar, figures)
-                saves = saves or (self.best is not None and self.best["step"] == self.step)
+                saves = saves or (self.best is not None and self.best.step == self.step)
                 self.due.pop(0)
             else:
                 self.due.pop(0)
@@ -354,8 +361,8 @@ class Trainer:
 
     def _log_validation(self, bar: tqdm, figures: dict[str, float | None]) -> None:
         loss = figures["val_loss"]
-        if loss is not None and (self.best is None or loss <= self.best["val_loss"]):
-            self.best = {"step": self.step, "val_loss": loss}
+        if loss is not None and (self.best is None or loss <= self.best.val_loss):
+            self.best = Best(self.step, loss)
         if self.log is not None:
             self.log.write({"step": self.step, "epoch": self.epoch, **figures})
             text = "not finite" if loss is None else f"{loss:.4f} nats per token"
@@ -376,10 +383,7 @@ class Trainer:
         if record.get("skipped"):
             bar.write(f"step {self.step}: loss or gradient is not finite, the step is skipped")
         elif "grad_norm_spike" in record:
-            times = record["grad_norm_spike"]
-            bar.write(
-                f"step {self.step}: the gradient norm is {times:.1f} times the median of the last steps"
-            )
+            bar.write(f"step {self.step}: {spike_advice(record, self.config.max_grad_norm)}")
 
     def _diverged(self) -> DivergedError:
         """The error for too many skipped steps; rank 0 writes down their rows."""

@@ -6,14 +6,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from meloformer.checkpoint import files as checkpoint_files
-from meloformer.checkpoint.store import (
-    load_checkpoint,
-    restore_optimizer,
-)
+from meloformer.checkpoint.store import load_checkpoint, restore_optimizer
 from meloformer.errors import UserError
 
-from helpers.checkpoints import assert_one_line, edit_manifest, make_model, make_optimizer
+from helpers.checkpoints import assert_one_line, edit_manifest, make_model, make_optimizer, rewrite
 
 
 def read_all(path: Path) -> None:
@@ -85,8 +81,7 @@ def test_hostile_manifest(saved, change):
 )
 @pytest.mark.parametrize("name", ["config.json", "trainer.json", "tokenizer.json"])
 def test_hostile_json_with_a_right_hash(saved, name, content):
-    (saved / name).write_bytes(content)
-    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint_files.seal(saved / name)}))
+    rewrite(saved, name, content)
     with pytest.raises(UserError) as error:
         load_checkpoint(saved)
     assert_one_line(error, name)
@@ -107,8 +102,7 @@ def test_hostile_json_with_a_right_hash(saved, name, content):
 )  # fmt: skip
 def test_hostile_optimizer_file_with_a_right_hash(saved, content):
     name = "optimizer.safetensors"
-    (saved / name).write_bytes(content)
-    edit_manifest(saved, lambda m: m["files"].update({name: checkpoint_files.seal(saved / name)}))
+    rewrite(saved, name, content)
     with pytest.raises(UserError) as error:
         restore_optimizer(saved, make_optimizer(make_model()))
     assert_one_line(error, name)
@@ -120,6 +114,3 @@ def test_not_a_checkpoint(tmp_path):
         with pytest.raises(UserError) as error:
             load_checkpoint(given)
         assert_one_line(error, str(given), text)
-
-
-# One process imports torch; its forks save in a loop and are killed, and it looks at what they left.

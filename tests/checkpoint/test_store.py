@@ -25,9 +25,9 @@ from meloformer.tokens import vocab
 from helpers.checkpoints import (
     CONFIG,
     assert_one_line,
-    edit_manifest,
     make_model,
     make_optimizer,
+    rewrite,
     save,
     steps_in,
     train,
@@ -99,16 +99,9 @@ def test_optimizer_without_steps_yet(tmp_path):
 def test_tied_sliced_and_strided_tensors_are_stored(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     state = {"a": base, "tied": base, "rows": base[1:3], "columns": base.t(), "empty": torch.empty(0)}
-    loaded = load_checkpoint(save(tmp_path, 1, model_state=state)).weights
+    loaded = safetensors.torch.load_file(save(tmp_path, 1, model_state=state) / "model.safetensors")
     assert set(loaded) == set(state)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
-def test_dtypes(tmp_path, dtype):
-    tensor = torch.tensor([[0, 1], [1, 0]]).to(dtype)
-    loaded = load_checkpoint(save(tmp_path, 1, model_state={"x": tensor})).weights["x"]
-    assert loaded.dtype == dtype and torch.equal(loaded, tensor)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):
@@ -227,10 +220,7 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_are_named(tmp_path, capsy
 
 def test_an_export_loads_as_a_checkpoint_and_cannot_resume(saved, tmp_path):
     document = json.loads((saved / "trainer.json").read_text()) | {"identity": {"max_seq_len": 512}}
-    (saved / "trainer.json").write_text(json.dumps(document))
-    edit_manifest(
-        saved, lambda m: m["files"].update({"trainer.json": checkpoint_files.seal(saved / "trainer.json")})
-    )
+    rewrite(saved, "trainer.json", json.dumps(document).encode())
     out = tmp_path / "to" / "model"
     export_model(saved, out)
     assert steps_in(out) == [
@@ -258,14 +248,17 @@ def test_checkpoint_without_optimizer_cannot_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other",
-    [lambda: make_optimizer(make_model(dim=6)), lambda: torch.optim.AdamW(make_model().parameters())],
+    "other, says",
+    [
+        (lambda: make_optimizer(make_model(dim=6)), "exp_avg has the shape"),
+        (lambda: torch.optim.AdamW(make_model().parameters()), "another model"),
+    ],
     ids=["shapes", "groups"],
 )
-def test_optimizer_of_another_model(saved, other):
+def test_optimizer_of_another_model(saved, other, says):
     with pytest.raises(UserError) as error:
         restore_optimizer(saved, other())
-    assert_one_line(error, "another model")
+    assert_one_line(error, says)
 
 
 def test_another_tokenizer_is_refused(tmp_path):

@@ -37,6 +37,6 @@ def test_a_model_comes_back(tmp_path):
 def test_a_model_of_an_older_version_is_refused_in_one_line(tmp_path):
     config = {name: value for name, value in asdict(CONFIG).items() if name != "features"}
     save(tmp_path, config)
-    with pytest.raises(UserError, match="of an older version") as error:
+    with pytest.raises(UserError, match="lacks 'features': it was written by an older version") as error:
         load_model(tmp_path, torch.device("cpu"))
     assert "\n" not in str(error.value)

@@ -103,5 +103,5 @@ def test_a_gpu_of_unknown_peak_is_told_once_and_has_no_mfu(data, tmp_path, monke
     run = trainer.Trainer(config(data, tmp_path), TINY, trainer.Job(0, 1, torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Warp Drive 9")
     object.__setattr__(run.job, "device", OnCuda())
-    trainer.describe(run.stepper, run.job, run.data, run.val_data, run.step)
+    trainer.describe(run.stepper, run.job, run.data, run.val_data, run.step, None)
     assert "no MFU: the peak speed of Warp Drive 9 is not known" in capsys.readouterr().out

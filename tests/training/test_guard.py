@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from meloformer.training.guard import MIN_WINDOW, SPIKE_RATIO, Guard
+from meloformer.training.guard import MIN_WINDOW, SPIKE_RATIO, Guard, spike_advice
 
 
 @pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
@@ -37,3 +37,10 @@ def test_a_restored_guard_judges_as_the_one_before():
     other.restore(guard.state())
     assert other.state() == guard.state()
     assert other.spike(20.0) == guard.spike(20.0) is not None
+
+
+@pytest.mark.parametrize("limit, says", [(1.0, "it was clipped to 1,"), (9.0, "it is not above 9,")])
+def test_a_spike_comes_with_what_to_do(limit, says):
+    line = spike_advice({"grad_norm": 6.0, "grad_norm_spike": 6.4}, limit)
+    assert "6.4 times the median" in line and says in line
+    assert "nothing need be done, unless" in line and "lower --learning_rate" in line

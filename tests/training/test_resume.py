@@ -3,18 +3,21 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from typing import ClassVar
 
 import pytest
 import torch
 
-from meloformer import train
+from meloformer import export, train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.errors import UserError
 from meloformer.model.transformer import MeloFormer
 from meloformer.stop import STOPPED
 from meloformer.training import resume, trainer
+from meloformer.training.config import parse_args
 from meloformer.training.distributed import start_job
+from meloformer.training.schedule import learning_rate
 from meloformer.training.stepper import Stepper
 from meloformer.training.trainer import Trainer
 
@@ -156,7 +159,7 @@ def test_a_run_is_not_begun_over_another(data, tmp_path):
         ({"seed": 1}, "seed was 0 there and is 1 now"),
         ({"weight_decay": 0.5}, "weight_decay was"),
         ({"batch_size": 2}, r"rows_per_step was 2 there and is 4 now \(processes"),
-        ({"epochs": 3}, "epochs was"),
+        ({"max_steps": 0}, "it is a run of 1 steps, of which --epochs and --max_steps leave 0"),
         ({"augment_tempo": 5}, "augment_tempo was 10 there and is 5 now"),
         ({"augment": False}, "augment_transpose was 6 there and is 0 now"),
         ({"kind_rule": "next"}, "model was {'kind_rule': 'any'} there and is {'kind_rule': 'next'} now"),
@@ -166,7 +169,7 @@ def test_a_run_is_not_begun_over_another(data, tmp_path):
 def test_a_run_is_not_resumed_as_another(data, tmp_path, change, says):
     train.train(config(data, tmp_path, max_steps=1), TINY)
     with pytest.raises(UserError, match=f"cannot resume from .*: {says}"):
-        train.train(config(data, tmp_path, max_steps=1, resume="auto", **change), TINY)
+        train.train(config(data, tmp_path, **{"max_steps": 1, "resume": "auto", **change}), TINY)
 
 
 def test_a_run_whose_rows_were_packed_otherwise_does_not_go_on(data, tmp_path, monkeypatch):
@@ -242,3 +245,90 @@ def test_a_finished_run_is_resumed_to_nothing(data, tmp_path):
     before = losses(tmp_path)
     train.train(config(data, tmp_path, resume="auto"), TINY)
     assert losses(tmp_path) == before
+
+
+def test_a_finished_run_is_extended(data, tmp_path, capsys):
+    """By steps, then by epochs; it takes the rows that a longer run would have taken, and says what the
+    learning rate does."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.train(config(data, whole, epochs=3), TINY)
+    first = config(data, parts, max_steps=4)
+    train.train(first, TINY)
+    second = dataclasses.replace(first, max_steps=9, resume="auto")
+    capsys.readouterr()
+    train.train(second, TINY)
+    assert (
+        "the run is extended from 4 to 9 steps: the learning rate follows the schedule of 9 steps from here "
+        "on, so it is 0.00722 in the next step, after 0.00325 in the last\n"
+    ) in capsys.readouterr().out
+    third = dataclasses.replace(second, epochs=3, max_steps=None)
+    train.train(third, TINY)
+    assert [r["tokens"] for r in records(parts)] == [r["tokens"] for r in records(whole)]
+    schedule = [(0, 4, first, 4), (4, 9, second, 9), (9, len(losses(whole)), third, len(losses(whole)))]
+    expected = [
+        learning_rate(step, total, settings)
+        for begin, end, settings, total in schedule
+        for step in range(begin, end)
+    ]
+    assert [record["lr"] for record in records(parts)] == expected
+    told = [(r["step"], r["extended_from"], r["total_steps"]) for r in records(parts, "extended_from")]
+    assert told == [(4, 4, 9), (9, 9, len(expected))]
+    assert parse_args(["--config", str(parts / "config.yaml")]).epochs == 3
+    capsys.readouterr()
+    train.train(third, TINY)
+    assert "extended" not in capsys.readouterr().out and len(losses(parts)) == len(expected)
+
+
+def test_a_new_run_begins_with_the_weights_of_a_run_or_an_export(data, tmp_path, capsys):
+    train.train(config(data, tmp_path / "old", max_steps=5), TINY)
+    export.main(["--checkpoint", str(tmp_path / "old"), "--output", str(tmp_path / "model")])
+    old = load_checkpoint(latest_checkpoint(tmp_path / "old" / "checkpoints"))
+    for source, output in (("old", "tuned"), ("model", "tuned from the export")):
+        settings = config(
+            data, tmp_path / output, max_steps=2, seed=5, learning_rate=1e-9, init_from=str(tmp_path / source)
+        )
+        capsys.readouterr()
+        train.train(settings, TINY)
+        assert "beginning with the weights of" in capsys.readouterr().out
+        assert losses(tmp_path / output)[0] < records(tmp_path / "old")[0]["loss"] - 0.5
+        new = load_checkpoint(latest_checkpoint(tmp_path / output / "checkpoints"))
+        assert new.step == 2
+        for name, weight in old.weights.items():
+            assert torch.allclose(new.weights[name], weight, atol=1e-6), name
+    assert losses(tmp_path / "tuned") == losses(tmp_path / "tuned from the export")
+    used = parse_args(["--config", str(tmp_path / "tuned" / "config.yaml")]).init_from
+    assert used == str(old.path)
+
+
+def test_a_fine_tuned_run_goes_on_with_its_own_weights(data, tmp_path, capsys):
+    train.train(config(data, tmp_path / "old", max_steps=1), TINY)
+    settings = config(data, tmp_path / "whole", init_from=str(tmp_path / "old"), resume="auto")
+    train.train(settings, TINY)  # there is nothing to resume
+    settings = dataclasses.replace(settings, output_dir=str(tmp_path / "parts"), save_every=1)
+    _run_some(Trainer(settings, TINY, start_job("cpu")), 4)
+    shutil.rmtree(tmp_path / "old")  # no longer needed
+    capsys.readouterr()
+    train.train(settings, TINY)
+    assert f"--init_from {tmp_path / 'old'}: not used, since the run goes on from" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    train.train(dataclasses.replace(settings, init_from=None), TINY)
+    recorded = parse_args(["--config", str(tmp_path / "parts" / "config.yaml")]).init_from
+    assert recorded == str(tmp_path / "old" / "checkpoints" / "step-00000001")
+
+
+def test_a_new_run_does_not_begin_with_what_does_not_fit(data, tmp_path):
+    train.train(config(data, tmp_path / "old", max_steps=1), TINY)
+    old = str(tmp_path / "old")
+    for change, says in (
+        ({"init_from": str(tmp_path)}, f"no whole checkpoint in {tmp_path}"),
+        ({"init_from": old, "kind_rule": "next"}, "its model has kind_rule any, and this run's next"),
+        ({"init_from": old, "model": dataclasses.replace(TINY, dim=64)}, "its model has dim 32, .* 64"),
+        ({"init_from": old, "resume": old}, "--resume .* and --init_from .*: a run begins with one of them"),
+    ):
+        model = change.pop("model", TINY)
+        with pytest.raises(UserError, match=says) as error:
+            train.train(config(data, tmp_path / "new", **change), model)
+        assert "\n" not in str(error.value)
+    export.main(["--checkpoint", old, "--output", str(tmp_path / "model")])
+    with pytest.raises(UserError, match=r"holds no optimizer state.*--init_from begins a new run"):
+        train.train(config(data, tmp_path / "new", resume=str(tmp_path / "model")), TINY)
