@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from . import cli
-from .checkpoint.store import best_checkpoint, export_model, find_checkpoint
+from .checkpoint.store import best_checkpoint, export_model, find_checkpoint, latest_checkpoint
 from .errors import UserError
 
 
@@ -27,8 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.best:
-        path = best_checkpoint(Path(args.checkpoint) / "checkpoints")
+        checkpoints = Path(args.checkpoint) / "checkpoints"
+        path = best_checkpoint(checkpoints)
         if path is None:
+            latest_checkpoint(checkpoints)  # if none can be read, it says why
             raise UserError(f"{args.checkpoint} is no run with a validation loss: leave out --best")
     else:
         path = find_checkpoint(args.checkpoint)

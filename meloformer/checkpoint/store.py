@@ -209,6 +209,7 @@ def _write_folder(
             (temporary / name).write_bytes(text)
         for name, (values, metadata) in tensors.items():
             save_file(values, temporary / name, metadata)
+            shutil.copymode(temporary / CONFIG, temporary / name)  # else its owner alone could read it
         files = {path.name: seal(path) for path in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "val_loss": val_loss, "files": files}
         (temporary / MANIFEST).write_bytes(to_json(manifest))

@@ -115,6 +115,11 @@ def test_nothing_in_a_checkpoint_is_a_pickle(saved):
         safetensors.torch.load_file(file)
 
 
+def test_all_files_of_a_checkpoint_may_be_read_by_the_same_people(saved):
+    """safetensors writes files that their owner alone may read."""
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
+
+
 def test_keep_last(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, keep_last=2)

@@ -61,6 +61,23 @@ def runs(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tuned_runs(data, tmp_path_factory):
+    """The same of a run, and of runs that begin with its weights; one of them is extended."""
+
+    def make(folder):
+        tuned = [*SHARDED, "--init_from", str(folder / "first"), "--resume"]
+        starts = [
+            start("first", *SHARDED, max_steps=2),
+            start("alone", *tuned, world=1, max_steps=2),
+            start("sharded", *tuned, max_steps=2),
+            start("sharded", *tuned, max_steps=3),
+        ]
+        return make_runs(data, folder, starts)
+
+    return once(tmp_path_factory, "tuned", make)
+
+
+@pytest.fixture(scope="module")
 def not_finite_runs(data, tmp_path_factory):
     """The same of runs that meet numbers that are not finite: by another test process at the same time."""
     every_step = {"save_every": 1, "keep_last": STEPS}
@@ -130,6 +147,20 @@ def test_a_stopped_run_is_resumed_bit_for_bit(runs):
     assert codes(told) == [[STOPPED, STOPPED], [0, 0]], told
     assert "resuming after step 3" in told[1]["output"]
     assert_same_run(runs["sharded"][0], folder)
+
+
+@pytest.mark.slow
+def test_fine_tuning_and_extending_are_the_same_with_a_sharded_state(tuned_runs):
+    (folder, told), (alone, told_alone) = tuned_runs["sharded"], tuned_runs["alone"]
+    assert codes(told) == [[0, 0], [0, 0]] and codes(told_alone) == [[0]], told
+    for line in (
+        "beginning with the weights of",
+        "is extended from 2 to 3 steps",
+        ": not used, since the run",
+    ):
+        assert "".join(result["output"] for result in told).count(line) == 1
+    assert losses(folder)[:2] == pytest.approx(losses(alone), rel=1e-5) and len(losses(folder)) == 3
+    assert losses(folder)[0] < losses(tuned_runs["first"][0])[0] - 0.1
 
 
 @pytest.mark.slow
