@@ -19,6 +19,10 @@ _REQUIRED = (MODEL, CONFIG, TOKENIZER, TRAINER)
 MAX_TEXT = 16 << 20  # bytes of a JSON file, or of the header of a file of tensors: ten times what they have
 
 
+class NewerFormatError(UserError):
+    """A checkpoint of a later version than this program knows: it is whole, and no reason to take another."""
+
+
 def seal(path: Path) -> dict:
     """Flush a written file to the disk; returns its entry in the manifest."""
     with open(path, "rb") as file:
@@ -67,7 +71,7 @@ def read_manifest(path: Path) -> dict:
         raise UserError(f"{file} is not the manifest of a MeloFormer checkpoint")
     version = manifest.get("version")
     if type(version) is int and version > VERSION:
-        raise UserError(
+        raise NewerFormatError(
             f"{file}: this checkpoint was written by a newer MeloFormer, in version {str(version)[:20]} of "
             f"the format; this one reads version {VERSION}: update it"
         )

@@ -37,6 +37,7 @@ from .files import (
     TOKENIZER,
     TRAINER,
     VERSION,
+    NewerFormatError,
     check_size,
     damaged,
     load_json,
@@ -325,13 +326,16 @@ def latest_checkpoint(root: str | os.PathLike) -> Path | None:
     Damaged checkpoints are skipped, each with one line on stderr that names it and what is wrong.
 
     Raises:
-        UserError: there are checkpoints, but none is intact.
+        UserError: there are checkpoints, but none is intact; or a later one is of a newer version, which a
+            run that went on from an earlier one would delete.
     """
     problems = []
     for path in reversed(_by_step(Path(root))):
         try:
             verify(path)
             break
+        except NewerFormatError:
+            raise
         except UserError as error:
             problems.append(error)
     else:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 
 from meloformer import export, generate, train
 from meloformer.checkpoint.run_state import RunState
+from meloformer.checkpoint.store import latest_checkpoint
 from meloformer.errors import DivergedError, UserError
 from meloformer.model.transformer import ModelConfig
 
@@ -180,6 +181,7 @@ GROUPS = {
     "betas out of range": lambda header: header["param_groups"][0].update(betas=[2.0, 2.0]),
     "one beta": lambda header: header["param_groups"][0].update(betas=[0.9]),
     "no betas": lambda header: header["param_groups"][0].update(betas=None),
+    "a header too long": put(note="x" * (17 << 20)),
     "amsgrad of text": lambda header: header["param_groups"][0].update(amsgrad="yes"),
 }  # fmt: skip
 
@@ -277,3 +279,16 @@ def test_a_newer_version_is_named(run, data, tmp_path):
     edit_manifest(path, MANIFEST["a newer version"])
     with pytest.raises(UserError, match=r"written by a newer MeloFormer, in version 2 .* reads version 1"):
         call("generate", path, data, tmp_path)
+
+
+def test_a_newer_version_is_not_passed_over(run):
+    """A run that went on from an earlier checkpoint would delete it."""
+    root = run / "checkpoints"
+    newer = root / "step-00000003"
+    shutil.copytree(root / "step-00000002", newer)
+    try:
+        edit_manifest(newer, MANIFEST["a newer version"])
+        with pytest.raises(UserError, match=f"{newer}.*written by a newer MeloFormer"):
+            latest_checkpoint(root)
+    finally:
+        shutil.rmtree(newer)
