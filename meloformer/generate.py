@@ -163,6 +163,7 @@ def write_song(args: argparse.Namespace, constraints: Constraints, request: Stop
     if prompt is not None and constraints.instruments is not None:
         prompt = attributes.with_instruments(prompt, constraints.instruments)
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
+    attention = pick_attention(args.attention, model.device, model.config)
     progress = Progress(args.bars, args.max_tokens, request)
     ids = generate(
         model,
@@ -173,7 +174,7 @@ def write_song(args: argparse.Namespace, constraints: Constraints, request: Stop
         constraints=constraints,
         seed=args.seed,
         max_context=max_context,
-        attention=pick_attention(args.attention, model.device, model.config),
+        attention=attention,
         on_token=progress.on_token,
         stop=progress.stop,
     )
