@@ -104,6 +104,12 @@ def test_tied_sliced_and_strided_tensors_are_stored(tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
+def test_large_weights_are_finite_though_their_sum_is_not(tmp_path):
+    model = make_model()
+    model.token_embedding.weight.data.fill_(3e38)
+    assert load_checkpoint(save(tmp_path, 1, model)).step == 1
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):
     assert steps_in(saved) == [
         "config.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json",
