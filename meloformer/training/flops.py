@@ -8,6 +8,7 @@ only visible pairs; neither padding, nor what activation checkpointing computes 
 import torch
 
 from ..data.pairs import Counts
+from ..model.inputs import ChordGuesses
 from ..model.transformer import ModelConfig
 
 # Matrix products in bf16 with float32 sums, without sparsity, in TFLOP/s by the vendor's data sheets. The
@@ -43,7 +44,8 @@ def training_flops(model: ModelConfig, counts: Counts) -> float:
     """
     dim, layers = model.dim, model.layers
     ffn = 3 * dim * model.ffn
-    per_token = layers * (4 * dim**2 + ffn) + dim * model.padded_vocab_size
+    gates = len(ChordGuesses._fields) * model.copy_chords
+    per_token = layers * (4 * dim**2 + ffn) + dim * (model.padded_vocab_size + gates)
     if model.dense:
         return 3.0 * (2 * per_token * counts.tokens + 4 * dim * layers * counts.causal_pairs)
     # The last layer needs of a summary its queries, keys and values, K2 and V2, and no more.

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meloformer import train
 from meloformer.kernels import Structure
 from meloformer.model.loss import next_token_loss
+from meloformer.model.inputs import ChordGuesses
 from meloformer.model.transformer import RECOMPUTE, SIZES, MeloFormer, ModelConfig
 from meloformer.training.config import TrainConfig
 from meloformer.training.estimate import activation_bytes, estimate_memory, is_out_of_memory, out_of_memory
@@ -76,8 +77,9 @@ def test_activations_are_what_is_alive_after_the_forward(dim, ffn, layers, dtype
     # What is computed again comes in the backward, for one layer at a time; so does the logits' gradient.
     spared = activation_bytes(config, tokens, dtype.itemsize) - estimate
     estimate -= spared / (layers - 1) + tokens * config.padded_vocab_size * dtype.itemsize
-    # The last stream, its norm, the tables of RoPE and the ids are no part of a layer.
-    others = tokens * (dtype.itemsize * 2 * (dim + config.head_dim) + 16)
+    # The last stream, its norm, the tables of RoPE, the ids and the chord guesses are no part of a layer.
+    guesses = len(ChordGuesses._fields) * (8 + 1)  # an id, and whether there is one
+    others = tokens * (dtype.itemsize * 2 * (dim + config.head_dim) + 16 + guesses)
     assert estimate * 0.98 <= storages.alive() <= estimate * 1.02 + others
 
 
