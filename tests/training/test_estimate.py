@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meloformer import train
 from meloformer.kernels import Structure
-from meloformer.model.loss import next_token_loss
 from meloformer.model.inputs import ChordGuesses
+from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import RECOMPUTE, SIZES, MeloFormer, ModelConfig
 from meloformer.training.config import TrainConfig
 from meloformer.training.estimate import activation_bytes, estimate_memory, is_out_of_memory, out_of_memory

@@ -35,7 +35,8 @@ class _NoAttention:
 def test_flops_are_those_written_out_by_hand():
     model = ModelConfig(layers=2, dim=4, heads=1, ffn=3, vocab_size=64)
     counts = Counts(tokens=10, summaries=2, summary_pairs=13, token_pairs=40, causal_pairs=55)
-    of_a_token = 2 * (3 * 16 + 16 + 3 * 12) + 4 * 64  # QKV, output and SwiGLU of two layers; the head
+    # QKV, output and SwiGLU of two layers; the head, and the gates of six guesses.
+    of_a_token = 2 * (3 * 16 + 16 + 3 * 12) + 4 * (64 + 6)
     of_a_summary = (3 * 16 + 2 * 16 + 16 + 3 * 12) + (3 * 16 + 2 * 16)  # the last layer's is not updated
     of_pairs = 2 * (13 + 40) * 2 * 4  # layers, pairs, products, channels
     forward = 2 * (10 * of_a_token + 2 * of_a_summary + of_pairs)
