@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from meloformer import preprocess
-from meloformer.data import build, near_duplicates, shards
+from meloformer.data import build, damage, near_duplicates, shards
 from meloformer.data.inputs import find_files, in_order
 from meloformer.data.shards import ShardSet
 from meloformer.data.workers import Result
@@ -34,7 +34,7 @@ def test_songs_are_the_tokens_of_their_files(corpus, processed):
     for i in range(len(songs)):
         assert songs.bars[i] == np.count_nonzero(vocab.CHORD.mask(songs[i]))
     assert read_json(processed / shards.TOKENIZER) == json.loads(json.dumps(HIDTokenizer().to_json()))
-    assert len(shards.verify(processed)) == KEPT
+    assert len(damage.verify(processed)) == KEPT
 
 
 def test_first_of_equal_files_wins(corpus, processed):

@@ -28,7 +28,7 @@ from ..files import (
 )
 from ..tokens import vocab
 from ..tokens.tokenizer import HIDTokenizer
-from . import near_duplicates, shards
+from . import damage, near_duplicates, shards
 from .division import Division, divide
 from .inputs import find_files, hash_of_names, in_order, named_files
 from .motifs import motifs
@@ -363,7 +363,7 @@ def verify(folder: str | os.PathLike) -> shards.ShardSet:
     Raises:
         UserError: something is wrong; the message names the first such file.
     """
-    songs = shards.verify(folder)
+    songs = damage.verify(folder)
     source, marker = songs.folder / shards.MANIFEST, songs.folder / RUN
     shards.intact_file(source, songs.manifest, "failed")
     shards.intact_file(source, songs.manifest, "run")

@@ -1,4 +1,4 @@
-"""Tokens on disk: shards of songs, written atomically and read by memory mapping.
+"""Tokens on disk: shards of songs, written atomically and read song by song.
 
 docs/data.md describes the format byte by byte. Nothing is pickled.
 """
@@ -25,8 +25,8 @@ from ..files import (
     write_atomic,
     write_json,
 )
-from ..tokens import grammar, vocab
-from .motifs import MOTIF_DTYPE, motifs
+from ..tokens import vocab
+from .motifs import MOTIF_DTYPE
 
 MAGIC = b"MELOSHRD"
 VERSION = 2  # version 1 had neither motifs nor a division
@@ -254,8 +254,10 @@ def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | No
 class ShardSet:
     """All songs of a preprocessed folder, numbered from 0.
 
-    `shards[i]` is a read-only uint16 [n] view into the mapped file: tokens are read on access, and a song is
-    found in O(log shards).
+    `shards[i]` reads the tokens of a song, uint16 [n] and read-only; it is found in O(log shards). UserError
+    if its file has been changed since it was opened, and the song with it.
+
+    Opening checks the hashes of all files but those of tokens: `damage.find_damaged` checks these.
 
     Attributes:
         folder: the folder it was opened from.
@@ -265,6 +267,7 @@ class ShardSet:
         bars: int32 [songs], bars (CHORD tokens) of each song.
         digests: uint8 [songs, 16], content digests.
         division: uint8 [songs], TRAIN, VALIDATION or LEFT_OUT.
+        damaged: int64, ascending, the songs that `leave_out` was called with.
 
     Raises:
         UserError: a file is missing or damaged, or the folder belongs to another tokenizer than `fingerprint`
@@ -290,19 +293,20 @@ class ShardSet:
             raise UserError(f"{source}: val_split is not in [0, 1)")
         self.val_split = float(val_split)
 
-        self._tokens, self._offsets, self._first = [], [], [0]
-        indexes = []
+        self._tokens: list[_TokenFile] = []
+        self._offsets, self._first, indexes = [], [0], []
         for shard in field(source, self.manifest, "shards", list):
             if not isinstance(shard, dict):
                 raise UserError(f"{source}: its list of shards is damaged")
             index_path = _listed_file(source, shard, "idx")
             index = read_index(index_path, fingerprint)
             path = _listed_file(source, shard, "bin")
-            tokens = _map(path)
+            tokens = _TokenFile(path)
             if len(tokens) != index.offsets[-1]:
                 raise UserError(f"{path}: does not belong to {index_path.name}: other number of tokens")
             if (len(index.bars), len(tokens)) != (shard.get("songs"), shard.get("tokens")):
                 raise UserError(f"{index_path}: holds other counts than {MANIFEST}")
+            intact_file(source, shard, "idx")  # last, as the checks above can say what is wrong
             indexes.append(index)
             self._tokens.append(tokens)
             self._offsets.append(index.offsets)
@@ -313,19 +317,39 @@ class ShardSet:
         self.bars = np.concatenate([index.bars for index in indexes])
         self.digests = np.concatenate([index.digests for index in indexes])
         path = _listed_file(source, self.manifest, "division")
-        self.division = _map(path, np.dtype(np.uint8))
+        self.division = np.fromfile(path, np.uint8)
         if len(self.division) != len(self) or self.division.max(initial=0) > LEFT_OUT:
             raise UserError(f"{path}: does not divide the songs of {MANIFEST}")
+        intact_file(source, self.manifest, "division")
+        self.damaged = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, song: int) -> np.ndarray:
+        shard, i = self.place(song)
+        tokens, (first, last) = self._tokens[shard], self._offsets[shard][i : i + 2].tolist()
+        ids = tokens.read(first, last)
+        if tokens.changed() and content_digest(ids) != self.digests[song].tobytes():
+            raise UserError(f"{tokens.path}: has been changed since it was opened")
+        return ids
+
+    def place(self, song: int) -> tuple[int, int]:
+        """Number of the shard that a song lies in, and of the song in it."""
         if not 0 <= song < len(self):
             raise IndexError(f"song {song} of {len(self)}")
         shard = bisect.bisect_right(self._first, song) - 1
-        offsets, i = self._offsets[shard], song - self._first[shard]
-        return self._tokens[shard][offsets[i] : offsets[i + 1]]
+        return shard, song - self._first[shard]
+
+    def name(self, song: int) -> str:
+        """Where a song lies, for messages."""
+        shard, i = self.place(song)
+        return f"{self._tokens[shard].path}: song {i}"
+
+    def leave_out(self, damaged: np.ndarray) -> None:
+        """Use these songs (int64, ascending) neither for training nor for validation, from now on."""
+        self.damaged = damaged
+        self.division[damaged] = LEFT_OUT
 
     def split(self, name: str) -> np.ndarray:
         """Numbers of the songs in "train" or "val" (int64, ascending); songs left out are in neither."""
@@ -334,60 +358,44 @@ class ShardSet:
         return np.flatnonzero(self.division == (VALIDATION if name == "val" else TRAIN))
 
     def sha256(self) -> str:
-        """SHA-256 of the digests of all songs and of their division (64 hex digits)."""
+        """SHA-256 of the digests of all songs and of their division (64 hex digits), without `damaged`."""
         return hashlib.sha256(self.digests.tobytes() + self.division.tobytes()).hexdigest()
 
 
-def _map(path: Path, dtype: np.dtype = TOKEN_DTYPE) -> np.ndarray:
+class _TokenFile:
+    """The tokens of a shard.
+
+    They are read, not mapped: of a mapped file that shrinks, the next access kills the process by SIGBUS.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._file = path, open_to_read(path)
+        self._when_opened = self._status()
+
+    def __len__(self) -> int:
+        return self._when_opened[0] // TOKEN_DTYPE.itemsize
+
+    def _status(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def changed(self) -> bool:
+        """Whether the file has been written to since it was opened."""
+        return self._status() != self._when_opened
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Tokens `first` to `last` - 1, uint16."""
+        size = (last - first) * TOKEN_DTYPE.itemsize
+        data = os.pread(self._file.fileno(), size, first * TOKEN_DTYPE.itemsize)
+        if len(data) < size:
+            raise UserError(f"{self.path}: has become shorter since it was opened")
+        return np.frombuffer(data, TOKEN_DTYPE)
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     with open_to_read(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size < dtype.itemsize:  # a shard without songs cannot be mapped
+        if size < dtype.itemsize:  # an empty file cannot be mapped
             return np.empty(0, dtype)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, dtype, size // dtype.itemsize)
-
-
-def verify(folder: str | os.PathLike, fingerprint: str | None = None) -> ShardSet:
-    """Check all shards and the tokenizer: hashes, digests, bar counts, motifs, and the grammar of every song.
-
-    `build.verify` checks the other files of the folder.
-
-    Raises:
-        UserError: something is wrong; the message names the first such file.
-    """
-    songs = ShardSet(folder, fingerprint)
-    source = songs.folder / MANIFEST
-    intact_file(source, songs.manifest, "tokenizer")
-    intact_file(source, songs.manifest, "division")
-    for number, shard in enumerate(songs.manifest["shards"]):
-        path = intact_file(source, shard, "bin")
-        index_path = intact_file(source, shard, "idx")
-        motifs_path = intact_file(source, shard, "motifs")
-        hashes, offsets = read_motifs(motifs_path, songs._first[number + 1] - songs._first[number])
-        record = read_record(songs.folder, number)
-        if record is None or record["shard"] != shard:
-            raise UserError(f"{songs.folder / shard_name(number)}.json: does not agree with {MANIFEST}")
-        for song in range(songs._first[number], songs._first[number + 1]):
-            i = song - songs._first[number]
-            problem = _song_problem(songs[song], songs.digests[song], songs.bars[song])
-            if problem is None and not np.array_equal(
-                motifs(songs[song]), hashes[offsets[i] : offsets[i + 1]]
-            ):
-                problem = f"has other motifs than {motifs_path.name} says"
-            if problem:
-                raise UserError(f"{path}: song {i} {problem} ({index_path.name})")
-    return songs
-
-
-def _song_problem(ids: np.ndarray, digest: np.ndarray, bars: int) -> str | None:
-    try:
-        grammar.check(ids)
-    except ValueError as error:
-        return f"is no song: {error}"
-    if ids[0] != vocab.BOS or ids[-1] != vocab.EOS:
-        return "does not run from BOS to EOS"
-    if np.count_nonzero(vocab.CHORD.mask(ids)) != bars:
-        return "has another number of bars than its index says"
-    if content_digest(ids) != digest.tobytes():
-        return "has another digest than its index says"
-    return None

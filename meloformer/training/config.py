@@ -31,6 +31,7 @@ class TrainConfig:
     """The flags of `python -m meloformer.train`; its --help explains each."""
 
     data_dir: str
+    strict_data: bool = False
     output_dir: str = "runs/train"
     model_size: str = "base"
     max_seq_len: int = 24576
@@ -101,6 +102,7 @@ def make_parser() -> cli.Parser:
     count, every = {"type": cli.positive_int}, {"type": cli.positive_int, "metavar": "STEPS"}
     add("config", "YAML or JSON file of any of these settings; flags override it", metavar="FILE")
     parser.add_argument("--data_dir", required=True, help="folder written by meloformer.preprocess")
+    switch("strict_data", "end at once if a song in --data_dir is damaged, instead of leaving it out")
     add("output_dir", "folder for checkpoints, log, samples and pictures")
     add("model_size", "preset of the model's size", choices=SIZES)
     add("max_seq_len", "tokens per row", **count)

@@ -44,6 +44,7 @@ class Job:
         device: where this process computes.
         rank0_group: the group in which the others wait for rank 0; None if there are no others.
         one_machine: whether all processes run on one machine.
+        local_rank, local_world: this process among those on its machine.
     """
 
     rank: int
@@ -51,6 +52,8 @@ class Job:
     device: torch.device
     rank0_group: dist.ProcessGroup | None = None
     one_machine: bool = True
+    local_rank: int = 0
+    local_world: int = 1
 
     @property
     def is_rank0(self) -> bool:
@@ -126,7 +129,8 @@ def restarted() -> bool:
 def start_job(device: str) -> Job:
     """Join the processes that torchrun started, if it did, and pick the device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         if "OMP_NUM_THREADS" not in os.environ:
@@ -140,8 +144,8 @@ def start_job(device: str) -> Job:
     store = dist.PrefixStore(f"attempt-{_attempt()}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world
-    return Job(rank, world, chosen, dist.new_group(backend="gloo", timeout=RANK0_TIMEOUT), one_machine)
+    rank0_group = dist.new_group(backend="gloo", timeout=RANK0_TIMEOUT)
+    return Job(rank, world, chosen, rank0_group, local_world == world, local_rank, max(1, local_world))
 
 
 def shard_model(model: nn.Module, job: Job) -> None:

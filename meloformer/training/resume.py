@@ -30,6 +30,7 @@ FIXED = (
 )
 
 _HINTS = {
+    "data": ": other songs, divided otherwise, or damaged since (restore them to go on)",
     "rows_per_step": " (processes x batch_size x gradient_accumulation_steps)",
     "packing": ": it was begun by a version that fills rows otherwise; finish it with that, or begin anew",
 }

@@ -105,6 +105,7 @@ def write_summary(
                 "val_split": data.shards.val_split,
                 "training": _amount(data),
                 "validation": _amount(val_data),
+                "damaged_songs": len(data.shards.damaged),
             },
             "device": _device_name(job.device),
             "versions": {

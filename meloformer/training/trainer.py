@@ -19,7 +19,6 @@ from tqdm import tqdm
 from ..checkpoint.run_state import Best, RunState
 from ..checkpoint.store import save_checkpoint
 from ..data.batches import PackedSongs, State
-from ..data.shards import ShardSet
 from ..errors import DivergedError
 from ..files import write_json
 from ..model.transformer import MeloFormer, ModelConfig
@@ -34,6 +33,7 @@ from .resume import load_for_resume, load_initial, run_identity
 from .run_log import RunLog
 from .samples import write_sample
 from .schedule import count_steps, extension, learning_rate
+from .songs import open_songs
 from .stepper import PreparedBatch, Stepper
 from .summary import Progress, describe, write_summary
 from .validation import validate
@@ -76,7 +76,7 @@ class Trainer:
     ):
         self.config, self.job, self.stop_reason = config, job, stop_reason
         self.output = Path(config.output_dir)
-        shards = ShardSet(config.data_dir)
+        shards = open_songs(config.data_dir, job, strict=config.strict_data)
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars, "seed": config.seed}
         limits |= {"near_bars": model_config.near_bars, "kind_rule": model_config.kind_rule}
         limits["fixed_num_summaries"] = config.fixed_num_summaries

@@ -13,7 +13,7 @@ from miditoolkit import MidiFile
 
 from meloformer import cli, preprocess
 from meloformer.composer.compose import compose
-from meloformer.data import build, near_duplicates, shards
+from meloformer.data import build, damage, near_duplicates, shards
 from meloformer.data.division import divide, in_validation
 from meloformer.data.inputs import find_files, in_order
 from meloformer.data.motifs import motifs
@@ -309,7 +309,7 @@ _encoded = cache(build.encode_file)
 
 def run(folder: Path, output: Path, *more: str) -> ShardSet:
     preprocess.main(["--input", str(folder), "--output", str(output), "--shard-size", "4", *more])
-    shards.verify(output)
+    damage.verify(output)
     build.verify(output)
     return ShardSet(output)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from meloformer import preprocess
-from meloformer.data import build, shards
+from meloformer.data import build, damage, shards
 from meloformer.data.shards import ShardSet
 from meloformer.data.workers import Result
 from meloformer.errors import UserError
@@ -132,7 +132,7 @@ def test_a_stale_manifest_does_not_outlive_its_shards(corpus, processed, tmp_pat
     folder = Path(shutil.copytree(processed, tmp_path / "data"))
     (folder / "shard-00004.json").unlink()
     with pytest.raises(UserError):
-        shards.verify(folder)
+        damage.verify(folder)
 
     def die(*_):
         raise Crash
@@ -173,7 +173,7 @@ def test_overwrite(corpus, processed, tmp_path, in_process):
     preprocess.main(command(corpus, folder, "--limit", "5", "--overwrite"))
     assert len(list(folder.glob("shard-*.bin"))) == 2
     assert (folder / "mine.txt").read_text() == "stays"
-    shards.verify(folder)
+    damage.verify(folder)
 
 
 def test_overwrite_killed_at_any_step(corpus, processed, tmp_path, monkeypatch, in_process, capsys):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from meloformer.data import shards
+from meloformer.data.damage import verify
 from meloformer.data.division import in_validation
-from meloformer.data.shards import ShardSet, ShardWriter, content_digest, verify
+from meloformer.data.shards import ShardSet, ShardWriter, content_digest
 from meloformer.errors import UserError
 from meloformer.files import TEMPORARY
 from meloformer.tokens import vocab

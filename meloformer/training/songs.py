@@ -1,0 +1,52 @@
+"""The songs of a run: opened and checked by all processes, damaged ones named and left out by all alike."""
+
+import os
+
+import numpy as np
+import torch
+
+from ..data.damage import find_damaged, song_problem
+from ..data.shards import ShardSet
+from ..errors import UserError
+from .distributed import Job
+
+_NAMED = 10  # damaged songs that are named one by one
+_MOST_THREADS = 8
+
+
+def open_songs(folder: str, job: Job, *, strict: bool) -> ShardSet:
+    """Collective: the songs of a folder, without those that are damaged.
+
+    The processes of a machine share the work, as each machine may have a copy of its own. A song that is
+    damaged in one copy is left out by all processes, so that all have the same rows.
+
+    Args:
+        strict: refuse a folder with damaged songs.
+
+    Raises:
+        UserError: a file is missing or damaged (on every rank that finds it so), or `strict` and a song is.
+    """
+    shards = ShardSet(folder)
+    threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // job.local_world))
+    damaged = torch.zeros(len(shards), device=job.device)
+    damaged[
+        torch.from_numpy(
+            find_damaged(shards, job.local_rank, job.local_world, threads=threads, shown=job.is_rank0)
+        )
+    ] = 1
+    songs = np.flatnonzero(job.sum(damaged).cpu().numpy())
+    shards.leave_out(songs)
+    if not len(songs):
+        return shards
+    lines = [_line(shards, song) for song in songs[:_NAMED].tolist()]
+    total = f"{len(songs)} damaged song(s)"
+    if strict:
+        raise UserError(f"--strict_data: {total}: {lines[0]}")
+    if job.is_rank0:
+        more = [f"... and {len(songs) - _NAMED} more"] if len(songs) > _NAMED else []
+        print("\n".join([*lines, *more, f"left out: {total}; preprocess makes them again"]))
+    return shards
+
+
+def _line(shards: ShardSet, song: int) -> str:
+    return f"{shards.name(song)} {song_problem(shards, song) or 'is damaged in the copy of another machine'}"

@@ -1,0 +1,143 @@
+"""Damaged songs are found before they are trained on, and files that change afterwards are told."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from meloformer.data.damage import find_damaged, song_problem
+from meloformer.data.shards import ShardSet, ShardWriter, content_digest
+from meloformer.errors import UserError
+from meloformer.tokens import vocab
+
+from helpers.folders import write_folder
+
+
+@pytest.fixture
+def folder(shards, tmp_path):
+    return shutil.copytree(shards.folder, tmp_path / "shards")
+
+
+def place(folder, song: int, token: int) -> tuple[str, int]:
+    """The file and the byte that a token of a song begins at."""
+    songs = ShardSet(folder)
+    number, i = songs.place(song)
+    return folder / f"shard-{number:05d}.bin", 2 * (int(songs._offsets[number][i]) + token)
+
+
+def overwrite(folder, song: int, token: int, ids: list[int]) -> None:
+    path, at = place(folder, song, token)
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(np.array(ids, "<u2").tobytes())
+
+
+def test_nothing_is_found_in_a_whole_folder(folder):
+    assert find_damaged(ShardSet(folder)).tolist() == []
+
+
+@pytest.mark.parametrize("token", [0, 7, -1], ids=["first", "inside", "last"])
+def test_any_flipped_bit_is_found(folder, token):
+    songs = ShardSet(folder)
+    for song, bit in ((3, 0), (11, 15)):
+        at = token % len(songs[song])
+        overwrite(folder, song, at, [int(songs[song][at]) ^ (1 << bit)])
+    songs = ShardSet(folder)
+    assert find_damaged(songs).tolist() == [3, 11]
+    assert all(song_problem(songs, song) for song in (3, 11))
+
+
+def test_parts_and_threads_find_the_same(folder, monkeypatch):
+    monkeypatch.setattr("meloformer.data.damage._AT_ONCE", 500)  # so that there are several groups
+    for song in (0, 9, 10, 23):
+        overwrite(folder, song, 5, [65535])
+    songs = ShardSet(folder)
+    assert find_damaged(songs, threads=3).tolist() == [0, 9, 10, 23]
+    parts = [find_damaged(songs, part, 3).tolist() for part in range(3)]
+    assert sorted(song for part in parts for song in part) == [0, 9, 10, 23]
+
+
+BAR = [vocab.CHORD.start, vocab.TS.start, vocab.BPM.start]
+WRONG = {
+    "of no song": ([vocab.BOS, vocab.BAND.start, vocab.BPM.start, vocab.EOS], 0, "may not follow"),
+    "outside the vocabulary": ([vocab.BOS, vocab.VOCAB_SIZE, vocab.EOS], 0, f"id {vocab.VOCAB_SIZE}"),
+    "other bars": ([vocab.BOS, vocab.BAND.start, *BAR, vocab.EOS], 2, "number of bars"),
+    "no end": ([vocab.BOS, vocab.BAND.start, *BAR], 1, "from BOS to EOS"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_right_digest_does_not_make_a_song(songs, tmp_path, case):
+    ids, bars, says = WRONG[case]
+    ids = np.array(ids, np.uint16)
+    written = write_folder(tmp_path / "data", [songs[0], ids, songs[1]], (3,), val_split=0)
+    write = ShardWriter.add
+    shutil.rmtree(written)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            ShardWriter,
+            "add",
+            lambda self, own, counted, *more: write(self, own, bars if own is ids else counted, *more),
+        )
+        written = write_folder(tmp_path / "data", [songs[0], ids, songs[1]], (3,), val_split=0)
+    found = ShardSet(written)
+    assert content_digest(ids) == found.digests[1].tobytes()
+    assert find_damaged(found).tolist() == [1]
+    assert says in song_problem(found, 1)
+
+
+def test_songs_left_out_are_in_no_split(folder):
+    songs = ShardSet(folder)
+    before, sha256 = {name: songs.split(name).tolist() for name in ("train", "val")}, songs.sha256()
+    chosen = [before["train"][0], before["val"][0]]
+    songs.leave_out(np.sort(chosen))
+    for name, song in zip(("train", "val"), chosen):
+        assert songs.split(name).tolist() == [other for other in before[name] if other != song]
+    assert songs.sha256() != sha256  # so that no run goes on with other rows
+    overwrite(folder, chosen[0], 3, [65535])
+    again = ShardSet(folder)
+    again.leave_out(find_damaged(again))
+    assert again.damaged.tolist() == [chosen[0]]
+
+
+def test_a_damaged_song_that_is_not_used_is_not_looked_for(folder):
+    overwrite(folder, 4, 3, [65535])
+    songs = ShardSet(folder)
+    songs.leave_out(np.array([4]))
+    assert find_damaged(songs).tolist() == []
+
+
+def test_a_flipped_bit_in_index_or_division_is_told(folder):
+    for name, at in (("division.bin", 2), ("shard-00002.idx", 64 + 8 * 15 + 3)):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(UserError, match=f"{name}: its SHA-256"):
+            ShardSet(folder)
+        (folder / name).write_bytes(data)
+
+
+def test_a_file_that_shrinks_is_told_not_a_bus_error(folder):
+    songs = ShardSet(folder)
+    path, at = place(folder, 23, 0)
+    os.truncate(path, at)
+    with pytest.raises(UserError, match=r"shard-00002\.bin: has become shorter"):
+        songs[23]
+
+
+def test_a_song_that_changes_is_told_and_the_others_are_read_on(folder):
+    songs = ShardSet(folder)
+    before = songs[3]
+    overwrite(folder, 4, 3, [vocab.PAD])
+    path, _ = place(folder, 4, 3)
+    os.utime(path, ns=(0, 0))  # as after a while: the clock of files may be coarse
+    with pytest.raises(UserError, match=r"shard-00000\.bin: has been changed since"):
+        songs[4]
+    np.testing.assert_array_equal(songs[3], before)
+
+
+def test_a_file_that_is_removed_is_read_on(folder):
+    songs, before = ShardSet(folder), ShardSet(folder)[3]
+    for path in folder.iterdir():
+        path.unlink()
+    np.testing.assert_array_equal(songs[3], before)
