@@ -40,6 +40,7 @@ class Batch:
     structure: of [B, N] tokens and [B, M] summaries; M takes few values, see `summary_room`.
     num_targets: targets that are not -100.
     counts: tokens and pairs of tokens over all rows, without padding.
+    unread: whether all rows are padding because the songs of one could not be read.
     """
 
     ids: Tensor
@@ -47,6 +48,7 @@ class Batch:
     structure: Structure
     num_targets: int
     counts: Counts
+    unread: bool = False
 
     @property
     def tokens(self) -> int:
@@ -101,6 +103,7 @@ class PackedSongs:
 
     Attributes:
         samples: the `Samples` of the split, including the numbers of skipped songs and bars.
+        failure: why `batches` could not read songs, in one line; None if it could so far.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class PackedSongs:
         self._epoch = _Epoch(-1, [], 0, np.zeros(0, np.uint64))
         # The `Counts` of each sample, 0 until it is first read; no pair crosses documents, so they add up.
         self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
+        self.failure: str | None = None
 
     def rows(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, see `packing.rows_of_epoch`."""
@@ -216,6 +220,14 @@ class PackedSongs:
             )
         return ids, scanned
 
+    def _batch_or_padding(self, epoch: int, rows: list[int]) -> Batch:
+        try:
+            return self.batch(epoch, rows)
+        except (UserError, OSError) as error:
+            said = error if isinstance(error, UserError) else f"{self.shards.folder}: {error.strerror}"
+            self.failure = self.failure or str(said)
+            return replace(self.batch(epoch, [self.rows_per_epoch(epoch)] * len(rows)), unread=True)
+
     def rows_by_rank(self, epoch: int, group: list[int], world: int) -> list[list[int]]:
         """Distribute a group of rows of an epoch over `world` processes, the same number to each.
 
@@ -259,6 +271,9 @@ class PackedSongs:
         them, so that all have about as much to do; in the last step of an epoch the missing rows
         are padding. Ends before `stop_epoch`, or never if that is None.
 
+        Songs that cannot be read end nothing here, since the other processes would wait for this one: the
+        batch is `unread`, and `failure` says why.
+
         Raises:
             UserError: there is not a single sample.
         """
@@ -268,7 +283,7 @@ class PackedSongs:
             rows = self.rows_per_epoch(epoch)
             if index < rows:
                 group = list(range(index, index + world * batch_size))
-                batch = self.batch(epoch, self.rows_by_rank(epoch, group, world)[rank])
+                batch = self._batch_or_padding(epoch, self.rows_by_rank(epoch, group, world)[rank])
                 index = min(index + world * batch_size, rows)
                 yield batch, State(epoch, index) if index < rows else State(epoch + 1, 0)
             if index >= rows:

@@ -18,6 +18,7 @@ class StepFigures:
     flops: useful floating-point operations, see `flops.training_flops`.
     taken: False if the step was skipped because the loss or the gradient is not finite.
     spike: the gradient norm as a multiple of the median of the last ones, if that is a spike.
+    unread: some process could not read its songs, so no process has changed anything.
     """
 
     loss: float
@@ -26,6 +27,7 @@ class StepFigures:
     flops: float
     taken: bool
     spike: float | None
+    unread: bool = False
 
 
 class Meter:

@@ -1,10 +1,17 @@
-"""The songs of a run: opened and checked by all processes, damaged ones named and left out by all alike."""
+"""The songs of a run: opened and checked by all processes, damaged ones named and left out by all alike.
+
+A song that cannot be read later, as its file was changed meanwhile, stops the run after the last step whose
+songs could be read: `PackedSongs` hands out padding that is marked, and `Stepper` drops the step on all
+ranks.
+"""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..data.batches import PackedSongs
 from ..data.damage import find_damaged, song_problem
 from ..data.shards import ShardSet
 from ..errors import UserError
@@ -50,3 +57,13 @@ def open_songs(folder: str, job: Job, *, strict: bool) -> ShardSet:
 
 def _line(shards: ShardSet, song: int) -> str:
     return f"{shards.name(song)} {song_problem(shards, song) or 'is damaged in the copy of another machine'}"
+
+
+def raise_if_unread(data: tuple[PackedSongs, ...], saved_in: Path, job: Job) -> None:
+    """Collective: raise UserError on all ranks if one could not read songs; the state is in `saved_in`."""
+    failure = next((songs.failure for songs in data if songs.failure is not None), None)
+    if job.any(failure is not None):
+        raise UserError(
+            f"{failure or 'another process could not read its songs'}; the state is saved in {saved_in}: "
+            "restore the data and go on with --resume"
+        )

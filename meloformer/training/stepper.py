@@ -5,6 +5,7 @@ batches, so that the same rows give the same step however they are distributed.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -171,6 +172,9 @@ class Stepper:
         self._sums[2] += batch.tokens
         self._sums[3] += training_flops(self.model.config, batch.counts)
         self._sums[4] += loss.weight
+        if batch.unread:  # the loss is not finite then, so no process takes the step
+            self._sums[0].fill_(math.nan)
+            self._sums[5].fill_(1)
 
     def _exchange(self, now: bool) -> AbstractContextManager:
         """A context for forward and backward in which gradients are exchanged only if `now`."""
@@ -182,7 +186,7 @@ class Stepper:
 
     def update(self, lr: float, *flags: bool) -> Callable[[], tuple[StepFigures, list[bool]]]:
         """Collective: the optimizer step over the accumulated gradients, skipped on all ranks if the loss or
-        the gradient norm is not finite.
+        the gradient norm is not finite, or if a batch of the step is `unread`.
 
         Args:
             lr: learning rate.
@@ -220,13 +224,23 @@ class Stepper:
         return lambda: self._figures(*read_numbers())
 
     def _figures(
-        self, nats: float, targets: float, tokens: float, flops: float, weight: float, *others: float
+        self,
+        nats: float,
+        targets: float,
+        tokens: float,
+        flops: float,
+        weight: float,
+        unread: float,
+        *others: float,
     ) -> tuple[StepFigures, list[bool]]:
-        *any_flags, norm = others
+        *numbers, norm = others
+        any_flags = [number > 0 for number in numbers]
+        if unread:  # the guard does not count the step: it will be taken after a resume
+            return StepFigures(math.nan, math.nan, 0, 0.0, False, None, unread=True), any_flags
         loss = nats / targets
         taken = self.guard.admits(loss, norm)
         spike = self.guard.spike(norm) if taken else None
-        return StepFigures(loss, norm, int(tokens), flops, taken, spike), [flag > 0 for flag in any_flags]
+        return StepFigures(loss, norm, int(tokens), flops, taken, spike), any_flags
 
     def wait(self) -> None:
         """Wait until the device has finished all its work."""
@@ -272,8 +286,8 @@ class Stepper:
         return model.to(self._job.device)
 
     def _zero_sums(self) -> Tensor:
-        # nats, targets, tokens, floating-point operations, weights of targets
-        return torch.zeros(5, dtype=torch.float64, device=self._job.device)
+        # nats, targets, tokens, floating-point operations, weights of targets, processes that could not read
+        return torch.zeros(6, dtype=torch.float64, device=self._job.device)
 
 
 def _read_later(numbers: Tensor) -> Callable[[], list[float]]:

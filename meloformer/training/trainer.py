@@ -33,7 +33,7 @@ from .resume import load_for_resume, load_initial, run_identity
 from .run_log import RunLog
 from .samples import write_sample
 from .schedule import count_steps, extension, learning_rate
-from .songs import open_songs
+from .songs import open_songs, raise_if_unread
 from .stepper import PreparedBatch, Stepper
 from .summary import Progress, describe, write_summary
 from .validation import validate
@@ -199,6 +199,8 @@ class Trainer:
             bar.close()
             if self.log is not None:
                 self.log.close()
+        if stopped is not None:
+            raise_if_unread((self.data, self.val_data), self.checkpoints, self.job)
         progress = Progress(self.step, self.state.epoch, self.tokens, self.best)
         write = partial(
             write_summary, self.output, self.checkpoints, progress, stopped, self.stepper, self.job
@@ -288,6 +290,9 @@ class Trainer:
         """
         config, stepper = self.config, self.stepper
         figures, (stops, saves) = pending.result()
+        if figures.unread:
+            self.save()  # as it was before this step
+            return True
         before, self.state, self.step = self.state, pending.after, self.step + 1
         self.tokens += figures.tokens
         record = self.meter.step_record(self.step, self.epoch, pending.lr, figures)
@@ -347,7 +352,8 @@ class Trainer:
         return self.job.any(self._wants_stop()), saves, val_loss
 
     def _wants_stop(self) -> bool:
-        return self.stop_reason() is not None
+        unread = self.data.failure or self.val_data.failure
+        return self.stop_reason() is not None or unread is not None
 
     def _sample(self, model: MeloFormer) -> bool:
         return write_sample(
