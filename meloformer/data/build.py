@@ -239,7 +239,7 @@ def _run(
         counts.update(done=record["files"], kept=record["kept"])
         finished += 1
 
-    if finished == count and (folder / shards.MANIFEST).exists():
+    if finished == count and _is_finished(folder, run):
         print(f"{folder}: is finished already")
     else:
         (folder / shards.MANIFEST).unlink(missing_ok=True)
@@ -261,6 +261,21 @@ def _run(
                 write_shards(folder, shown, len(files), run["shard_size"], finished, seen, named)
         seen.clear()  # near-duplicates are found next, and need memory
         _finish(folder, run, count)
+
+
+def _is_finished(folder: Path, run: dict) -> bool:
+    """Whether a folder whose shards are finished has a manifest, and this and the files it lists are whole.
+
+    What is not is said: it will be written again.
+    """
+    if not (folder / shards.MANIFEST).exists():
+        return False
+    try:
+        _check_finish(folder, run)
+    except UserError as problem:
+        print(f"{problem}; it is written again")
+        return False
+    return True
 
 
 def _with_progress(results: Iterator[Result], total: int, counts: Counter) -> Iterator[Result]:
@@ -364,9 +379,8 @@ def verify(folder: str | os.PathLike) -> shards.ShardSet:
         UserError: something is wrong; the message names the first such file.
     """
     songs = damage.verify(folder)
-    source, marker = songs.folder / shards.MANIFEST, songs.folder / RUN
-    shards.intact_file(source, songs.manifest, "failed")
-    shards.intact_file(source, songs.manifest, "run")
+    marker = songs.folder / RUN
+    shards.intact_file(songs.folder / shards.MANIFEST, songs.manifest, "run")
     run = read_json(marker)
     if min(shards.field(marker, run, key, int) for key in ("files", "shard_size")) < 1:
         raise UserError(f"{marker}: is damaged")
@@ -374,14 +388,25 @@ def verify(folder: str | os.PathLike) -> shards.ShardSet:
     shards.field(marker, run, "val_list", (str, type(None)))
     if type(run.get("keep_near_duplicates")) is not bool:
         raise UserError(f"{marker}: is damaged")
-    division = _division(songs.folder, run)
-    if not np.array_equal(division.side, songs.division):
-        raise UserError(f"{songs.folder / shards.DIVISION}: does not agree with the run and the shards")
-    expected = _manifest(songs.folder, run, division)
-    wrong = [key for key in expected if songs.manifest.get(key) != expected[key]]
-    if wrong:
-        raise UserError(f"{source}: does not agree with the run and the shards ({', '.join(wrong)} differ)")
+    _check_finish(songs.folder, run)
     return songs
+
+
+def _check_finish(folder: Path, run: dict) -> None:
+    """Raise UserError, which names a file, unless all that `_finish` wrote is as it would write it."""
+    source = folder / shards.MANIFEST
+    manifest = read_json(source)
+    for key in ("run", "failed", "division", "tokenizer"):
+        shards.intact_file(source, manifest, key)
+    division = _division(folder, run)
+    if not np.array_equal(division.side, np.fromfile(folder / shards.DIVISION, np.uint8)):
+        raise UserError(f"{folder / shards.DIVISION}: does not agree with the run and the shards")
+    expected = _manifest(folder, run, division)
+    wrong = [key for key in expected.keys() | manifest.keys() if manifest.get(key) != expected.get(key)]
+    if wrong:
+        raise UserError(
+            f"{source}: does not agree with the run and the shards ({', '.join(sorted(wrong))} differ)"
+        )
 
 
 def _escape(cell: str) -> str:

@@ -247,6 +247,29 @@ def test_damaged_shard_is_told_on_resume(corpus, processed, tmp_path, capsys):
     assert "shard-00001.bin" in fails(command(corpus, folder), capsys)
 
 
+def flipped(data: bytes) -> bytes:
+    return data[:-4] + bytes([data[-4] ^ 1]) + data[-3:]
+
+
+@pytest.mark.parametrize("name", ["failed.tsv", "tokenizer.json", "manifest.json", "division.bin"])
+@pytest.mark.parametrize("damage", [None, flipped, lambda data: data[:9]], ids=["gone", "flipped", "short"])
+def test_a_folder_is_finished_only_with_all_its_files(
+    corpus, processed, tmp_path, capsys, in_process, name, damage
+):
+    folder = Path(shutil.copytree(processed, tmp_path / "data"))
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage is not None:
+        (folder / name).write_bytes(damage(data))
+    preprocess.main(command(corpus, folder))
+    said = capsys.readouterr().out
+    assert "finished already" not in said
+    assert f"{name}: " in said or (name == "manifest.json" and damage is None)
+    assert contents(folder) == contents(processed)
+    preprocess.main(command(corpus, folder))
+    assert "finished already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_flipped_bit_is_told_on_resume_and_mended_by_removing_the_record(
     corpus, processed, tmp_path, capsys, in_process, suffix
