@@ -282,7 +282,7 @@ def mistakes(data, tmp_path):
         ),
         "a seed below 0": (["--data_dir", data, "--seed", "-1"], "--seed"),
         "an unknown device": (["--data_dir", data, "--device", "warp"], "--device warp"),
-        "rows too short for a bar": (["--data_dir", data, "--max_seq_len", "4"], "too long"),
+        "rows too short for a bar": (["--data_dir", data, "--max_seq_len", "4"], "longer than a row"),
     }
 
 

@@ -83,6 +83,8 @@ class _Epoch(NamedTuple):
 
 
 _NO_SAMPLES = np.zeros(0, np.int64)
+_NAMES = {"train": "training", "val": "validation"}
+_MOST = 0.95  # of the songs: how many a limit should keep
 
 
 class PackedSongs:
@@ -247,14 +249,34 @@ class PackedSongs:
         rounds[1::2] = rounds[1::2, ::-1].copy()
         return rounds.T.tolist()
 
+    def left_out(self) -> str | None:
+        """How much of the split is left out, and what would keep it, in one line; None if nothing is."""
+        samples, songs = self.samples, self.shards.split(self.split)
+        told = []
+        if samples.skipped_songs:
+            text = f"{samples.skipped_songs} of {len(songs)} songs have more than {self.max_bars} bars"
+            enough = int(np.quantile(self.shards.bars[songs], _MOST, method="higher"))
+            if enough > self.max_bars:
+                text += (
+                    f" (some files, as those of POP909, count a bar per beat: --max_bars {enough} keeps "
+                    f"{_MOST:.0%} of the songs)"
+                )
+            told.append(text)
+        if samples.skipped_bars:
+            told.append(f"{samples.skipped_bars} bars are longer than a row of {self.max_seq_len} tokens")
+        return f"left out of the {_NAMES[self.split]} split: {', '.join(told)}" if told else None
+
+    def why_empty(self) -> str:
+        """Why the split has no samples: the end of a sentence."""
+        if not len(self.shards.split(self.split)):
+            whole = " that is not damaged" if len(self.shards.damaged) else ""
+            return f"no song{whole} fell into the {_NAMES[self.split]} split"
+        return f"all songs are {self.left_out()}"
+
     def require_samples(self) -> None:
         """Raises UserError if there is not a single sample."""
         if not len(self.samples):
-            raise UserError(
-                f"{self.shards.folder}: the {self.split} split has no song for max_bars={self.max_bars} "
-                f"and max_seq_len={self.max_seq_len} ({self.samples.skipped_songs} songs and "
-                f"{self.samples.skipped_bars} bars were too long)"
-            )
+            raise UserError(f"{self.shards.folder}: nothing to read: {self.why_empty()}")
 
     def batches(
         self,

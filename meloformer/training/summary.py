@@ -39,21 +39,18 @@ def describe(
     Args:
         init_from: the checkpoint whose weights the run began with, if any.
     """
-    samples = data.samples
     print(
         f"{stepper.model.config.size} model, {stepper.model.num_parameters() / 1e6:.1f}M parameters, "
         f"attention '{stepper.attention}' on {job.device}, {job.world} process(es)"
         f"{', state sharded' if stepper.sharded else ''}\n"
-        f"{len(samples)} training samples in {data.rows_per_epoch(0)} rows of {data.max_seq_len} tokens, "
-        f"{len(val_data.samples)} validation samples"
+        f"{len(data.samples)} training samples in {data.rows_per_epoch(0)} rows of {data.max_seq_len} "
+        f"tokens, {len(val_data.samples)} validation samples"
     )
-    if samples.skipped_songs or samples.skipped_bars:
-        print(
-            f"left out: {samples.skipped_songs} songs of more than {data.max_bars} bars, "
-            f"{samples.skipped_bars} bars longer than a row"
-        )
+    for songs in (data, val_data):
+        if line := songs.left_out():
+            print(line)
     if not len(val_data.samples):
-        print("no song fell into the validation split: there will be no validation loss")
+        print(f"there will be no validation loss: {val_data.why_empty()}")
     if job.device.type == "cuda" and peak_flops(job.device) is None:
         print(f"no MFU: the peak speed of {_device_name(job.device)} is not known")
     if step:

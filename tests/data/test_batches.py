@@ -1,6 +1,7 @@
 """Batches and their order."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -210,5 +211,38 @@ def test_without_a_stop_epochs_go_on(shards):
 def test_nothing_to_train_on_is_told(shards):
     songs = packed(shards, max_bars=1)
     assert songs.rows_per_epoch(0) == 0
-    with pytest.raises(UserError, match=r"train split has no song for max_bars=1 .*songs"):
+    total = len(shards.split("train"))
+    says = rf"all songs are left out of the training split: {total} of {total} songs have more than 1 bars"
+    with pytest.raises(UserError, match=says):
         next(songs.batches(State(), 1))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_songs_that_are_left_out_are_counted_with_a_limit_that_keeps_them(shards, split):
+    assert packed(shards, split, max_bars=1000).left_out() is None
+    line = packed(shards, split, max_bars=8).left_out()
+    bars = shards.bars[shards.split(split)]
+    assert f"{sum(bars > 8)} of {len(bars)} songs have more than 8 bars" in line
+    assert "count a bar per beat" in line
+    enough = int(re.search(r"--max_bars (\d+) keeps 95%", line)[1])
+    assert np.mean(bars <= enough) >= 0.95 > np.mean(bars < enough)
+
+
+def test_a_song_in_twenty_is_left_out_without_advice(songs, tmp_path):
+    shards = ShardSet(write_folder(tmp_path / "data", songs, (24,), val_split=0))
+    most = np.sort(shards.bars)[-2]
+    assert packed(shards, max_bars=int(most)).left_out().endswith(f"1 of 24 songs have more than {most} bars")
+
+
+def test_rows_too_short_for_bars_are_told(shards):
+    songs = packed(shards, max_seq_len=4, max_bars=1000)
+    assert songs.left_out().endswith(f"{songs.samples.skipped_bars} bars are longer than a row of 4 tokens")
+
+
+def test_an_empty_validation_split_is_given_its_reason(songs, tmp_path):
+    none = ShardSet(write_folder(tmp_path / "none", songs[:3], (3,), val_split=0))
+    assert packed(none, "val").why_empty() == "no song fell into the validation split"
+    some = ShardSet(write_folder(tmp_path / "some", songs, (24,)))
+    assert "have more than 1 bars" in packed(some, "val", max_bars=1).why_empty()
+    some.leave_out(some.split("val"))
+    assert packed(some, "val").why_empty() == "no song that is not damaged fell into the validation split"
