@@ -7,12 +7,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import UserError
 
+_MAX_DEPTH = 50  # our deepest JSON has six levels
 TEMPORARY = ".tmp"  # suffix of files that are being written
 
 
@@ -77,12 +78,31 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     write_atomic(path, to_json(value))
 
 
-def parse_json_object(data: bytes) -> dict:
-    """The object in JSON text; ValueError, with what is wrong, if there is none."""
+def parse_json(data: bytes | str) -> object:
+    """The value of JSON text that may be anybody's; ValueError, with what is wrong, if it has none.
+
+    Text that is nested deeper than any of ours is refused, even where Python parses it: to compare or print
+    such a value may exceed the recursion limit.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("is nested too deeply")
+
+
+def _inside(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def parse_json_object(data: bytes) -> dict:
+    """The object in JSON text; ValueError, with what is wrong, if there is none."""
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("does not hold a JSON object")
     return value

@@ -1,7 +1,9 @@
 """Atomic writes, JSON, and locks."""
 
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +14,18 @@ from meloformer.files import (
     atomic_writer,
     check_can_write,
     exclusive_lock,
+    parse_json,
     read_json,
     sha256_of_file,
     temporary_of,
+    to_json,
     write_atomic,
     write_json,
 )
 
 from helpers.full_disk import full_disk
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -52,8 +58,14 @@ def test_equal_values_are_equal_bytes(tmp_path):
 
 @pytest.mark.parametrize(
     "content, said",
-    [(b"{", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"[1]", "does not hold a JSON object")],
-    ids=["cut", "deep", "list"],
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", "is n"),  # parsed by some versions of Python
+        (b'{"a": [' * 40 + b"]}" * 40, "is nested too deeply"),
+        (b"[1]", "does not hold a JSON object"),
+    ],
+    ids=["cut", "endless", "deep", "nested", "list"],
 )
 def test_what_is_no_json_object_is_named(tmp_path, content, said):
     (tmp_path / "file.json").write_bytes(content)
@@ -61,6 +73,23 @@ def test_what_is_no_json_object_is_named(tmp_path, content, said):
         read_json(tmp_path / "file.json")
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         read_json(tmp_path / "none.json")
+
+
+def test_a_value_of_the_usual_depth_is_parsed():
+    value = {"a": [{"b": [{"c": [1, 2.5, "[[[["]}]}], "d": []}
+    assert parse_json(to_json(value)) == value
+
+
+def test_no_other_module_parses_json():
+    """Nothing else is safe from deep nesting; these parse what this program has just written itself."""
+    own = {"meloformer/files.py", "meloformer/training/resume.py", "meloformer/training/distributed.py"}
+    sources = [
+        path for folder in ("meloformer", "benchmarks", "kernels") for path in (ROOT / folder).rglob("*.py")
+    ]
+    found = {
+        str(path.relative_to(ROOT)) for path in sources if re.search(r"\bjson\.loads?\(", path.read_text())
+    }
+    assert found == own
 
 
 @pytest.mark.parametrize("name", ["", "file"], ids=["a folder", "a file"])

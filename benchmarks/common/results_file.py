@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from meloformer.errors import UserError
-from meloformer.files import write_atomic
+from meloformer.files import parse_json, write_atomic
 
 
 def save(result: dict, path: Path) -> None:
@@ -40,7 +40,7 @@ def load(path: Path, form: int | str, maker: str) -> dict:
         UserError: the file cannot be read, or holds something else.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:

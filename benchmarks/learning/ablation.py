@@ -14,6 +14,7 @@ import torch
 
 from meloformer import cli, train
 from meloformer.errors import UserError
+from meloformer.files import read_json
 from meloformer.kernels.attention import Attention
 from meloformer.kernels.structure import NO_INSTRUMENT, Structure
 from meloformer.model.transformer import MeloFormer
@@ -42,7 +43,7 @@ PARTS = {"summaries": without_summaries, "own past": without_own_past}
 def lacking(folder: Path) -> str | None:
     """The part that the run in this folder lacked, one of `PARTS`."""
     path = folder / ABLATION
-    return json.loads(path.read_text(encoding="utf-8"))["without"] if path.exists() else None
+    return read_json(path)["without"] if path.exists() else None
 
 
 class LackingAttention:

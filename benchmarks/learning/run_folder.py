@@ -3,7 +3,6 @@
 Time is what the training meter counts: that of the steps, without validation, sampling and saving.
 """
 
-import json
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ import yaml
 from benchmarks.common.attention_label import ORIGINAL_RULE
 from benchmarks.learning.ablation import lacking
 from meloformer.errors import UserError
+from meloformer.files import parse_json
 from meloformer.training.config import CONFIG
 from meloformer.training.run_log import LOG, read_log
 from meloformer.training.summary import SUMMARY
@@ -98,12 +98,12 @@ def _log(folder: Path, count: int) -> tuple[dict[int, dict], dict[int, dict]]:
 def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        found = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; is it the folder of a finished run?"
         ) from None
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path}: is damaged")

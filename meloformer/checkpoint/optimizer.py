@@ -1,6 +1,5 @@
 """Conversion of a torch optimizer's state to named tensors and JSON text, and back."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import to_json
+from ..files import parse_json, to_json
 from .files import damaged, storable
 from .tensors import Layout, load_tensors, read_header
 
@@ -61,10 +60,10 @@ def _read_groups(path: Path, metadata: dict[str, str], optimizer: torch.optim.Op
     """
     present = optimizer.state_dict()["param_groups"]
     try:
-        groups, values = json.loads(metadata["param_groups"]), json.loads(metadata["values"])
+        groups, values = (parse_json(metadata[name]) for name in ("param_groups", "values"))
         saved, now = ([group["params"] for group in of] for of in (groups, present))
         sound = values == {} and all(map(_is_sound, groups, present))
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         raise damaged(path, "it does not hold the state of an optimizer") from None
     if saved != now:
         raise UserError(f"{path} is the optimizer state of another model; resume with the same model options")

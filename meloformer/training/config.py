@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,7 +13,7 @@ from .. import cli
 from ..data import augment
 from ..data.augment import Augmentation
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 from ..kernels import BACKENDS
 from ..kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
 from ..model.transformer import DENSE, MAX_NEAR_BAR, MAX_NEAR_BARS, RECOMPUTE, SIZES, ModelConfig
@@ -280,7 +279,7 @@ def _file_arguments(path: Path, parser: cli.Parser) -> list[str]:
     """The settings in a file as command-line arguments, so that flags and files obey the same rules."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

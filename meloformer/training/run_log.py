@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import parse_json_object, write_atomic
 
 LOG = "log.jsonl"
 DAMAGED = LOG + ".damaged"
@@ -107,10 +107,10 @@ def _lines_until(path: Path, last_step: int) -> tuple[bytes, bytes]:
 def _record(line: bytes) -> dict | None:
     """The record of a line; None if it holds none."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json_object(line)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+    return record if type(record.get("step")) is int else None
 
 
 def _import(module: str, flag: str, package: str):

@@ -29,6 +29,7 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
 DAMAGE = (
     b"{\x00\xff}",
     b"[" * 100_000,
+    b'{"step": 2, "loss": ' + b"[" * 900 + b"]" * 900 + b"}",
     b'{"loss": 1.0}',
     b'{"step": "2"}',
     b"[1]",
