@@ -212,29 +212,44 @@ class MeloFormer(nn.Module):
         if isinstance(attention, str):
             attention = self.attention_for(structure, attention)
 
-        # Streams are in the dtype that products are computed in: between layers nothing is done but to add
-        # and to norm, both bound by memory.
-        dtype = self._compute_dtype()
         features, guesses = read_context(ids_BN, structure)
-        r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(structure.inst, dtype)
-        for name, embedding in self.feature_embeddings.items():
-            r_BNE = r_BNE + embedding(getattr(features, name), dtype)
+        r_BNE = self.embed(ids_BN, structure.inst, features)
         recomputes = self.recompute == "layer" and torch.is_grad_enabled()
         run = recomputed if recomputes else _run
-        # Where a token sounds, in steps, as if every bar were as long as a bar can be: what repeats from bar
-        # to bar repeats at the same distance in this time, which a token index cannot express.
-        onset_BN = (features.onset - 1).clamp(min=0)
-        rotary_r = self._rotary(structure.position, structure.bar * vocab.MAX_BAR_STEPS + onset_BN)
+        rotary_r = self.rotary_of_tokens(structure.position, structure.bar, features.onset)
         if self.config.dense:
             for layer in self.layers:
                 r_BNE = run(layer, r_BNE, attention, rotary_r)
         else:
             s_BME = self.summary_embedding.to(r_BNE.dtype)
             s_BME = s_BME.repeat(*structure.summary_doc.shape, 1)  # laid out as any layer's
-            bar_end_BM = (structure.summary_bar + 1) * vocab.MAX_BAR_STEPS
-            rotary_s = self._rotary(structure.summary_position, bar_end_BM)
+            rotary_s = self.rotary_of_summaries(structure.summary_position, structure.summary_bar)
             for layer in self.layers:
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
+        return self.logits(r_BNE, guesses)
+
+    def embed(self, ids_BN: Tensor, inst_BN: Tensor, features: InputFeatures) -> Tensor:
+        """What the first layer reads of the tokens: [B, N, E]."""
+        # Streams are in the dtype that products are computed in: between layers nothing is done but to add
+        # and to norm, both bound by memory.
+        dtype = self._compute_dtype()
+        r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(inst_BN, dtype)
+        for name, embedding in self.feature_embeddings.items():
+            r_BNE = r_BNE + embedding(getattr(features, name), dtype)
+        return r_BNE
+
+    def rotary_of_tokens(self, position_BN: Tensor, bar_BN: Tensor, onset_BN: Tensor) -> Rotary:
+        """RoPE of regular tokens; `onset_BN` as in `InputFeatures`."""
+        # Where a token sounds, in steps, as if every bar were as long as a bar can be: what repeats from bar
+        # to bar repeats at the same distance in this time, which a token index cannot express.
+        return self._rotary(position_BN, bar_BN * vocab.MAX_BAR_STEPS + (onset_BN - 1).clamp(min=0))
+
+    def rotary_of_summaries(self, position_BM: Tensor, bar_BM: Tensor) -> Rotary:
+        """RoPE of summaries, at the last token of the bar and at the end of its time."""
+        return self._rotary(position_BM, (bar_BM + 1) * vocab.MAX_BAR_STEPS)
+
+    def logits(self, r_BNE: Tensor, guesses: ChordGuesses) -> Tensor:
+        """Logits [B, N, V] from the stream after the last layer."""
         r_BNE = self.norm_out(r_BNE)
         logits_BNV = F.linear(r_BNE, self.token_embedding.weight)
         if self.config.copy_chords:
