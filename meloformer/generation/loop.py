@@ -1,24 +1,18 @@
-"""The generation loop: token by token, a new song or the continuation of one.
+"""The generation loop: token by token, new songs or the continuations of songs, one or several at once."""
 
-There is no cache yet: each token costs a forward pass over all tokens before it.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from ..kernels import Structure
-from ..model.device import pick_attention
 from ..model.transformer import MeloFormer
-from ..tokens import attributes, vocab
-from ..tokens.grammar import check
+from ..tokens import attributes
 from .constraints import Constraints
+from .decoder import Decoder
+from .draft import DEFAULT_MAX_TOKENS, PLAIN_SAMPLING, UNCONSTRAINED, Draft
 from .sampling import Sampling
 
-DEFAULT_MAX_TOKENS = 4096
-PLAIN_SAMPLING = Sampling()
-UNCONSTRAINED = Constraints()
+MAX_CONTEXT = 24576
 
 
 def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
@@ -38,29 +32,89 @@ def context(ids: np.ndarray, limit: int) -> np.ndarray | None:
     return None
 
 
-@torch.inference_mode()
-def next_logits(model: MeloFormer, ids: np.ndarray, attention: str) -> torch.Tensor:
-    """Logits [VOCAB_SIZE] (float32 on CPU) of the token after `ids` [n]."""
-    device = model.device
-    scanned = attributes.scan(ids)
-    length, bars = len(ids), int(scanned.bar[-1]) + 1
-    if device.type == "cuda":  # kernels are compiled for each new shape: round up to a few
-        length, bars = (max(256, 1 << (n - 1).bit_length()) for n in (length, bars))
+class Window:
+    """The end of each song as the model sees it: at most so many tokens, from a bar line on.
 
-    def padded(values: np.ndarray, padding: int) -> torch.Tensor:
-        batch = np.full((1, length), padding, dtype=np.int64)
-        batch[0, : len(ids)] = values
-        return torch.from_numpy(batch)
+    A song that outgrows its window goes on with the last three quarters of it, read anew in one pass: so that
+    passes are rare, and what is seen stays long.
 
-    structure = Structure.build(
-        padded(0, -1),
-        *(padded(values, 0) for values in (scanned.bar, scanned.inst, scanned.kind, scanned.onset)),
-        num_summaries=bars,
-        near_bars=model.config.near_bars,
-        kind_rule=model.config.kind_rule,
-    )
-    logits = model(padded(ids, vocab.PAD).to(device), structure.to(device), attention)
-    return logits[0, len(ids) - 1, : vocab.VOCAB_SIZE].float().cpu()
+    Args:
+        songs: how many songs there are.
+        max_context: maximum number of tokens that the model sees at once.
+        attention: name of a backend, or "auto".
+    """
+
+    def __init__(self, model: MeloFormer, songs: int, max_context: int, attention: str = "auto"):
+        self._decoder = Decoder(model, songs, attention)
+        self._limit = max_context
+        self._read, self._seen = [0] * songs, [0] * songs  # tokens of the song, and of its window
+
+    def logits(self, numbers: Sequence[int], songs: Sequence[Sequence[int]]) -> list[Tensor | None]:
+        """Read what the songs have grown by since the last call, at least a token each.
+
+        Args:
+            numbers: which songs these are, below `songs`.
+            songs: their token ids from the first one on.
+
+        Returns:
+            For each, logits [VOCAB_SIZE] of its next token, float32 on CPU; None if its last bar alone has
+            more tokens than may be seen.
+        """
+        found: dict[int, Tensor | None] = {}
+        anew: dict[bytes, list[int]] = {}  # by the tokens of the window: songs may share a prompt
+        waiting: dict[int, Sequence[int]] = {}
+        for number, ids in zip(numbers, songs):
+            new = len(ids) - self._read[number]
+            if self._read[number] and self._seen[number] + new <= self._limit:
+                waiting[number] = ids[-new:]
+                self._seen[number] += new
+            else:
+                window = self._begin(np.array(ids, dtype=np.int64), again=self._read[number] > 0)
+                found[number] = None
+                if window is not None:
+                    anew.setdefault(window.tobytes(), []).append(number)
+                    self._seen[number] = len(window)
+            self._read[number] = len(ids)
+        for window, together in anew.items():
+            logits = self._decoder.prefill(together, np.frombuffer(window, dtype=np.int64)).float().cpu()
+            found |= dict.fromkeys(together, logits)
+        # Most songs have one new token. The further ones of some go first, so that all end in one step.
+        for left in range(max(map(len, waiting.values()), default=0), 0, -1):
+            turn = [number for number, new in waiting.items() if len(new) >= left]
+            logits = self._decoder.step(turn, [waiting[number][-left] for number in turn])
+            if left == 1:
+                found |= zip(turn, logits.float().cpu())
+        return [found[number] for number in numbers]
+
+    def _begin(self, ids: np.ndarray, again: bool) -> np.ndarray | None:
+        shorter = context(ids, self._limit * 3 // 4) if again else None
+        return context(ids, self._limit) if shorter is None else shorter
+
+
+def write(model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str) -> Iterator[int]:
+    """Write songs to their ends, side by side.
+
+    Args:
+        max_context, attention: see `generate`.
+
+    Yields:
+        After every new token the number of the draft that it was appended to. A draft that is ended meanwhile
+        costs nothing more.
+    """
+    window = Window(model, len(drafts), max_context, attention)
+    while True:
+        for number, draft in enumerate(drafts):
+            while draft.append_required():
+                yield number
+        active = [number for number, draft in enumerate(drafts) if not draft.finished]
+        if not active:
+            return
+        for number, logits in zip(active, window.logits(active, [drafts[number].ids for number in active])):
+            draft = drafts[number]
+            if logits is None:
+                draft.end()
+            elif not draft.finished and draft.draw(logits):
+                yield number
 
 
 def generate(
@@ -72,7 +126,7 @@ def generate(
     sampling: Sampling = PLAIN_SAMPLING,
     constraints: Constraints = UNCONSTRAINED,
     seed: int = 0,
-    max_context: int = 24576,
+    max_context: int = MAX_CONTEXT,
     attention: str = "auto",
     on_token: Callable[[int, int], None] = lambda tokens, bars: None,
     stop: Callable[[], bool] = lambda: False,
@@ -89,7 +143,7 @@ def generate(
         constraints: what the new bars must keep to.
         seed: of the random draws.
         max_context: maximum number of tokens the model sees at once; older bars are left out.
-        attention: name of a backend, or "auto".
+        attention: name of the backend for passes over whole prompts, or "auto".
         on_token: called after every token with the number of new tokens and of new bars begun.
         stop: called after every token; True ends the song after its last complete bar. Where there is no
             new one, what is left is the prompt, or BOS and EOS alone.
@@ -98,53 +152,12 @@ def generate(
         ValueError: `bars` is below 1, the prompt breaks the grammar, or none of the instruments that
             `constraints` allows is in its band list (`attributes.with_instruments` adds them).
     """
-    if bars is not None and bars < 1:
-        raise ValueError(f"bars must be positive, got {bars}")
-    ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
-    grammar = check(np.array(ids))
-    constraints.check_band(grammar)
-    generator = torch.Generator().manual_seed(seed)
-    attention = pick_attention(attention, model.device, model.config)
-    within_constraints = constraints.allowed_ids()
-    has_note = any(token in vocab.P for token in ids)
-    begin = complete = len(ids)  # the first `complete` tokens form a song that may end there
-    bar_line = begin  # and the first `bar_line` tokens one that ends with a complete bar
-    new_bars = 0
-
-    while len(ids) - begin < max_tokens:
-        allowed = grammar.allowed() & within_constraints
-        token = constraints.required_id(grammar, allowed) if new_bars or grammar.lists_band else None
-        if token is None:
-            last_bar = new_bars == bars and grammar.bar_ends
-            if (
-                len(ids) == begin and not grammar.lists_band
-            ):  # a new bar begins here, whatever the prompt ends with
-                allowed[: vocab.CHORD.start] = allowed[vocab.CHORD.stop :] = False
-            if grammar.inside_bar:  # no new time signature between the parts of a long bar
-                allowed[vocab.TS.start : vocab.TS.stop] = False
-            if new_bars == 0 or not has_note or (bars is not None and not last_bar):
-                allowed[vocab.EOS] = False
-            if last_bar and not has_note:
-                allowed[vocab.CHORD.start : vocab.CHORD.stop] = False
-            seen = context(np.array(ids), max_context)
-            if seen is None:
-                break
-            logits = next_logits(model, seen, attention)
-            token = sampling.draw(logits.masked_fill(~torch.from_numpy(allowed), -torch.inf), generator)
-            if token == vocab.EOS or (token in vocab.CHORD and last_bar):
-                complete = len(ids)
-                break
-        if token in vocab.CHORD and grammar.bar_ends:
-            new_bars += 1
-            if new_bars > 1:
-                bar_line = len(ids)
-        ids.append(token)
-        grammar.push(token)
-        has_note = has_note or token in vocab.P
-        if grammar.bar_complete:
-            complete = len(ids)
-        on_token(len(ids) - begin, new_bars)
+    draft = Draft(
+        prompt, bars=bars, max_tokens=max_tokens, sampling=sampling, constraints=constraints, seed=seed
+    )
+    for _ in write(model, [draft], max_context, attention):
+        on_token(draft.new_tokens, draft.new_bars)
         if stop():
-            complete = bar_line
+            draft.stop()
             break
-    return np.array([*ids[:complete], vocab.EOS], dtype=np.uint16)
+    return draft.song()

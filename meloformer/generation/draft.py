@@ -1,0 +1,124 @@
+"""One song while it is being written: what may come next, and where it may end. It knows no model."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tokens import vocab
+from ..tokens.grammar import check
+from .constraints import Constraints
+from .sampling import Sampling
+
+DEFAULT_MAX_TOKENS = 4096
+PLAIN_SAMPLING = Sampling()
+UNCONSTRAINED = Constraints()
+
+
+class Draft:
+    """A song from its prompt on. Take turns: `append_required` until it returns False, then `draw`.
+
+    Args and errors: those of `loop.generate`.
+
+    Attributes:
+        ids: all tokens so far, the prompt's and then the new ones.
+        begin: how many of them are the prompt's, or the BOS of a new song.
+        new_bars: how many new bars are begun.
+        bar_line: the first `bar_line` tokens end with a complete bar, or with the prompt.
+    """
+
+    def __init__(
+        self,
+        prompt: np.ndarray | None = None,
+        *,
+        bars: int | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling = PLAIN_SAMPLING,
+        constraints: Constraints = UNCONSTRAINED,
+        seed: int = 0,
+    ):
+        if bars is not None and bars < 1:
+            raise ValueError(f"bars must be positive, got {bars}")
+        self.ids = [vocab.BOS] if prompt is None else [int(i) for i in prompt if i != vocab.EOS]
+        self._grammar = check(np.array(self.ids))
+        constraints.check_band(self._grammar)
+        self._bars, self._max_tokens, self._sampling = bars, max_tokens, sampling
+        self._constraints, self._within_constraints = constraints, constraints.allowed_ids()
+        self._random = torch.Generator().manual_seed(seed)
+        self._has_note = any(token in vocab.P for token in self.ids)
+        self.begin = self.bar_line = len(self.ids)
+        self._complete = self.begin  # the first so many tokens form a song that may end there
+        self._ended = False
+        self._allowed = self._within_constraints
+        self.new_bars = 0
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) - self.begin
+
+    @property
+    def finished(self) -> bool:
+        return self._ended or self.new_tokens >= self._max_tokens
+
+    def append_required(self) -> bool:
+        """Append the token that must come next, if there is only one choice by the constraints."""
+        if self.finished:
+            return False
+        self._allowed = self._grammar.allowed() & self._within_constraints
+        if not self.new_bars and not self._grammar.lists_band:
+            return False
+        token = self._constraints.required_id(self._grammar, self._allowed)
+        if token is None:
+            return False
+        self._append(token)
+        return True
+
+    def draw(self, logits: Tensor) -> bool:
+        """Append a token that is drawn, or end the song.
+
+        Args:
+            logits: [VOCAB_SIZE] of the next token, float32 on CPU.
+
+        Returns:
+            Whether a token was appended.
+        """
+        grammar, allowed = self._grammar, self._allowed
+        last_bar = self.new_bars == self._bars and grammar.bar_ends
+        if not self.new_tokens and not grammar.lists_band:
+            # A new bar begins here, whatever the prompt ends with.
+            allowed[: vocab.CHORD.start] = allowed[vocab.CHORD.stop :] = False
+        if grammar.inside_bar:  # no new time signature between the parts of a long bar
+            allowed[vocab.TS.start : vocab.TS.stop] = False
+        if self.new_bars == 0 or not self._has_note or (self._bars is not None and not last_bar):
+            allowed[vocab.EOS] = False
+        if last_bar and not self._has_note:
+            allowed[vocab.CHORD.start : vocab.CHORD.stop] = False
+        token = self._sampling.draw(logits.masked_fill(~torch.from_numpy(allowed), -torch.inf), self._random)
+        if token == vocab.EOS or (token in vocab.CHORD and last_bar):
+            self._complete = self.bar_line = len(self.ids)
+            self._ended = True
+            return False
+        self._append(token)
+        return True
+
+    def end(self) -> None:
+        """End the song after its last complete note."""
+        self._ended = True
+
+    def stop(self) -> None:
+        """End the song after its last complete bar."""
+        self._complete, self._ended = self.bar_line, True
+
+    def song(self) -> np.ndarray:
+        """Token ids (uint16 [n]) up to where the song may end, and EOS."""
+        return np.array([*self.ids[: self._complete], vocab.EOS], dtype=np.uint16)
+
+    def _append(self, token: int) -> None:
+        if token in vocab.CHORD and self._grammar.bar_ends:
+            self.new_bars += 1
+            if self.new_bars > 1:
+                self.bar_line = len(self.ids)
+        self.ids.append(token)
+        self._grammar.push(token)
+        self._has_note = self._has_note or token in vocab.P
+        if self._grammar.bar_complete:
+            self._complete = len(self.ids)
