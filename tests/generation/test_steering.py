@@ -1,0 +1,129 @@
+"""Wishes about chords, key, registers and density, granted by a model that knows no music."""
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from meloformer.composer.compose import compose
+from meloformer.generation.constraints import Constraints
+from meloformer.generation.harmony import chord_pitches, parse_chords, parse_key
+from meloformer.generation.loop import generate
+from meloformer.generation.sampling import Sampling
+from meloformer.tokens import attributes, vocab
+from meloformer.tokens.grammar import check
+from meloformer.tokens.tokenizer import HIDTokenizer
+
+from helpers.untrained import untrained
+
+C_MAJOR = parse_key("C major")
+BAND = (vocab.DRUMS, 33, 0)
+FEW = {instrument: 6.0 for instrument in BAND}  # the model without training ends no bar before it is full
+
+
+@pytest.fixture(scope="module")
+def model():
+    return untrained()
+
+
+def played(ids, instrument=None) -> np.ndarray:
+    """MIDI pitches of the notes of an instrument, or of all but the drums."""
+    inst = attributes.scan(ids).inst
+    mine = inst != vocab.DRUMS if instrument is None else inst == instrument
+    return ids[vocab.P.mask(ids) & mine].astype(int) - vocab.P.start
+
+
+def labels(ids) -> list[int]:
+    return ids[vocab.CHORD.mask(ids)].tolist()
+
+
+def test_each_bar_has_the_chord_asked_for(model):
+    chords = parse_chords("C Am N")
+    constraints = Constraints(chords=chords, instruments=BAND, densities=FEW)
+    ids = generate(model, bars=5, max_tokens=4000, constraints=constraints)
+    assert labels(ids) == [*chords, *chords[:2]]
+
+
+def test_the_parts_of_a_long_bar_have_its_chord(model):
+    chords = parse_chords("C Am")
+    constraints = Constraints(vocab.SIGNATURE_INDEX[16, 4], instruments=BAND, chords=chords, densities=FEW)
+    ids = generate(model, bars=3, max_tokens=4000, constraints=constraints)
+    assert labels(ids) == [chords[0]] * 2 + [chords[1]] * 2 + [chords[0]] * 2
+
+
+def test_the_chords_begin_with_the_first_new_bar(model):
+    prompt = HIDTokenizer().encode(compose(1, bars=3))
+    ids = generate(
+        model, prompt, bars=2, max_tokens=1000, constraints=Constraints(chords=parse_chords("E F"))
+    )
+    assert labels(ids)[3:] == list(parse_chords("E F")) and labels(ids)[:3] == labels(prompt)
+
+
+def test_no_note_and_no_chord_is_outside_a_strict_key(model):
+    constraints = Constraints(instruments=BAND, scale=C_MAJOR, strict_scale=True, densities=FEW)
+    ids = generate(model, bars=200, max_tokens=8000, constraints=constraints)
+    assert len(played(ids)) > 50 and set(played(ids) % 12) <= set(C_MAJOR)
+    assert set(played(ids, vocab.DRUMS) % 12) - set(C_MAJOR)
+    assert all(chord_pitches(label) <= set(C_MAJOR) for label in labels(ids))
+
+
+def test_notes_outside_a_key_are_rare(model):
+    def outside(constraints) -> float:
+        pitches = played(generate(model, bars=4, max_tokens=2000, constraints=constraints, seed=3))
+        return 1 - np.isin(pitches % 12, C_MAJOR).mean()
+
+    assert outside(Constraints(instruments=(0,))) > 0.3
+    assert 0 <= outside(Constraints(instruments=(0,), scale=C_MAJOR)) < 0.1
+
+
+def test_instruments_keep_to_their_registers(model):
+    registers = {33: (28, 40), vocab.DRUMS: (36, 38)}
+    chords = parse_chords("C")  # with few CHORD tokens to choose from a bar often goes on with an INST
+    constraints = Constraints(instruments=BAND, chords=chords, registers=registers, densities=FEW)
+    ids = generate(model, bars=20, max_tokens=8000, constraints=constraints, sampling=Sampling(3.0))
+    for instrument, (low, high) in registers.items():
+        pitches = played(ids, instrument)
+        assert len(pitches) > 5 and low <= pitches.min() and pitches.max() <= high
+    assert np.ptp(played(ids, 0)) > 60
+
+
+@pytest.mark.parametrize("notes", [2, 12])
+def test_bars_have_about_as_many_notes_as_asked_for(model, notes):
+    constraints = Constraints(instruments=(0,), densities={0: notes})
+    ids = generate(model, bars=20, max_tokens=8000, constraints=constraints)
+    bars = np.cumsum(vocab.CHORD.mask(ids))[vocab.P.mask(ids)]
+    found = np.bincount(bars)
+    assert abs(np.median(found[found > 0]) - notes) <= 0.25 * notes + 1
+
+
+def random_wishes(random: Random) -> Constraints:
+    def perhaps(value, share=0.5):
+        return value if random.random() < share else None
+
+    band = tuple(sorted(random.sample(range(129), random.randint(1, 5))))
+    scale = perhaps(tuple(sorted(random.sample(range(12), random.randint(1, 8)))))
+    lows = {instrument: random.randint(0, 100) for instrument in band if random.random() < 0.5}
+    return Constraints(
+        signature=perhaps(random.randrange(len(vocab.SIGNATURES))),
+        bpm=perhaps(random.randint(vocab.MIN_BPM, vocab.MAX_BPM)),
+        instruments=perhaps(band, 0.7),
+        chords=perhaps(tuple(random.choices(range(vocab.CHORD.start, vocab.CHORD.stop), k=3))),
+        scale=scale,
+        strict_scale=scale is not None and random.random() < 0.5,
+        registers={instrument: (low, low + 12) for instrument, low in lows.items()},
+        densities={instrument: random.uniform(0.5, 30) for instrument in band if random.random() < 0.5},
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_wished_the_song_is_valid_and_ends_in_time(model, seed):
+    random = Random(seed)
+    constraints, bars = random_wishes(random), random.randint(1, 4)
+    sampling = Sampling(temperature=random.choice([0.0, 0.7, 1.0, 3.0]), top_p=random.choice([0.5, 1.0]))
+    ids = generate(model, bars=bars, max_tokens=600, constraints=constraints, sampling=sampling, seed=seed)
+    check(ids)
+    assert ids[-1] == vocab.EOS
+    whole = attributes.scan_bars(ids)
+    assert (whole.part == 0).sum() <= bars
+    for instrument, (low, high) in constraints.registers.items():
+        assert ((low <= played(ids, instrument)) & (played(ids, instrument) <= high)).all()
