@@ -1,57 +1,31 @@
 """`python -m meloformer.generate`: a new song, or the continuation of one, from a checkpoint."""
 
 import argparse
-import re
-from difflib import get_close_matches
+import copy
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from . import cli
 from .errors import MidiError, UserError
+from .generation.arguments import add_wishes, read_constraints, read_sampling
+from .generation.as_json import BarStream, write_tokens
 from .generation.constraints import Constraints
+from .generation.draft import DEFAULT_MAX_TOKENS, Draft, OutlinedDraft
+from .generation.given import Given, add_given, read_given
 from .generation.load import load_model
-from .generation.loop import DEFAULT_MAX_TOKENS, generate
+from .generation.loop import write
 from .generation.outputs import require_outputs
-from .generation.report import NewMusic, Progress, hints
-from .generation.sampling import Sampling
+from .generation.report import NewMusic, Progress, hints, hints_of_given, progress_bar
 from .kernels import BACKENDS
-from .midi.general_midi import PROGRAM_NAMES
 from .midi.writer import write_midi
 from .model.device import pick_attention, pick_device
 from .model.transformer import DENSE
 from .stop import STOPPED, StopRequest
 from .tokens import attributes, vocab
 from .tokens.tokenizer import HIDTokenizer
-
-
-def parse_instruments(text: str) -> tuple[int, ...]:
-    """'drums, 33, flute' -> instrument numbers: General MIDI programs 0..127 by number or name."""
-    names = {name.lower(): i for i, name in enumerate(PROGRAM_NAMES)} | {"drums": vocab.DRUMS}
-    found = []
-    for word in (word.strip().lower() for word in text.split(",")):
-        if word in names:
-            found.append(names[word])
-        elif word.isdecimal() and int(word) < 128:
-            found.append(int(word))
-        else:
-            close = [name for name in names if word and word in name] or get_close_matches(word, names)
-            hint = f"; did you mean {', '.join(close[:5])}?" if close else ""
-            raise UserError(
-                f"--instruments: '{word}' is no program number (0..127), General MIDI name or 'drums'{hint}"
-            )
-    return tuple(sorted(set(found)))
-
-
-def parse_signature(text: str) -> int:
-    """'6/8' -> index into `vocab.SIGNATURES`."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    signature = (int(match[1]), int(match[2])) if match else None
-    if signature not in vocab.SIGNATURE_INDEX:
-        raise UserError(
-            f"--time_signature: '{text}' is not of the form N/D with N in 1..24 and D in 1, 2, 4, 8, 16, 32"
-        )
-    return vocab.SIGNATURE_INDEX[signature]
 
 
 def read_prompt(path: str, bars: int | None) -> np.ndarray:
@@ -79,10 +53,16 @@ def make_parser() -> cli.Parser:
     add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
     add("--output", required=True, help="the MIDI file to write")
     add("--picture", help="also draw the song as a piano roll, into this .png file")
+    add("--tokens", help="also write the song's tokens, ids and names, into this .json file")
+    add(
+        "--stream",
+        action="store_true",
+        help="write each new bar to standard output when it is complete, a line of JSON",
+    )
     add(
         "--overwrite",
         action="store_true",
-        help="replace the files of --output and --picture if they exist; the prompt is never replaced",
+        help="replace the output files if they exist; the prompt is never replaced",
     )
     add("--prompt", help="a MIDI file to continue")
     add("--prompt_bars", type=cli.positive_int, help="use only the first N bars of the prompt", metavar="N")
@@ -93,31 +73,6 @@ def make_parser() -> cli.Parser:
     )
     add(
         "--max_tokens", type=cli.positive_int, default=DEFAULT_MAX_TOKENS, help="maximum number of new tokens"
-    )
-    add(
-        "--temperature",
-        type=cli.number(0, 100),
-        default=1.0,
-        help="divides the logits: above 1 more varied, below 1 more predictable, 0 greedy",
-    )
-    add("--top_k", type=cli.positive_int, help="sample from the K most likely tokens only", metavar="K")
-    add(
-        "--top_p",
-        type=cli.number(1e-6, 1),
-        default=1.0,
-        help="sample from the most likely tokens whose probabilities sum to P",
-        metavar="P",
-    )
-    add(
-        "--tempo",
-        type=cli.integer(vocab.MIN_BPM, vocab.MAX_BPM),
-        help=f"tempo of the new bars in quarter notes per minute, {vocab.MIN_BPM}..{vocab.MAX_BPM}",
-    )
-    add("--time_signature", help="time signature of the new bars, e.g. 3/4")
-    add(
-        "--instruments",
-        help="the only instruments of the new bars: program numbers, General MIDI names or drums, separated "
-        "by commas",
     )
     add(
         "--seed",
@@ -132,6 +87,15 @@ def make_parser() -> cli.Parser:
         help="attention backend; auto picks the fastest that runs here",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is CUDA where there is a GPU")
+    add(
+        "--num",
+        type=cli.positive_int,
+        default=1,
+        help="write N songs at once, of seeds --seed, --seed + 1 and so on: song-1.mid, song-2.mid, ...",
+        metavar="N",
+    )
+    add_wishes(parser)
+    add_given(parser)
     return parser
 
 
@@ -140,68 +104,145 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.prompt_bars and not args.prompt:
         raise UserError("--prompt_bars needs --prompt")
+    if args.given is None and (args.add or args.keep or args.replace_bars):
+        raise UserError("--add, --keep and --replace_bars need --given")
     if args.picture and not args.picture.lower().endswith(".png"):
         raise UserError(f"--picture {args.picture}: must end in .png")
-    constraints = Constraints(
-        signature=None if args.time_signature is None else parse_signature(args.time_signature),
-        bpm=args.tempo,
-        instruments=None if args.instruments is None else parse_instruments(args.instruments),
-    )
-    outputs = {"--output": args.output} | ({"--picture": args.picture} if args.picture else {})
+    constraints = read_constraints(args)
+    numbers = range(1, args.num + 1)
+    outputs = {
+        flag if args.num == 1 else f"{flag} {number}": numbered(path, number, args.num)
+        for number in numbers
+        for flag, path in (("--output", args.output), ("--picture", args.picture), ("--tokens", args.tokens))
+        if path is not None
+    }
     with StopRequest("will keep the complete bars and stop; Ctrl-C stops without keeping them") as request:
-        require_outputs(outputs, args.prompt, args.overwrite)
-        return write_song(args, constraints, request)
+        require_outputs(outputs, args.prompt or args.given, args.overwrite)
+        return write_songs(args, constraints, request)
 
 
-def write_song(args: argparse.Namespace, constraints: Constraints, request: StopRequest) -> int:
-    """Generate a song and write it; returns the exit code.
+def numbered(path: str, number: int, of: int) -> str:
+    """The path of one of several songs: song.mid -> song-2.mid."""
+    if of == 1 or not Path(path).name:
+        return path
+    return str(Path(path).with_stem(f"{Path(path).stem}-{number}"))
+
+
+@dataclass
+class Song:
+    """A song that is written: its draft, its progress, and where it goes."""
+
+    draft: Draft
+    progress: Progress
+    output: str
+    picture: str | None
+    tokens: str | None
+    stream: BarStream | None
+
+    def show(self) -> None:
+        """Show what a token more means for the progress, and for the bars that are complete."""
+        self.progress.on_token(self.draft.new_tokens, self.draft.new_bars)
+        if self.stream is not None:
+            self.stream.write(self.draft.ids, self.draft.bar_line)
+
+
+def tell(song: Song, text: str) -> None:
+    """Print `text`, unless bars go to standard output, to which it would be no JSON."""
+    print(text, file=sys.stdout if song.stream is None else sys.stderr)
+
+
+def write_songs(args: argparse.Namespace, constraints: Constraints, request: StopRequest) -> int:
+    """Generate songs and write them; returns the exit code.
 
     Raises:
         UserError: of the prompt, the checkpoint, or a file that cannot be written.
     """
+    given = None if args.given is None else read_given(args, constraints)
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
     if prompt is not None and constraints.instruments is not None:
         prompt = attributes.with_instruments(prompt, constraints.instruments)
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
     attention = pick_attention(args.attention, model.device, model.config)
-    progress = Progress(args.bars, args.max_tokens, request)
-    ids = generate(
-        model,
-        prompt,
-        bars=args.bars,
-        max_tokens=args.max_tokens,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p),
-        constraints=constraints,
-        seed=args.seed,
-        max_context=max_context,
-        attention=attention,
-        on_token=progress.on_token,
-        stop=progress.stop,
-    )
-    music = NewMusic.of(ids, begin=0 if prompt is None else len(prompt))
-    progress.close(music.bars)
-    if not music.bars or not vocab.P.mask(ids).any():
-        nothing = f"so {args.output} is not written"
+    bars = args.bars if given is None else given.outline.whole_bars
+    shared = None if args.num == 1 else progress_bar(bars, args.max_tokens, args.num)
+    songs = []
+    for number in range(1, args.num + 1):
+        draw = {
+            "max_tokens": args.max_tokens,
+            "sampling": read_sampling(args),
+            "seed": args.seed + number - 1,
+        }
+        if given is None:
+            draft = Draft(prompt, bars=args.bars, constraints=constraints, **draw)
+        else:
+            draft = OutlinedDraft(given.outline, constraints=replace(constraints, instruments=None), **draw)
+        progress = Progress(bars, args.max_tokens, request, shared)
+        paths = (args.output, args.picture, args.tokens)
+        paths = (path and numbered(path, number, args.num) for path in paths)
+        songs.append(Song(draft, progress, *paths, BarStream(number, draft.begin) if args.stream else None))
+    for number in write(model, [song.draft for song in songs], max_context, attention):
+        songs[number].show()
+        if request.reason is not None:
+            for song in songs:
+                if not song.draft.finished and song.progress.stop():
+                    song.draft.stop()
+            break
+    if shared is not None:
+        shared.close()
+    codes, errors = [], []
+    for song in songs:
+        try:
+            codes.append(write_song(song, 0 if prompt is None else len(prompt), given, max_context))
+        except UserError as error:  # the others are to be written first
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(songs) == 1 else UserError(f"{len(errors)} of {len(songs)} songs: {errors[0]}")
+    return max(codes)
+
+
+def write_song(song: Song, begin: int, given: Given | None, max_context: int) -> int:
+    """Write the files of a song and tell what it is; returns the exit code.
+
+    Args:
+        begin: how many of its tokens are the prompt's.
+
+    Raises:
+        UserError: there is nothing to write, or a file cannot be written.
+    """
+    ids, progress = song.draft.song(), song.progress
+    if song.stream is not None:
+        song.stream.write(ids.tolist(), len(ids) - 1)
+    music = NewMusic.of(ids, begin) if given is None else NewMusic.of_outline(ids, given.outline)
+    progress.close(music.bars if given is None else given.outline.whole_bars)
+    if given is None and (not music.bars or not vocab.P.mask(ids).any()):
+        nothing = f"so {song.output} is not written"
         if progress.stopped_by:
-            print(f"stopped by {progress.stopped_by} before a bar with notes was complete, {nothing}")
+            tell(song, f"stopped by {progress.stopped_by} before a bar with notes was complete, {nothing}")
             return STOPPED
         raise UserError(
             f"the model wrote no note in {progress.tokens} tokens, {nothing}: raise --max_tokens, or try "
             "another --seed or --temperature"
         )
-    midi = HIDTokenizer().decode(ids)
+    if given is None:
+        midi = HIDTokenizer().decode(ids)
+    else:
+        midi = copy.deepcopy(given.song)
+        given.outline.put_into(midi, ids)
     try:
-        write_midi(midi, args.output)
+        write_midi(midi, song.output)
     except OSError as error:
         raise UserError(
-            f"cannot write {args.output}: {error.strerror or error}. The song is lost, but the same --seed "
+            f"cannot write {song.output}: {error.strerror or error}. The song is lost, but the same --seed "
             "writes it again"
         ) from None
-    print("\n".join([f"{args.output}: {music}", *hints(music, progress, max_context)]))
-    if args.picture:
+    told = hints(music, progress, max_context) if given is None else hints_of_given(music, progress)
+    tell(song, "\n".join([f"{song.output}: {music}", *told]))
+    if song.tokens:
+        write_tokens(ids, song.tokens)
+    if song.picture:
         from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here
 
-        piano_roll(midi, args.picture)
+        piano_roll(midi, song.picture)
     return STOPPED if progress.stopped_by else 0
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import sys
@@ -5,6 +6,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import mido
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -13,6 +15,7 @@ from meloformer import stop
 from meloformer.checkpoint.store import save_checkpoint
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
+from meloformer.midi.reader import read_midi
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
@@ -29,14 +32,6 @@ def test_numbers_out_of_range_end_in_one_line(flag, capsys):
         module.main(["--checkpoint", "c", "--output", "x.mid", flag])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [("0, 33", (0, 33)), ("drums", (128,)), ("Flute,Grand Piano , flute", (0, 73))],
-)
-def test_instruments_by_number_and_name(text, expected):
-    assert module.parse_instruments(text) == expected
 
 
 @pytest.fixture
@@ -128,18 +123,16 @@ def test_a_progress_bar_that_cannot_be_shown_costs_no_song(checkpoint, tmp_path,
 def stopped(checkpoint, tmp_path, monkeypatch, capsys):
     """Runs the command, with a signal when a bar begins; gives exit code, path and output."""
 
-    def run(number, begun, *args):
-        def generate(*positional, on_token, **named):
-            def then_signal(tokens, bars):
-                on_token(tokens, bars)
-                if bars == begun:
-                    os.kill(os.getpid(), number)
+    def run(signal_number, begun, *args):
+        def write_then_signal(model, drafts, *others):
+            for number in whole(model, drafts, *others):
+                if drafts[number].new_bars == begun:
+                    os.kill(os.getpid(), signal_number)
+                yield number
 
-            return whole(*positional, on_token=then_signal, **named)
-
-        whole = module.generate
+        whole = module.write
         monkeypatch.setattr(stop, "_leave_terminal", lambda: None)  # it would silence the tests
-        monkeypatch.setattr(module, "generate", generate)
+        monkeypatch.setattr(module, "write", write_then_signal)
         path = tmp_path / "x.mid"
         words = ["--checkpoint", str(checkpoint), "--output", str(path), "--temperature", "3", *args]
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored under nohup
@@ -195,3 +188,135 @@ def test_an_unusable_prompt_is_named(checkpoint, tmp_path, data, reason):
     args = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--prompt", str(prompt)]
     with pytest.raises(UserError, match=rf"^--prompt .*my prompt\.mid: {reason}: "):
         module.main(args)
+
+
+def notes_of(path) -> set[tuple]:
+    return {
+        (128 if track.is_drum else track.program, note.start, note.end, note.pitch, note.velocity)
+        for track in read_midi(path).instruments
+        for note in track.notes
+    }
+
+
+def test_several_songs_are_those_of_their_seeds(checkpoint, tmp_path, capsys):
+    words = ["--checkpoint", str(checkpoint), "--max_tokens", "200", "--chords", "C"]
+    module.main([*words, "--output", str(tmp_path / "x.mid"), "--num", "3", "--seed", "4"])
+    assert capsys.readouterr().out.count(" new notes by ") == 3
+    module.main([*words, "--output", str(tmp_path / "alone.mid"), "--seed", "5"])
+    assert notes_of(tmp_path / "x-2.mid") == notes_of(tmp_path / "alone.mid")
+    assert notes_of(tmp_path / "x-1.mid") != notes_of(tmp_path / "x-3.mid")
+
+
+def test_none_of_several_songs_replaces_a_file(checkpoint, tmp_path):
+    (tmp_path / "x-2.mid").write_bytes(b"old")
+    with pytest.raises(UserError, match=r"--output 2 .*x-2\.mid exists"):
+        module.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--num", "2"])
+    assert [path.name for path in tmp_path.glob("*.mid")] == ["x-2.mid"]
+
+
+def test_of_several_songs_those_with_notes_are_written(checkpoint, tmp_path):
+    words = ["--checkpoint", str(checkpoint), "--max_tokens", "30", "--output", str(tmp_path / "x.mid")]
+    with pytest.raises(UserError, match="of 12 songs: the model wrote no note"):
+        module.main([*words, "--num", "12"])
+    assert 0 < len(list(tmp_path.glob("x-*.mid"))) < 12
+
+
+@pytest.fixture
+def given(tmp_path):
+    compose(3, bars=4).dump(tmp_path / "given.mid")
+    return tmp_path / "given.mid"
+
+
+def test_a_given_song_is_accompanied(checkpoint, tmp_path, given, capsys):
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--given", str(given)]
+    module.main([*words, "--add", "sax, choir", "--density", "sax 9, choir 9", "--chords", "C"])
+    before, after = notes_of(given), notes_of(tmp_path / "x.mid")
+    assert before < after and {note[0] for note in after - before} <= {65, 52}
+    assert f"4 new bars, {len(after - before)} new notes by " in capsys.readouterr().out
+
+
+def test_bars_of_a_given_song_are_replaced(checkpoint, tmp_path, given):
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--given", str(given)]
+    band = sorted({note[0] for note in notes_of(given)})
+    module.main([*words, "--replace_bars", "2-3", "--instruments", str(band[0]), "--temperature", "4"])
+    before, after = notes_of(given), notes_of(tmp_path / "x.mid")
+    assert {note for note in before if note[0] != band[0]} <= after
+    assert {note[0] for note in before ^ after} == {band[0]}
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ([], "--given needs --add"),
+        (["--add", "sax", "--bars", "3"], "--bars does not go with --given"),
+        (["--add", "saxx"], "--add: 'saxx'"),
+        (["--replace_bars", "4-9"], "there are no bars 4 to 9 in a song of 4"),
+        (["--replace_bars", "two"], "no range of bars"),
+        (["--replace_bars", "2", "--instruments", "sitar"], "Sitar does not play in"),
+        (["--add", "sax", "--keep", "sitar"], "--keep: Sitar does not play in"),
+    ],
+)
+def test_what_cannot_be_done_to_a_given_song_is_told(tmp_path, given, args, says):
+    words = ["--checkpoint", "none", "--output", str(tmp_path / "x.mid"), "--given", str(given)]
+    with pytest.raises(UserError, match=says):
+        module.main([*words, *args])
+
+
+def test_flags_of_a_given_song_need_one(tmp_path):
+    with pytest.raises(UserError, match="need --given"):
+        module.main(["--checkpoint", "none", "--output", str(tmp_path / "x.mid"), "--add", "sax"])
+
+
+def test_bars_are_streamed_and_tokens_written(checkpoint, tmp_path, capsys):
+    compose(3, bars=2).dump(tmp_path / "prompt.mid")
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--stream", "--bars", "9"]
+    words += [
+        "--tokens",
+        str(tmp_path / "x.json"),
+        "--chords",
+        "C",
+        "--time_signature",
+        "3/4",
+        "--tempo",
+        "90",
+    ]
+    module.main([*words, "--prompt", str(tmp_path / "prompt.mid"), "--temperature", "2"])
+    said = capsys.readouterr()
+    bars = [json.loads(line) for line in said.out.splitlines()]
+    assert [bar["bar"] for bar in bars] == list(range(3, 12)) and "9 new bars" in said.err
+    tokens = json.loads((tmp_path / "x.json").read_text())
+    ids = np.array(tokens["ids"])
+    assert tokens["tokens"] == [vocab.names()[token] for token in ids]
+    scanned = attributes.scan_bars(ids)
+    begins = np.append(0, (scanned.steps / 24 * 60 / scanned.bpm).cumsum())
+    assert [bar["at"] for bar in bars] == pytest.approx(begins[2:-1].tolist())
+    whole = HIDTokenizer().decode(ids)
+    begin = scanned.steps[:2].sum() * 20
+    expected = {
+        (128 if track.is_drum else track.program, note.start, note.pitch)
+        for track in whole.instruments
+        for note in track.notes
+        if note.start >= begin
+    }
+    assert expected == {
+        (
+            128 if note["program"] is None else note["program"],
+            begin + i * 1440 + 480 * note["start"],
+            note["pitch"],
+        )
+        for i, bar in enumerate(bars)
+        for note in bar["notes"]
+    }
+    assert {(*bar["chords"], bar["time_signature"], bar["tempo"]) for bar in bars} == {("C:maj", "3/4", 90)}
+
+
+def test_a_song_goes_on_where_nobody_reads_the_stream(checkpoint, tmp_path, monkeypatch, capsys):
+    def closed(text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "90"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "write", closed)
+        module.main([*words, "--stream"])
+    assert mido.MidiFile(tmp_path / "x.mid").tracks
+    assert capsys.readouterr().err.count("the song is written all the same") == 1

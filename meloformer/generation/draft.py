@@ -1,5 +1,7 @@
 """One song while it is being written: what may come next, and where it may end. It knows no model."""
 
+from collections import deque
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,7 +9,9 @@ from torch import Tensor
 from ..tokens import vocab
 from ..tokens.grammar import check
 from .constraints import Constraints
+from .outline import Outline
 from .sampling import Sampling
+from .steering import Steering
 
 DEFAULT_MAX_TOKENS = 4096
 PLAIN_SAMPLING = Sampling()
@@ -43,6 +47,7 @@ class Draft:
         constraints.check_band(self._grammar)
         self._bars, self._max_tokens, self._sampling = bars, max_tokens, sampling
         self._constraints, self._within_constraints = constraints, constraints.allowed_ids()
+        self._steering = Steering(constraints)
         self._random = torch.Generator().manual_seed(seed)
         self._has_note = any(token in vocab.P for token in self.ids)
         self.begin = self.bar_line = len(self.ids)
@@ -64,6 +69,7 @@ class Draft:
         if self.finished:
             return False
         self._allowed = self._grammar.allowed() & self._within_constraints
+        self._steering.forbid(self._allowed, self._grammar.bar_ends)
         if not self.new_bars and not self._grammar.lists_band:
             return False
         token = self._constraints.required_id(self._grammar, self._allowed)
@@ -92,13 +98,21 @@ class Draft:
             allowed[vocab.EOS] = False
         if last_bar and not self._has_note:
             allowed[vocab.CHORD.start : vocab.CHORD.stop] = False
-        token = self._sampling.draw(logits.masked_fill(~torch.from_numpy(allowed), -torch.inf), self._random)
+        token = self._drawn_from(logits)
         if token == vocab.EOS or (token in vocab.CHORD and last_bar):
             self._complete = self.bar_line = len(self.ids)
             self._ended = True
             return False
         self._append(token)
         return True
+
+    def _drawn_from(self, logits: Tensor) -> int:
+        bias = self._steering.bias()
+        if bias is not None:
+            logits = logits + torch.from_numpy(bias)
+        return self._sampling.draw(
+            logits.masked_fill(~torch.from_numpy(self._allowed), -torch.inf), self._random
+        )
 
     def end(self) -> None:
         """End the song after its last complete note."""
@@ -113,7 +127,9 @@ class Draft:
         return np.array([*self.ids[: self._complete], vocab.EOS], dtype=np.uint16)
 
     def _append(self, token: int) -> None:
-        if token in vocab.CHORD and self._grammar.bar_ends:
+        begins_bar = token in vocab.CHORD and self._grammar.bar_ends
+        self._steering.push(token, begins_bar)
+        if begins_bar:
             self.new_bars += 1
             if self.new_bars > 1:
                 self.bar_line = len(self.ids)
@@ -122,3 +138,73 @@ class Draft:
         self._has_note = self._has_note or token in vocab.P
         if self._grammar.bar_complete:
             self._complete = len(self.ids)
+
+
+class OutlinedDraft(Draft):
+    """A song that is given but for some instruments in some bars.
+
+    What stays is appended as it is. Where the model would begin the next bar or end the song, the given song
+    goes on. `max_tokens` counts the tokens that are drawn.
+
+    Args:
+        outline: what stays.
+        others: as for `Draft`, but for `prompt` and `bars`. Of the constraints those on chords, time
+            signature, tempo and instruments are not asked: the outline has them.
+    """
+
+    def __init__(self, outline: Outline, **others):
+        super().__init__(np.array(outline.header), **others)
+        self._left = deque(outline.bars)
+        self._given: deque[int] = deque()  # of the current bar
+        self._given_end = self.begin  # how many tokens there were when they were used up
+        self._open = False  # whether the model may go on with the current bar
+        self._drawn = 0
+        # What may follow in an open bar: before the first group that is written, and inside such groups.
+        self._beside = np.zeros(vocab.VOCAB_SIZE, dtype=bool)
+        self._beside[vocab.INST.start + vocab.INSTRUMENT_RANK[list(outline.written)]] = True
+        self._beside[[vocab.EOS, *range(vocab.CHORD.start, vocab.CHORD.stop)]] = True
+        self._within = self._beside.copy()
+        for family in (vocab.T, vocab.P, vocab.L, vocab.V):
+            self._within[family.start : family.stop] = True
+
+    @property
+    def new_tokens(self) -> int:
+        return self._drawn
+
+    def append_required(self) -> bool:
+        if self.finished:
+            return False
+        if not self._given and not self._open:
+            if not self._left:
+                self._ended = True
+                return False
+            bar = self._left.popleft()
+            self._given.extend(bar.tokens)
+            self._open = bar.is_open
+        if self._given:
+            self._append(self._given.popleft())
+            self._given_end = len(self.ids)
+            return True
+        may_follow = self._beside if len(self.ids) == self._given_end else self._within
+        self._allowed = self._grammar.allowed() & may_follow
+        self._steering.forbid(self._allowed, self._grammar.bar_ends)
+        return False
+
+    def draw(self, logits: Tensor) -> bool:
+        token = self._drawn_from(logits)
+        if token == vocab.EOS or token in vocab.CHORD:
+            self._open = False
+            return False
+        self._drawn += 1
+        self._append(token)
+        return True
+
+    def stop(self) -> None:
+        """Keep of the current bar what is given, and the rest of the song."""
+        self._complete, self._ended = self._given_end, True
+
+    def song(self) -> np.ndarray:
+        """As of `Draft`, with the rest of the given song, to which nothing was added."""
+        written = self.ids[: max(self._complete, self._given_end)]
+        rest = [*self._given, *(token for bar in self._left for token in bar.tokens)]
+        return np.array([*written, *rest, vocab.EOS], dtype=np.uint16)

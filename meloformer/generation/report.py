@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..midi.general_midi import PROGRAM_NAMES
 from ..stop import StopRequest
 from ..tokens import attributes, vocab
+from .outline import Outline
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,26 @@ class NewMusic:
     @classmethod
     def of(cls, ids: np.ndarray, begin: int) -> "NewMusic":
         """The music of a song's token ids [n] from index `begin` on."""
-        bars, new = attributes.scan_bars(ids), ids[begin:]
-        is_new = bars.token >= begin
-        quarters = bars.steps[is_new] / vocab.STEPS_PER_QUARTER
+        return cls.among(ids, np.arange(len(ids)) >= begin, attributes.scan_bars(ids).token >= begin)
+
+    @classmethod
+    def of_outline(cls, ids: np.ndarray, outline: Outline) -> "NewMusic":
+        """What was written into an outline to become the song of these token ids."""
+        is_open = np.array([bar.is_open for bar in outline.bars])
+        scanned = attributes.scan(ids)
+        return cls.among(ids, np.isin(scanned.inst, outline.written) & is_open[scanned.bar], is_open)
+
+    @classmethod
+    def among(cls, ids: np.ndarray, new: np.ndarray, new_bars: np.ndarray) -> "NewMusic":
+        """The music of some tokens, bool [n], and bars, bool [bars], of a song."""
+        bars, new = attributes.scan_bars(ids), ids[new]
+        quarters = bars.steps[new_bars] / vocab.STEPS_PER_QUARTER
         played = vocab.INSTRUMENTS[np.unique(new[vocab.INST.mask(new)]).astype(int) - vocab.INST.start]
         return cls(
-            bars=int((is_new & (bars.part == 0)).sum()),
+            bars=int((new_bars & (bars.part == 0)).sum()),
             notes=int(vocab.P.mask(new).sum()),
             instruments=tuple("Drums" if i == vocab.DRUMS else PROGRAM_NAMES[i] for i in played.tolist()),
-            seconds=float((quarters * 60 / bars.bpm[is_new]).sum()),
+            seconds=float((quarters * 60 / bars.bpm[new_bars]).sum()),
         )
 
     def __str__(self) -> str:
@@ -60,19 +72,26 @@ class Progress:
         bars: how many the user wants; None if the model decides.
         max_tokens: where the song ends at the latest.
         request: polled after every token.
+        shared: a bar that shows several songs, from `progress_bar`; None makes one of this song.
     """
 
-    def __init__(self, bars: int | None, max_tokens: int, request: StopRequest):
+    def __init__(self, bars: int | None, max_tokens: int, request: StopRequest, shared: tqdm | None = None):
         self.wanted, self.max_tokens, self._request = bars, max_tokens, request
         self.tokens = 0
         self.stopped_by: str | None = None  # what requested the stop, if the loop saw the request
-        self._bar = tqdm(total=bars or max_tokens, unit="bar" if bars else "token", file=_Stderr())
+        self._bar = progress_bar(bars, max_tokens) if shared is None else shared
+        self._owns_bar, self._shown = shared is None, 0
 
     def on_token(self, tokens: int, bars: int) -> None:
         self.tokens = tokens
-        self._bar.set_postfix(tokens=tokens, bars=bars, refresh=False)
+        if self._owns_bar:
+            self._bar.set_postfix(tokens=tokens, bars=bars, refresh=False)
         # The last bar that was begun is not complete yet.
-        self._bar.update((max(0, bars - 1) if self.wanted else tokens) - self._bar.n)
+        self._show(max(0, bars - 1) if self.wanted else tokens)
+
+    def _show(self, done: int) -> None:
+        self._bar.update(done - self._shown)
+        self._shown = done
 
     def stop(self) -> bool:
         self.stopped_by = self._request.reason
@@ -86,8 +105,14 @@ class Progress:
     def close(self, bars: int) -> None:
         """Show the number of bars of the finished song."""
         if self.wanted:
-            self._bar.update(bars - self.cut * (bars > 0) - self._bar.n)
-        self._bar.close()
+            self._show(bars - self.cut * (bars > 0))
+        if self._owns_bar:
+            self._bar.close()
+
+
+def progress_bar(bars: int | None, max_tokens: int, songs: int = 1) -> tqdm:
+    """A bar for so many songs of so many bars, or else at most so many tokens each."""
+    return tqdm(total=songs * (bars or max_tokens), unit="bar" if bars else "token", file=_Stderr())
 
 
 class _Stderr:
@@ -128,3 +153,14 @@ def hints(music: NewMusic, progress: Progress, max_context: int) -> list[str]:
     if not music.notes and not progress.cut:
         found.append("the new bars are rests: try another --seed, a higher --temperature or --instruments")
     return found
+
+
+def hints_of_given(music: NewMusic, progress: Progress) -> list[str]:
+    """The same for what was written into a given song."""
+    if progress.stopped_by:
+        return [f"stopped by {progress.stopped_by}: from there on the given song goes on alone"]
+    if progress.cut:
+        return [f"--max_tokens {progress.max_tokens} ended what is new: from there on the song goes on alone"]
+    if not music.notes:
+        return ["nothing was written: try another --seed, a higher --temperature, or --density"]
+    return []

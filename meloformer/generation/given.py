@@ -1,0 +1,87 @@
+"""The song of `generate --given`: what of it stays, and who is to play what is written."""
+
+import argparse
+import re
+from typing import NamedTuple
+
+import miditoolkit
+
+from ..errors import MidiError, UserError
+from ..midi.reader import read_midi
+from ..tokens import attributes, vocab
+from ..tokens.tokenizer import HIDTokenizer
+from .arguments import instrument_name, parse_instruments
+from .constraints import Constraints
+from .outline import Outline
+
+
+class Given(NamedTuple):
+    """A song as its file has it, without the instruments that are not kept, and what of it stays."""
+
+    song: miditoolkit.MidiFile
+    outline: Outline
+
+
+def add_given(parser: argparse.ArgumentParser) -> None:
+    """The flags that `read_given` reads."""
+    add = parser.add_argument_group("to accompany a song, or write parts of it anew").add_argument
+    add("--given", help="a MIDI file of which nothing changes but what the flags below say")
+    add("--add", help="instruments that accompany it, named as for --instruments", metavar="INSTRUMENTS")
+    add("--keep", help="the only instruments of the file that stay", metavar="INSTRUMENTS")
+    add(
+        "--replace_bars",
+        help="write in these bars only, e.g. 9-16, counted from 1: what --instruments play there, or all, "
+        "unless --add names others",
+        metavar="A-B",
+    )
+
+
+def read_given(args: argparse.Namespace, constraints: Constraints) -> Given:
+    """What the flags of `add_given` ask for.
+
+    Raises:
+        UserError: flags contradict each other, or the file cannot become a song.
+    """
+    for flag in ("prompt", "bars", "tempo", "time_signature"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} does not go with --given, whose song has its own")
+    if args.add is None and args.replace_bars is None:
+        raise UserError("--given needs --add, --replace_bars or both")
+    try:
+        song = read_midi(args.given)
+        band = set(attributes.band(HIDTokenizer().encode(song)).tolist())
+    except MidiError as error:
+        raise UserError(f"--given {args.given}: {error}") from None
+    if args.keep is not None:
+        kept = set(_of_the_song("--keep", args.keep, band, args.given))
+        song.instruments = [
+            track for track in song.instruments if (vocab.DRUMS if track.is_drum else track.program) in kept
+        ]
+        band = kept
+    if args.add is not None:
+        written = parse_instruments(args.add, "--add")
+    elif args.instruments is not None:
+        written = _of_the_song("--instruments", args.instruments, band, args.given)
+    else:
+        written = tuple(band)
+    bars = None if args.replace_bars is None else _parse_bars(args.replace_bars)
+    try:
+        return Given(song, Outline.of(song, written, bars, constraints.chords))
+    except ValueError as error:
+        raise UserError(f"--given {args.given}: {error}") from None
+
+
+def _of_the_song(flag: str, text: str, band: set[int], path: str) -> tuple[int, ...]:
+    named = parse_instruments(text, flag)
+    for instrument in named:
+        if instrument not in band:
+            playing = ", ".join(instrument_name(other) for other in sorted(band))
+            raise UserError(f"{flag}: {instrument_name(instrument)} does not play in {path}, but {playing}")
+    return named
+
+
+def _parse_bars(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if match is None:
+        raise UserError(f"--replace_bars: '{text}' is no range of bars such as 9-16")
+    return int(match[1]), int(match[2] or match[1])
