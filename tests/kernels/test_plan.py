@@ -22,7 +22,7 @@ from helpers.attention_cases import (
     song,
     structure,
 )
-from helpers.plan_cases import DEVICE, coverage
+from helpers.plan_cases import DEVICE, Room, coverage
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,23 @@ def test_two_plans_are_equal():
     assert torch.equal(first.bits[:masked], second.bits[:masked])
 
 
+def short_song():
+    return structure([[song(Random(6), 6, (0, 33))]]).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def enough():
+    """A plan of the short song with room for everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_capacities", Room())
+        return Plan(short_song(), split=1).finalize()
+
+
 class TestCapacity:
+    @pytest.fixture(autouse=True)
+    def nothing_is_known(self, room_for_plans, monkeypatch):
+        monkeypatch.setattr(plan_module, "_capacities", {})
+
     def plan(self, seed=6):
         return Plan(structure([[song(Random(seed), 12, (0, 33))]], length=400).to(DEVICE), split=1)
 
@@ -213,29 +229,25 @@ class TestCapacity:
         assert all(needs[i] <= plan.capacity[i] for i in range(3))
 
     @pytest.mark.parametrize("short", range(4), ids=["candidates", "tiles", "masked", "slots"])
-    def test_each_shortage_is_noticed(self, short):
+    def test_each_shortage_is_noticed(self, enough, short):
         """A capacity that is a little too small in one respect gives the plan of one that is not."""
-        batch = [[song(Random(6), 6, (0, 33))]]
-        packed = structure(batch).to(DEVICE)
-        good = Plan(packed, split=1).finalize()
-        needs = good.needs.tolist()
+        packed, needs = short_song(), enough.needs.tolist()
         needed = [*needs[:3], max(needs[3:7])]
         needed[short] -= 1
-        plan_module._capacities[good._key] = tuple(needed)
+        plan_module._capacities[enough._key] = tuple(needed)
         plan = Plan(packed, split=1)
         assert plan.capacity == tuple(needed)
         check_coverage(plan.finalize(), dense_case(packed.to("cpu")).regular_mask)
         assert plan.needs.tolist() == needs
 
     @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
-    def test_nothing_is_counted_that_was_not_looked_at(self, share):
+    def test_nothing_is_counted_that_was_not_looked_at(self, enough, share):
         """With too little room for candidates, what comes after sees fewer of them, but never what is not
         there: it would write anywhere."""
-        packed = structure([[song(Random(6), 6, (0, 33))]]).to(DEVICE)
-        good = Plan(packed, split=1).finalize()
-        candidates, tiles, masked, *_ = needs = good.needs.tolist()
+        packed = short_song()
+        candidates, tiles, masked, *_ = needs = enough.needs.tolist()
         some = int(share * candidates)
-        plan_module._capacities[good._key] = (some, tiles, masked, max(needs[3:7]))
+        plan_module._capacities[enough._key] = (some, tiles, masked, max(needs[3:7]))
         fill = torch.utils.deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # with the highest number
