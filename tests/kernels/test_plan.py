@@ -52,6 +52,12 @@ def test_full_tiles():
     assert statistics["visible"] == int(mask.sum()) < statistics["computed"]
 
 
+def test_columns_that_half_a_block_sees_are_not_full():
+    """128 keys that the first half of a block sees; the second half is of another document."""
+    batch = [[[Token(0, 0, Kind.P, i) for i in range(length)] for length in (160, 40)]]
+    check_coverage(Plan(structure(batch).to(DEVICE)), oracle_masks(batch)[1])
+
+
 @pytest.mark.parametrize("length", [None, 700], ids=["part of a block", "padding"])
 def test_lines_have_no_more_tiles_than_their_columns_need(length):
     """Columns that all tokens of a line see are full, by queries and by keys; slots without a token do not
