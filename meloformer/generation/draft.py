@@ -13,7 +13,7 @@ from .outline import Outline
 from .sampling import Sampling
 from .steering import Steering
 
-DEFAULT_MAX_TOKENS = 4096
+DEFAULT_MAX_TOKENS = 24576  # few songs are longer
 PLAIN_SAMPLING = Sampling()
 UNCONSTRAINED = Constraints()
 
