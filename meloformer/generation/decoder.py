@@ -8,6 +8,7 @@ Shape suffixes: R rows (songs that take a step), H heads, D channels of a head, 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..kernels.rope import apply_rope
 from ..model.device import pick_attention
-from ..model.inputs import ChordGuesses, InputFeatures
+from ..model.inputs import ChordGuesses
 from ..model.layers import DenseLayer, Layer, RMSNorm, Rotary
 from ..model.token_reader import TokenFacts, TokenReader
 from ..model.transformer import MeloFormer
@@ -58,6 +59,7 @@ class Decoder:
         self._readers: list[TokenReader | None] = [None] * songs
         self._visible = [self._no_keys() for _ in range(songs)]
         self._complete = [0] * songs  # bars whose summary is in the cache
+        self._inputs = _Inputs(model)
         self._lists = self._visible[0].lists
         self.cache = KeyValueCache(model.config, songs, self._lists, dtype, self._device)
 
@@ -107,19 +109,18 @@ class Decoder:
         self.cache.make_room(tokens=1 + max(token.position for token in facts))
         place = self._place_dense(songs, facts) if self._dense else self._place(songs, facts)
 
-        columns = [(f.token, f.inst, f.position, f.bar, *f.features, *f.guesses) for f in facts]
-        ids, inst, position, bar, *rest = (
-            indices(columns, self._device).unsqueeze(1).unbind(-1)
-        )  # [R, 1] each
-        features = InputFeatures(*rest[: len(InputFeatures._fields)])
-        guesses = ChordGuesses(*rest[len(InputFeatures._fields) :])
-        x_RE = self._model.embed(ids, inst, features)[:, 0]
-        rotary = self._model.rotary_of_tokens(position, bar, features.onset)
+        columns = [(f.position, f.bar, f.features.onset, *f.guesses, *self._inputs.rows(f)) for f in facts]
+        on_device = indices(columns, self._device)
+        first_input = 3 + len(ChordGuesses._fields)
+        position, bar, onset, *guesses = on_device[:, None, :first_input].unbind(-1)  # [R, 1] each
+        x_RE = self._inputs.sum_of(on_device[:, first_input:])
+        rotary = self._model.rotary_of_tokens(position, bar, onset)
         for number, layer in enumerate(self._model.layers):
             x_RE = self._layer(layer, number, x_RE, rotary, place)
         if not self._dense:
             self._keep(songs, facts, place)
-        return self._model.logits(x_RE[:, None], guesses)[:, 0, : vocab.VOCAB_SIZE]
+        logits = self._model.logits(x_RE[:, None], ChordGuesses(*guesses))
+        return logits[:, 0, : vocab.VOCAB_SIZE]
 
     def _place_dense(self, songs: Sequence[int], facts: list[TokenFacts]) -> _Place:
         return self._places(list(songs), [token.position for token in facts])
@@ -160,7 +161,7 @@ class Decoder:
         keys[:, place.rows, :, place.places] = kv_R2HD if isinstance(place.rows, Tensor) else kv_R2HD[0]
         k, v = (part[:, :, : place.length][place.pick] for part in keys)
         o = F.scaled_dot_product_attention(q_RHD[:, :, None], k, v, attn_mask=place.mask)
-        return _feed_forward(layer, x_RE, F.linear(o.flatten(1), layer.out_r.weight))
+        return _feed_forward(layer, torch.addmm(x_RE, o.flatten(1), layer.out_r.weight.t()))
 
     def _project(self, projection: nn.Linear, x_RE: Tensor, rotary: Rotary) -> tuple[Tensor | None, Tensor]:
         """The rotated queries [R, H, D], if there are any, and keys and values [R, 2, H, D]."""
@@ -196,7 +197,7 @@ class Decoder:
             o_1E = F.scaled_dot_product_attention(q_1HD[:, :, None], k, v).flatten(1)
             cache.bars_past[number, :, song, :, bar] = self._project(layer.kv2, o_1E, rotary)[1][0]
             if layer.out_s is not None:
-                x_1E = _feed_forward(layer, x_1E, F.linear(o_1E, layer.out_s.weight))
+                x_1E = _feed_forward(layer, torch.addmm(x_1E, o_1E, layer.out_s.weight.t()))
         self._complete[song] = bar + 1
 
 
@@ -221,6 +222,25 @@ def padded_batch(model: MeloFormer, ids: np.ndarray) -> tuple[Tensor, Structure]
         kind_rule=model.config.kind_rule,
     )
     return padded(ids, vocab.PAD).to(model.device), structure.to(model.device)
+
+
+class _Inputs:
+    """`MeloFormer.embed` as one lookup: all tables below each other."""
+
+    def __init__(self, model: MeloFormer):
+        tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
+        self._table = torch.cat([table.weight.detach() for table in tables])
+        *self._first, _ = accumulate((len(table.weight) for table in tables), initial=0)
+        self._features = tuple(model.feature_embeddings)
+
+    def rows(self, token: TokenFacts) -> list[int]:
+        """Those of the joint table that are added up for a token."""
+        values = (token.token, token.inst, *(getattr(token.features, name) for name in self._features))
+        return [first + value for first, value in zip(self._first, values)]
+
+    def sum_of(self, rows: Tensor) -> Tensor:
+        """[R, E], what the first layer reads, from such rows [R, tables]."""
+        return F.embedding(rows, self._table).sum(dim=1)
 
 
 class _Recording:
@@ -263,7 +283,6 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
 
-def _feed_forward(layer: Layer | DenseLayer, x: Tensor, added: Tensor) -> Tensor:
-    x = x + added
+def _feed_forward(layer: Layer | DenseLayer, x: Tensor) -> Tensor:
     gate, up = F.linear(_norm(layer.norm_ffn, x), layer.ffn.gate_up.weight).chunk(2, dim=-1)
-    return x + F.linear(F.silu(gate) * up, layer.ffn.down.weight)
+    return torch.addmm(x, F.silu(gate).mul_(up), layer.ffn.down.weight.t())
