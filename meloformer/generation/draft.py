@@ -28,6 +28,7 @@ class Draft:
         begin: how many of them are the prompt's, or the BOS of a new song.
         new_bars: how many new bars are begun.
         bar_line: the first `bar_line` tokens end with a complete bar, or with the prompt.
+        complete: the first `complete` tokens are a song that may end there.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Draft:
         self._random = torch.Generator().manual_seed(seed)
         self._has_note = any(token in vocab.P for token in self.ids)
         self.begin = self.bar_line = len(self.ids)
-        self._complete = self.begin  # the first so many tokens form a song that may end there
+        self.complete = self.begin
         self._ended = False
         self._allowed = self._within_constraints
         self.new_bars = 0
@@ -100,7 +101,7 @@ class Draft:
             allowed[vocab.CHORD.start : vocab.CHORD.stop] = False
         token = self._drawn_from(logits)
         if token == vocab.EOS or (token in vocab.CHORD and last_bar):
-            self._complete = self.bar_line = len(self.ids)
+            self.complete = self.bar_line = len(self.ids)
             self._ended = True
             return False
         self._append(token)
@@ -120,11 +121,11 @@ class Draft:
 
     def stop(self) -> None:
         """End the song after its last complete bar."""
-        self._complete, self._ended = self.bar_line, True
+        self.complete, self._ended = self.bar_line, True
 
     def song(self) -> np.ndarray:
         """Token ids (uint16 [n]) up to where the song may end, and EOS."""
-        return np.array([*self.ids[: self._complete], vocab.EOS], dtype=np.uint16)
+        return np.array([*self.ids[: self.complete], vocab.EOS], dtype=np.uint16)
 
     def _append(self, token: int) -> None:
         begins_bar = token in vocab.CHORD and self._grammar.bar_ends
@@ -137,7 +138,7 @@ class Draft:
         self._grammar.push(token)
         self._has_note = self._has_note or token in vocab.P
         if self._grammar.bar_complete:
-            self._complete = len(self.ids)
+            self.complete = len(self.ids)
 
 
 class OutlinedDraft(Draft):
@@ -201,10 +202,10 @@ class OutlinedDraft(Draft):
 
     def stop(self) -> None:
         """Keep of the current bar what is given, and the rest of the song."""
-        self._complete, self._ended = self._given_end, True
+        self.complete, self._ended = self._given_end, True
 
     def song(self) -> np.ndarray:
         """As of `Draft`, with the rest of the given song, to which nothing was added."""
-        written = self.ids[: max(self._complete, self._given_end)]
+        written = self.ids[: max(self.complete, self._given_end)]
         rest = [*self._given, *(token for bar in self._left for token in bar.tokens)]
         return np.array([*written, *rest, vocab.EOS], dtype=np.uint16)
