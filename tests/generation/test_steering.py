@@ -1,5 +1,6 @@
 """Wishes about chords, key, registers and density, granted by a model that knows no music."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -127,3 +128,16 @@ def test_whatever_is_wished_the_song_is_valid_and_ends_in_time(model, seed):
     assert (whole.part == 0).sum() <= bars
     for instrument, (low, high) in constraints.registers.items():
         assert ((low <= played(ids, instrument)) & (played(ids, instrument) <= high)).all()
+
+
+@pytest.mark.mutations
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_no_song_of_fifty_bars_misses_one(model, seed):
+    random = Random(seed)
+    wishes = replace(random_wishes(random), bpm=120)
+    band = wishes.instruments or tuple(range(129))
+    # Without a few notes a bar the model without training would fill every bar to its end.
+    wishes = replace(wishes, densities=dict.fromkeys(band, random.uniform(0.5, 4)))
+    ids = generate(model, bars=50, max_tokens=50_000, constraints=wishes, seed=seed)
+    check(ids)
+    assert (attributes.scan_bars(ids).part == 0).sum() == 50 and ids[-1] == vocab.EOS
