@@ -134,7 +134,7 @@ def _mark_bars(
     cut_value, has_cut = stated(CUT)
     _, has_bpm = stated(BPM)
     first = np.append(False, ~is_bar[:-1]) & is_bar
-    since = last_index(has_signature | ~is_bar)  # nothing is in force when a song begins
+    since = last_index(has_signature)  # of the song before at most where a first bar is broken anyway
     in_force = signature[since]
     part = (np.arange(len(bounds)) - since) % _PARTS[in_force]
     before = np.roll(in_force, 1)

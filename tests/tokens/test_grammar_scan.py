@@ -58,11 +58,20 @@ def swap(ids, at, generator):
     return ids
 
 
+def restate(ids, at, generator):
+    """State the time signature in force at a bar at or after the place; it is wrong at a bar line."""
+    bars = np.flatnonzero(vocab.CHORD.mask(ids))
+    bar = bars[min(np.searchsorted(bars, at), len(bars) - 1)]
+    signatures = np.flatnonzero(vocab.TS.mask(ids[: bar + 1]))
+    return np.insert(ids, bar + 1, ids[signatures[-1]]) if len(signatures) else ids[:-1]
+
+
 CHANGES = {
     "put": put,
     "nudge": nudge,
     "insert": insert_again,
     "swap": swap,
+    "restate": restate,
     "delete": lambda ids, at, _: np.delete(ids, at),
 }
 
