@@ -1,0 +1,49 @@
+"""The benchmark of generation, on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import generate as module
+from meloformer.errors import UserError
+from meloformer.model.transformer import ModelConfig
+
+TINY = ModelConfig(layers=1, dim=32, heads=2, ffn=32)
+
+
+def test_the_page_has_a_row_for_each_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    args = "--sizes tiny --contexts 600 --batches 1,2 --tokens 12 --recomputed 3 --device cpu --json"
+    module.main([*args.split(), str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["method"], row["batch"], row["tokens"]) for row in rows] == [
+        *(("cache", 1, 12), ("cache", 2, 24)),
+        *(("recompute", 1, 3), ("recompute", 2, 6)),
+        *(("dense", 1, 12), ("dense", 2, 24)),
+    ]
+    assert all(400 < row["prompt"] <= 600 and row["tokens_per_cpu_s"] > 0 for row in rows)
+    page = (tmp_path / "speed.md").read_text()
+    assert page.count("| tiny | ") == 6 and page in capsys.readouterr().out
+
+
+def test_a_composed_song_follows_its_prompt():
+    draft = module.draft(1, 700, 30)
+    begin = len(draft.ids)
+    while not draft.finished:
+        draft.append_required()
+        draft.draw(module.torch.zeros(module.vocab.VOCAB_SIZE))
+    song = next(
+        ids
+        for bars in (8, 16, 32)
+        if len(ids := module.HIDTokenizer().encode(module.compose(1, bars=bars))) >= 730
+    )
+    np.testing.assert_array_equal(draft.ids, song[: begin + 30])
+
+
+@pytest.mark.parametrize(
+    "args", [["--sizes", "tiny"], ["--methods", "magic"], ["--contexts", "many"], ["--contexts", "2"]]
+)
+def test_wrong_flags_are_refused(args):
+    with pytest.raises(UserError, match=args[0]):
+        module.main(args)
