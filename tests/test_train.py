@@ -29,7 +29,7 @@ from meloformer.training.schedule import learning_rate
 
 from helpers.songs import EXAMPLE
 from helpers.tiny_train import TINY
-from helpers.training import arguments, config, losses, records, run, tiny, torchrun
+from helpers.training import arguments, config, forked, losses, records, spec
 
 
 def test_the_schedule_warms_up_then_falls_to_a_tenth():
@@ -66,16 +66,17 @@ def test_accumulation_and_batches_of_the_same_rows_are_one_step(data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_rows(data, tmp_path):
-    settings = arguments(data, max_seq_len=256, epochs=1, max_steps=3)
-    one = run(tiny(*settings, "--output_dir", tmp_path / "one", "--batch_size", 2))
-    two = run(torchrun(2, *settings, "--output_dir", tmp_path / "two"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    wrong = run([*launcher, "-m", "meloformer.train", "--data_dir", tmp_path / "none", "--device", "cpu"])
-    assert wrong.returncode != 0
-    # Each says why, unless torchrun ends it first, for the other had failed.
-    assert "error: " in wrong.stderr or "error in process 1: " in wrong.stderr
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
+    same = {"max_seq_len": 256, "epochs": 1, "max_steps": 3}
+    train.train(config(data, tmp_path / "one", **same, batch_size=2), TINY)
+    two, wrong = forked(
+        "runs",
+        spec(2, *arguments(data, **same), "--output_dir", tmp_path / "two"),
+        spec(2, "--data_dir", tmp_path / "none", "--device", "cpu"),
+    )
+    assert two["codes"] == [0, 0], two["output"]
+    assert wrong["codes"] == [2, 2]
+    says = sorted(line.partition(": ")[0] for line in wrong["output"].splitlines())
+    assert says == ["error", "error in process 1"], wrong["output"]
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     assert [r["tokens"] for r in records(tmp_path / "two")] == [
         r["tokens"] for r in records(tmp_path / "one")

@@ -1,6 +1,7 @@
 """Training processes forked from one that has imported everything, so that many short runs are cheap.
 
-`python tests/helpers/forked_train.py SCENARIO ARGUMENT...` prints a JSON value.
+`python tests/helpers/forked_train.py SCENARIO ARGUMENT...` prints a JSON value. `... serve` does one scenario
+after the other, each in a process of its own: see `serve`.
 """
 
 import functools
@@ -233,6 +234,43 @@ def benchmark(world: str, failing: str, *args: str) -> dict:
 
 SCENARIOS = {function.__name__: function for function in (kills, runs, gradients, save_gradients, benchmark)}
 
+
+def serve() -> None:
+    """Answer requests, lines of standard input: JSON objects with `scenario`, `arguments`, `folder` and
+    `environment`, what to add to that of this process.
+
+    An answer is a line, the exit code; the value is in value.json of that folder, the output in output.txt.
+    """
+    answers = os.dup(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        folder = Path(request["folder"])
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                out = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.close(answers)  # what outlives this process must not keep the caller waiting
+                os.environ.update(request["environment"])
+                value = SCENARIOS[request["scenario"]](*request["arguments"])
+                (folder / "value.json").write_text(json.dumps(value))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
 if __name__ == "__main__":
     scenario, *arguments = sys.argv[1:]
-    print(json.dumps(SCENARIOS[scenario](*arguments)))
+    if scenario == "serve":
+        serve()
+    else:
+        print(json.dumps(SCENARIOS[scenario](*arguments)))

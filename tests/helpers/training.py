@@ -1,9 +1,12 @@
 """Runs of a tiny model for tests: their settings, their logs, and commands that train."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -94,11 +97,27 @@ def spec(world: int, *args, faults=()) -> str:
     return json.dumps({"world": world, "args": words, "faults": list(faults)})
 
 
-def forked(scenario: str, *args, **more):
-    """Run a scenario of `forked_train`; returns the JSON value that it prints."""
-    done = run([sys.executable, FORKED_TRAIN, scenario, *args], **more)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@cache
+def _server() -> subprocess.Popen:
+    """A process that has imported everything, for all scenarios of this test process; it ends with it."""
+    command = [sys.executable, str(FORKED_TRAIN), "serve"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
+    atexit.register(server.communicate)
+    return server
+
+
+def forked(scenario: str, *args, **more: str):
+    """Run a scenario of `forked_train` with `more` in its environment; returns its JSON value."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [str(arg) for arg in args]
+        request = {"scenario": scenario, "arguments": words, "environment": more, "folder": folder}
+        server = _server()
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        code = server.stdout.readline()
+        assert code == "0\n", (code, (Path(folder) / "output.txt").read_text())
+        return json.loads((Path(folder) / "value.json").read_text())
 
 
 def read_gradients(file: Path) -> tuple[dict[str, Tensor], list[int]]:
