@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from .errors import UserError
+from .streams import outlived_streams
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -85,10 +86,11 @@ def fraction(text: str) -> float:
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit with the code it returns; a UserError becomes one line and its own code."""
-    try:
-        code = main()
-    except (UserError, KeyboardInterrupt) as error:
-        code = report(error)
+    with outlived_streams():
+        try:
+            code = main()
+        except (UserError, KeyboardInterrupt) as error:
+            code = report(error)
     if code:
         sys.exit(code)
 

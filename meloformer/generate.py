@@ -238,7 +238,10 @@ def write_song(song: Song, begin: int, given: Given | None, max_context: int) ->
     told = hints(music, progress, max_context) if given is None else hints_of_given(music, progress)
     tell(song, "\n".join([f"{song.output}: {music}", *told]))
     if song.tokens:
-        write_tokens(ids, song.tokens)
+        try:
+            write_tokens(ids, song.tokens)
+        except OSError as error:
+            raise UserError(f"cannot write the tokens {song.tokens}: {error.strerror or error}") from None
     if song.picture:
         from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # A folder may import itself, its entry of `ABOVE`, and `BASE`.
-BASE = {"errors", "files", "cli", "stop", ""}  # and the package itself, for its version
+BASE = {"errors", "files", "cli", "stop", "streams", ""}  # and the package itself, for its version
 ABOVE = {
     "kernels": set(),
     "midi": set(),

@@ -109,6 +109,16 @@ def test_a_disk_that_fills_up_under_the_picture_keeps_the_song(checkpoint, tmp_p
     assert [path.name for path in folder.iterdir()] == ["x.mid"] and mido.MidiFile(folder / "x.mid").tracks
 
 
+def test_a_disk_that_fills_up_under_the_tokens_keeps_the_song(checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "songs"
+    folder.mkdir()
+    paths = ["--output", str(folder / "x.mid"), "--tokens", str(folder / "x.json")]
+    monkeypatch.setattr(module, "write_tokens", full_disk)
+    with pytest.raises(UserError, match=r"^cannot write the tokens .*x\.json: No space left"):
+        module.main(["--checkpoint", str(checkpoint), *paths, "--max_tokens", "60"])
+    assert [path.name for path in folder.iterdir()] == ["x.mid"]
+
+
 def test_a_progress_bar_that_cannot_be_shown_costs_no_song(checkpoint, tmp_path, monkeypatch):
     """stderr may be a file on a full disk."""
     with monkeypatch.context() as patch:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..files import write_json
 from ..midi.general_midi import PROGRAM_NAMES
+from ..streams import Outlived
 from ..tokens import attributes, vocab
 from ..tokens.tokenizer import decode_score
 
@@ -61,10 +62,11 @@ class BarStream:
         self._read = until
 
     def _put(self, line: str) -> None:
+        out = sys.stdout.stream if isinstance(sys.stdout, Outlived) else sys.stdout
         try:
             if self._open:
-                sys.stdout.write(line + "\n")
-                sys.stdout.flush()
+                out.write(line + "\n")
+                out.flush()
         except OSError as error:  # the reader has gone, or the disk under it is full
             self._open = False
             reason = error.strerror or error

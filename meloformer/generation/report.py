@@ -1,6 +1,5 @@
 """What `generate` tells: a progress bar while it writes, and what it wrote, with hints, at the end."""
 
-import contextlib
 import sys
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from ..midi.general_midi import PROGRAM_NAMES
 from ..stop import StopRequest
+from ..streams import Outlived
 from ..tokens import attributes, vocab
 from .outline import Outline
 
@@ -112,22 +112,8 @@ class Progress:
 
 def progress_bar(bars: int | None, max_tokens: int, songs: int = 1) -> tqdm:
     """A bar for so many songs of so many bars, or else at most so many tokens each."""
-    return tqdm(total=songs * (bars or max_tokens), unit="bar" if bars else "token", file=_Stderr())
-
-
-class _Stderr:
-    """stderr, for the bar: a song goes on even where that cannot be written, for instance to a full disk."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(sys.stderr, name)
+    unit = "bar" if bars else "token"
+    return tqdm(total=songs * (bars or max_tokens), unit=unit, file=Outlived(sys.stderr))
 
 
 def hints(music: NewMusic, progress: Progress, max_context: int) -> list[str]:
