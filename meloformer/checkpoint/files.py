@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> dict:
         and 0 <= manifest["step"] < 2**63
         and isinstance(files, dict)
         and set(_REQUIRED) <= set(files) <= {*_REQUIRED, OPTIMIZER}
-        and all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
+        and all(map(_is_entry, files.values()))
         and type(manifest.get("val_loss")) in (float, type(None))
         and math.isfinite(manifest["val_loss"] or 0)
     )
@@ -92,12 +92,18 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    )
+
+
 def check_size(file: Path, manifest: dict) -> None:
     if not file.is_file():
         raise damaged(file, "it is missing")
     size, expected = file.stat().st_size, manifest["files"][file.name]["bytes"]
     if size != expected:
-        raise damaged(file, f"it has {size} bytes instead of {expected}")
+        raise damaged(file, f"it has {size} bytes instead of {str(expected)[:20]}")
 
 
 # Files that were verified, by path, file status and hash: a checkpoint is verified when it is chosen, and its

@@ -58,7 +58,7 @@ def read_config(values: dict, file: Path, weight_bytes: int) -> ModelConfig:
     try:
         config = read_dataclass(ModelConfig, values, file)
     except ValueError as error:
-        raise damaged(file, str(error)) from None
+        raise damaged(file, str(error)[:200]) from None
     if config.layers > MAX_LAYERS:
         raise damaged(file, f"layers is {config.layers}, and a model has at most {MAX_LAYERS}")
     if config.vocab_size != vocab.VOCAB_SIZE:

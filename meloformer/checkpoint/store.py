@@ -205,6 +205,8 @@ def _write_folder(
             f"it needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB of disk, and {free / 1e9:.2f} are free"
         )
     try:
+        if os.path.lexists(temporary):  # an export of this name was killed
+            _delete(temporary)
         temporary.mkdir()
         for name, text in texts.items():
             (temporary / name).write_bytes(text)

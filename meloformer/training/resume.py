@@ -126,7 +126,7 @@ def _differences(saved: dict, identity: dict) -> Iterator[tuple[str, object, obj
 
 
 def _choose(config: TrainConfig, root: Path) -> str | None:
-    resume = config.resume or ("auto" if restarted() else None)
+    resume = "auto" if config.resume is None and restarted() else config.resume
     if resume is None:
         if has_checkpoints(root):
             raise UserError(
@@ -137,6 +137,8 @@ def _choose(config: TrainConfig, root: Path) -> str | None:
     newest = latest_checkpoint(root)
     if resume == "auto":
         return newest and str(newest)
+    if not resume:  # of a shell's variable that is not set: to begin anew then would lose the run
+        raise UserError("--resume: names no checkpoint: give a folder, or leave the name out")
     found = find_checkpoint(Path(resume))
     if newest is None and config.init_from is not None:
         raise UserError(

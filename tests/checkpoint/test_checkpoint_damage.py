@@ -62,11 +62,13 @@ def test_damage_is_named(saved, name, damage):
         lambda m: m["files"]["config.json"].update(bytes=-1),
         lambda m: m["files"]["config.json"].update(sha256=None),
         lambda m: m["files"]["config.json"].pop("sha256"),
+        lambda m: m["files"]["config.json"].update(sha256=[]),
+        lambda m: m["files"]["config.json"].update(bytes=["\n"] * 1000),
     ],
     ids=[
         "list", "null", "deep", "huge-number", "not-utf8", "format", "version", "step-text", "step-bool",
         "no-files", "files-list", "file-unlisted", "loss-text", "path-escape", "entry-number", "size-text",
-        "size-negative", "hash-null", "hash-absent",
+        "size-negative", "hash-null", "hash-absent", "hash-list", "size-list",
     ],
 )  # fmt: skip
 def test_hostile_manifest(saved, change):

@@ -233,7 +233,9 @@ def test_an_export_loads_as_a_checkpoint_and_cannot_resume(saved, tmp_path):
     document = json.loads((saved / "trainer.json").read_text()) | {"identity": {"max_seq_len": 512}}
     rewrite(saved, "trainer.json", json.dumps(document).encode())
     out = tmp_path / "to" / "model"
+    (out.parent / ".incomplete-model").mkdir(parents=True)  # an earlier one was killed
     export_model(saved, out)
+    assert steps_in(out.parent) == ["model"]
     assert steps_in(out) == [
         "config.json", "manifest.json", "model.safetensors", "tokenizer.json", "trainer.json",
     ]  # fmt: skip

@@ -240,6 +240,13 @@ def test_an_older_checkpoint_is_not_resumed_beside_a_newer_one(data, tmp_path):
     assert losses(tmp_path / "branch") == losses(tmp_path)[1:]
 
 
+def test_a_resume_without_a_name_begins_no_new_run(data, tmp_path):
+    """`--resume "$CHECKPOINT"`, of a variable that is not set."""
+    with pytest.raises(UserError, match="--resume: names no checkpoint"):
+        train.train(config(data, tmp_path, resume=""), TINY)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_a_finished_run_is_resumed_to_nothing(data, tmp_path):
     train.train(config(data, tmp_path), TINY)
     before = losses(tmp_path)
