@@ -243,8 +243,13 @@ def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | No
     shard = field(path, record, "shard", dict)
     for key in ("songs", "tokens"):
         field(path, shard, key, int)
-    for key in ("bin", "idx", "motifs"):
-        (intact_file if rehash else _listed_file)(path, shard, key)
+    try:
+        for key in ("bin", "idx", "motifs"):
+            (intact_file if rehash else _listed_file)(path, shard, key)
+    except UserError as error:
+        raise UserError(
+            f"{error}; delete {path} and run preprocess again, which makes this shard anew"
+        ) from None
     return record
 
 
@@ -375,9 +380,9 @@ class _TokenFile:
     def __len__(self) -> int:
         return self._when_opened[0] // TOKEN_DTYPE.itemsize
 
-    def _status(self) -> tuple[int, int]:
+    def _status(self) -> tuple[int, int, int]:
         status = os.fstat(self._file.fileno())
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # who copies may set the second back
 
     def changed(self) -> bool:
         """Whether the file has been written to since it was opened."""

@@ -51,7 +51,7 @@ def open_songs(folder: str, job: Job, *, strict: bool) -> ShardSet:
         raise UserError(f"--strict_data: {total}: {lines[0]}")
     if job.is_rank0:
         more = [f"... and {len(songs) - _NAMED} more"] if len(songs) > _NAMED else []
-        print("\n".join([*lines, *more, f"left out: {total}; preprocess makes them again"]))
+        print("\n".join([*lines, *more, f"left out: {total}; preprocess, run again, says how to mend them"]))
     return shards
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -134,6 +135,18 @@ def test_a_song_that_changes_is_told_and_the_others_are_read_on(folder):
     with pytest.raises(UserError, match=r"shard-00000\.bin: has been changed since"):
         songs[4]
     np.testing.assert_array_equal(songs[3], before)
+
+
+def test_a_change_is_told_though_the_file_has_its_old_time(folder):
+    """As `rsync --inplace --times` leaves it."""
+    songs = ShardSet(folder)
+    path, _ = place(folder, 4, 3)
+    before = path.stat()
+    time.sleep(0.05)  # the clock of files may be coarse
+    overwrite(folder, 4, 3, [vocab.PAD])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=r"shard-00000\.bin: has been changed since"):
+        songs[4]
 
 
 def test_a_file_that_is_removed_is_read_on(folder):
