@@ -14,6 +14,7 @@ from ..files import parse_json_object, write_atomic
 LOG = "log.jsonl"
 DAMAGED = LOG + ".damaged"
 _AXES = ("step", "epoch")
+_NUMBERS = ("loss", "val_loss", "lr", "tokens", "tokens_per_s")  # what the summary and the curve are made of
 
 
 class RunLog:
@@ -93,9 +94,8 @@ def _lines_until(path: Path, last_step: int) -> tuple[bytes, bytes]:
     """The lines of steps up to `last_step`, and the damaged ones."""
     kept, damaged = [], []
     if path.exists():
-        # Without its end, the last line is what a killed process was writing: to be written again.
-        *lines, _ = path.read_bytes().split(b"\n")
-        for line in lines:
+        *lines, last = path.read_bytes().split(b"\n")
+        for line in [*lines, last] if last else lines:  # the last may lack its end, or be cut short
             record = _record(line)
             if record is None:
                 damaged.append(line + b"\n")
@@ -110,7 +110,14 @@ def _record(line: bytes) -> dict | None:
         record = parse_json_object(line)
     except ValueError:
         return None
-    return record if type(record.get("step")) is int else None
+    return record if type(record.get("step")) is int and all(map(_is_sound, record.items())) else None
+
+
+def _is_sound(entry: tuple[str, object]) -> bool:
+    name, value = entry
+    if name in _NUMBERS and not (value is None or type(value) in (int, float)):
+        return False
+    return type(value) is not int or abs(value) < 2**63
 
 
 def _import(module: str, flag: str, package: str):

@@ -34,6 +34,9 @@ DAMAGE = (
     b'{"step": "2"}',
     b"[1]",
     b'{"step": 2, "loss": 1.0',
+    b'{"step": 2, "loss": "low"}',
+    b'{"step": 2, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": -1' + b"0" * 400 + b"}",
 )
 
 
@@ -47,6 +50,17 @@ def test_damaged_lines_are_kept_aside_and_the_others_stay(tmp_path, capsys, dama
         assert (tmp_path / "log.jsonl.damaged").read_bytes() == damage + b"\n"
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "log.jsonl: 1 damaged line(s) moved to" in said[0]
+
+
+def test_a_last_line_is_kept_without_its_end_and_kept_aside_if_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    RunLog(tmp_path, 2, {}).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    path.write_bytes(b'{"step": 1}\n{"st')
+    RunLog(tmp_path, 2, {}).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert (tmp_path / "log.jsonl.damaged").read_bytes() == b'{"st\n'
 
 
 @pytest.mark.parametrize("board, package", [("tensorboard", "tensorboard"), ("wandb", "wandb")])
