@@ -119,7 +119,7 @@ def test_every_parameter_learns():
 def test_flops_are_those_written_out_by_hand():
     model = dataclasses.replace(DENSE_TINY, layers=2, dim=4, heads=1, ffn=3, vocab_size=64)
     counts = Counts(tokens=10, summaries=2, summary_pairs=13, token_pairs=40, causal_pairs=55)
-    forward = 2 * 10 * (2 * (4 * 16 + 3 * 12) + 4 * 64) + 2 * 55 * 2 * 2 * 4
+    forward = 2 * 10 * (2 * (4 * 16 + 3 * 12) + 4 * (64 + 6)) + 2 * 55 * 2 * 2 * 4
     assert training_flops(model, counts) == 3 * forward
 
 
