@@ -1,6 +1,5 @@
 """Conversion of a torch optimizer's state to named tensors and JSON text, and back."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..files import parse_json, to_json
 from .files import damaged, storable
 from .tensors import Layout, load_tensors, read_header
 
+_LARGEST = 1e6  # learning rate, weight decay or epsilon; far more than any that is of use
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names of the first and the second
 # How the optimizer is implemented depends on the machine, not on the run that is resumed.
 _MACHINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
@@ -84,7 +84,7 @@ def _is_sound(group: dict, present: dict) -> bool:
     return (
         0 <= first < 1
         and 0 <= second < 1
-        and all(0 <= number < math.inf for number in numbers)
+        and all(0 <= number <= _LARGEST for number in numbers)
         and all(type(group[name]) in (bool, type(None)) for name in others)
     )
 

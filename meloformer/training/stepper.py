@@ -272,6 +272,9 @@ class Stepper:
         restore_optimizer(checkpoint.path, self.optimizer, shard_like)
         if steps and not self.optimizer.state:
             raise damaged(checkpoint.path / OPTIMIZER, f"it is empty after {steps} steps")
+        for state in self.optimizer.state.values():
+            if (its := state["step"].item()) not in range(1, steps + 1):
+                raise damaged(checkpoint.path / OPTIMIZER, f"it is of step {its:g}, after {steps} steps")
 
     def whole_model(self) -> MeloFormer | None:
         """Collective: a model that rank 0 can use alone; None on other ranks if the state is sharded."""

@@ -164,6 +164,9 @@ OPTIMIZER = {
     "nan": to(FIRST, filled(NAN)),
     "second moment below 0": to(SECOND, filled(-1.0)),
     "step below 0": to(STEP, lambda tensor: tensor - 9),
+    "step 0": to(STEP, lambda tensor: tensor * 0),
+    "step of a longer run": to(STEP, lambda tensor: tensor + 9),
+    "half a step": to(STEP, lambda tensor: tensor - 0.5),
     "step of a shape": to(STEP, lambda tensor: tensor[None]),
 }
 
@@ -178,6 +181,7 @@ GROUPS = {
     "a setting more": lambda header: header["param_groups"][0].update(wings=2),
     "lr of text": lambda header: header["param_groups"][0].update(lr="high"),
     "eps that is no number": lambda header: header["param_groups"][0].update(eps=NAN),
+    "weight decay of 400 digits": lambda header: header["param_groups"][0].update(weight_decay=10**400),
     "betas out of range": lambda header: header["param_groups"][0].update(betas=[2.0, 2.0]),
     "one beta": lambda header: header["param_groups"][0].update(betas=[0.9]),
     "no betas": lambda header: header["param_groups"][0].update(betas=None),
