@@ -141,6 +141,8 @@ def check_can_write(folder: Path) -> None:
     Raises:
         UserError: it is a file or lies below one, or there is no permission to write there.
     """
+    if "\0" in str(folder):  # a settings file may hold it
+        raise UserError(f"cannot write to {str(folder)!r}: no name holds a null character")
     existing = folder.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent

@@ -165,3 +165,8 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, monk
     for output, said in ((taken, "exists already"), (taken / "model", "cannot write to")):
         with pytest.raises(UserError, match=f"{taken}.*{said}|{said} {taken}"):
             export.main(["--checkpoint", str(tmp_path / "step-00000001"), "--output", str(output)])
+
+
+def test_a_folder_that_no_name_can_have_is_refused():
+    with pytest.raises(UserError, match="null character"):
+        check_can_write(Path("a\0b"))
