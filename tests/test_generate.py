@@ -86,7 +86,7 @@ def test_mistakes_are_named(checkpoint, tmp_path, args, says):
 
 def test_a_song_is_replaced_where_it_may_be(checkpoint, tmp_path):
     (tmp_path / "x.mid").write_bytes(b"old")
-    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "60"]
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "400"]
     module.main([*words, "--overwrite"])
     assert mido.MidiFile(tmp_path / "x.mid").tracks
 
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up_under_the_picture_keeps_the_song(checkpoint, tmp_p
     paths = ["--output", str(folder / "x.mid"), "--picture", str(folder / "x.png")]
     monkeypatch.setattr(Figure, "savefig", full_disk)
     with pytest.raises(UserError, match=r"^cannot write the picture .*x\.png: No space left") as error:
-        module.main(["--checkpoint", str(checkpoint), *paths, "--max_tokens", "60"])
+        module.main(["--checkpoint", str(checkpoint), *paths, "--max_tokens", "400"])
     assert "\n" not in str(error.value) and "x.mid: " in capsys.readouterr().out
     assert [path.name for path in folder.iterdir()] == ["x.mid"] and mido.MidiFile(folder / "x.mid").tracks
 
@@ -115,7 +115,7 @@ def test_a_disk_that_fills_up_under_the_tokens_keeps_the_song(checkpoint, tmp_pa
     paths = ["--output", str(folder / "x.mid"), "--tokens", str(folder / "x.json")]
     monkeypatch.setattr(module, "write_tokens", full_disk)
     with pytest.raises(UserError, match=r"^cannot write the tokens .*x\.json: No space left"):
-        module.main(["--checkpoint", str(checkpoint), *paths, "--max_tokens", "60"])
+        module.main(["--checkpoint", str(checkpoint), *paths, "--max_tokens", "400"])
     assert [path.name for path in folder.iterdir()] == ["x.mid"]
 
 
@@ -124,7 +124,7 @@ def test_a_progress_bar_that_cannot_be_shown_costs_no_song(checkpoint, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", SimpleNamespace(write=full_disk, flush=full_disk))
         module.main(
-            ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "60"]
+            ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "400"]
         )
     assert mido.MidiFile(tmp_path / "x.mid").tracks
 
@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_song(checkpoint, tmp_path, mon
     target.parent.mkdir()
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*x\.mid: No space left.* The song is lost"):
-        module.main(["--checkpoint", str(checkpoint), "--output", str(target), "--max_tokens", "60"])
+        module.main(["--checkpoint", str(checkpoint), "--output", str(target), "--max_tokens", "400"])
     assert not list(target.parent.iterdir())
 
 
@@ -324,7 +324,7 @@ def test_a_song_goes_on_where_nobody_reads_the_stream(checkpoint, tmp_path, monk
     def closed(text):
         raise BrokenPipeError(32, "Broken pipe")
 
-    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "90"]
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--max_tokens", "400"]
     with monkeypatch.context() as patch:
         patch.setattr(sys.stdout, "write", closed)
         module.main([*words, "--stream"])

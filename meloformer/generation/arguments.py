@@ -12,7 +12,7 @@ from ..midi.general_midi import PROGRAM_NAMES
 from ..tokens import vocab
 from .constraints import Constraints
 from .harmony import parse_chords, parse_key, pitch_class
-from .sampling import KINDS, Sampling
+from .sampling import DEFAULT_SAMPLING, KINDS, Sampling
 
 Value = TypeVar("Value")
 
@@ -79,6 +79,7 @@ def add_wishes(parser: argparse.ArgumentParser) -> None:
         draw(
             f"--{kind}_temperature",
             type=cli.number(0, 100),
+            default=DEFAULT_SAMPLING.kind_temperatures.get(kind),
             help=f"another temperature for the choice among {names} tokens",
             metavar="T",
         )
@@ -93,7 +94,7 @@ def add_wishes(parser: argparse.ArgumentParser) -> None:
     draw(
         "--min_p",
         type=cli.number(0, 1),
-        default=0.0,
+        default=DEFAULT_SAMPLING.min_p,
         help="sample from tokens at least P times as likely as the most likely one",
         metavar="P",
     )

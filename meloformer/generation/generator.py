@@ -16,10 +16,10 @@ from ..model.transformer import MeloFormer
 from ..tokens import attributes, vocab
 from ..tokens.tokenizer import HIDTokenizer
 from .constraints import Constraints
-from .draft import DEFAULT_MAX_TOKENS, PLAIN_SAMPLING, UNCONSTRAINED, Draft
+from .draft import DEFAULT_MAX_TOKENS, UNCONSTRAINED, Draft
 from .load import load_model
 from .loop import MAX_CONTEXT, write
-from .sampling import Sampling
+from .sampling import DEFAULT_SAMPLING, Sampling
 
 Prompt = np.ndarray | str | os.PathLike | miditoolkit.MidiFile
 
@@ -102,7 +102,7 @@ class Generator:
         *,
         bars: int | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling = PLAIN_SAMPLING,
+        sampling: Sampling = DEFAULT_SAMPLING,
     ) -> list[Song]:
         """Write `num` songs side by side; each ends by itself.
 
@@ -135,7 +135,7 @@ class Generator:
         *,
         bars: int | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling = PLAIN_SAMPLING,
+        sampling: Sampling = DEFAULT_SAMPLING,
     ) -> Iterator[Bar]:
         """The new bars of the songs of `generate`, each as soon as it is complete.
 

@@ -11,7 +11,7 @@ from meloformer.generation.arguments import (
     read_sampling,
 )
 from meloformer.generation.constraints import Constraints
-from meloformer.generation.sampling import Sampling
+from meloformer.generation.sampling import DEFAULT_SAMPLING, Sampling
 from meloformer.tokens import vocab
 
 
@@ -23,7 +23,7 @@ def parse(*argv):
 
 
 def test_without_flags_nothing_is_wished():
-    assert read_constraints(parse()) == Constraints() and read_sampling(parse()) == Sampling()
+    assert read_constraints(parse()) == Constraints() and read_sampling(parse()) == DEFAULT_SAMPLING
 
 
 def test_every_wish_is_read():
@@ -50,7 +50,9 @@ def test_every_way_to_draw_is_read():
         *("--temperature", "0.9", "--top_k", "40", "--top_p", "0.95", "--min_p", "0.02"),
         *("--rhythm_temperature", "0.8", "--chord_temperature", "0"),
     )
-    assert read_sampling(args) == Sampling(0.9, 40, 0.95, 0.02, {"rhythm": 0.8, "chord": 0.0})
+    assert read_sampling(args) == Sampling(
+        0.9, 40, 0.95, 0.02, {"rhythm": 0.8, "instrument": 0.5, "chord": 0.0}
+    )
 
 
 @pytest.mark.parametrize(
