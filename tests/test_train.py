@@ -231,7 +231,7 @@ def test_an_export_of_a_run_generates(data, tmp_path, capsys):
         export.main(["--checkpoint", str(tmp_path), "--best", "--output", str(tmp_path / "other")])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_thousand_steps_do_not_grow_the_memory(data, tmp_path, monkeypatch):
     """Of the process as a whole, after the allocator has settled in the first two hundred."""

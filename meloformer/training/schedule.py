@@ -1,4 +1,4 @@
-"""The learning-rate schedule."""
+"""The learning-rate schedule, how many steps there are, and which of them have tasks."""
 
 import math
 
@@ -6,6 +6,11 @@ from .config import TrainConfig
 
 MIN_LR_RATIO = 0.1  # the cosine ends at this fraction of the peak learning rate
 MAX_WARMUP_FRACTION = 0.1  # a short run warms up for at most this fraction of its steps
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """Whether a task of so many steps, None for never, comes after this step."""
+    return every is not None and step % every == 0
 
 
 def count_steps(steps_per_epoch: int, config: TrainConfig) -> int:

@@ -32,7 +32,7 @@ from .prefetch import Prefetcher
 from .resume import load_for_resume, load_initial, run_identity
 from .run_log import RunLog
 from .samples import write_sample
-from .schedule import count_steps, extension, learning_rate
+from .schedule import count_steps, extension, is_due, learning_rate
 from .songs import open_songs, raise_if_unread
 from .stepper import PreparedBatch, Stepper
 from .summary import Progress, describe, write_summary
@@ -88,7 +88,7 @@ class Trainer:
 
         self.stepper = Stepper(config, model_config, job)
         self.identity = run_identity(config, model_config, shards, self.stepper.precision, job.world)
-        self.state, self.step, self.tokens = State(), 0, 0
+        self.state, self.step, self.tokens, self._saved_step = State(), 0, 0, 0
         self.due: list[str] = []
         self.best: Best | None = None
         peak = peak_flops(job.device)
@@ -124,7 +124,7 @@ class Trainer:
         self.stepper.load_optimizer(checkpoint, saved.step - saved.guard.skipped)
         self.stepper.guard.restore(saved.guard)
         self.state = State(*saved.state)
-        self.step, self.tokens = saved.step, saved.tokens
+        self.step, self.tokens, self._saved_step = saved.step, saved.tokens, saved.step
         self.due, self.best = list(saved.due), saved.best
         self.config = dataclasses.replace(self.config, init_from=saved.config.get("init_from"))
         self._steps_before = saved.total_steps
@@ -144,7 +144,7 @@ class Trainer:
             val_loss = self.best.val_loss
         weights, optimizer_state = self.stepper.state()
         self.job.run_on_rank0(lambda: self._save(weights, optimizer_state, val_loss))
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.step
 
     def _save(self, weights: dict[str, Tensor], optimizer_state: dict, val_loss: float | None) -> None:
         if not all(weight.isfinite().all() for weight in weights.values()):
@@ -270,7 +270,7 @@ class Trainer:
             ends = epoch_ends or finished
             pending = _PendingStep(result, lr, after, ends)
             at_once = not stepper.runs_ahead or (job.world == 1 and self._wants_stop())
-            if ends or at_once or any(_is_due(every, step) for every in self._intervals):
+            if ends or at_once or any(is_due(every, step) for every in self._intervals):
                 if self._finish_step(pending, bar):
                     return self._reason()
                 pending = None
@@ -298,12 +298,12 @@ class Trainer:
         record = self.meter.step_record(self.step, self.epoch, pending.lr, figures)
         self._log_step(bar, record, before)
 
-        if len(self.val_data.samples) and (pending.ends or _is_due(config.validate_every, self.step)):
+        if len(self.val_data.samples) and (pending.ends or is_due(config.validate_every, self.step)):
             self.due.append("validate")
-        if _is_due(config.sample_every, self.step):
+        if is_due(config.sample_every, self.step):
             self.due.append("sample")
         gives_up = stepper.guard.in_a_row >= config.max_skipped_steps
-        saves = saves or stops or pending.ends or gives_up or _is_due(config.save_every, self.step)
+        saves = saves or stops or pending.ends or gives_up or is_due(config.save_every, self.step)
         if self.due or saves:
             stepper.wait()  # the next step is queued already
             with self.meter.paused():
@@ -319,8 +319,8 @@ class Trainer:
     def _run_due(self, bar: tqdm, saves: bool) -> tuple[bool, bool, float | None]:
         """Run the tasks that are due.
 
-        A checkpoint that is due is saved before a song is written, which takes minutes: a run that is killed
-        again and again gets on, and loses a song at most.
+        A checkpoint that is due is saved before each of them, since they take minutes: a run that is killed
+        again and again loses no step, and a song at most.
 
         Args:
             saves: whether a checkpoint is due.
@@ -331,9 +331,10 @@ class Trainer:
         val_loss = None
         while self.due:
             if self.due[0] == "validate":
-                figures = validate(
-                    self.stepper, self.val_data, self.config.batch_size, self.job, self._wants_stop
-                )
+                if saves and self._saved_step != self.step:
+                    self.save()  # and once more with the loss
+                batch = self.config.batch_size
+                figures = validate(self.stepper, self.val_data, batch, self.job, self._wants_stop)
                 if figures is None:
                     return True, True, val_loss
                 val_loss = figures["val_loss"]
@@ -414,7 +415,3 @@ class Trainer:
 
     def _reason(self) -> str:
         return self.stop_reason() or "another process"
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0

@@ -220,7 +220,11 @@ KINDS = {
     "optimizer.safetensors": (change_tensors, OPTIMIZER, TRAIN),
     "optimizer.safetensors ": (lambda *args: change_tensors(*args, of_header=True), GROUPS, TRAIN),
 }
-CASES = [(kind, name) for kind, (_, cases, _) in KINDS.items() for name in cases]
+CASES = [
+    pytest.param(kind, name, marks=pytest.mark.faults if cases[name] is swarm else ())  # seconds
+    for kind, (_, cases, _) in KINDS.items()
+    for name in cases
+]
 
 
 @pytest.fixture

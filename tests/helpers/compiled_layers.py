@@ -2,6 +2,7 @@
 
 from random import Random
 
+import pytest
 import torch
 
 from meloformer.model.loss import next_token_loss
@@ -10,6 +11,8 @@ from meloformer.model.transformer import ModelConfig
 from helpers.attention_cases import ORIGINAL, of_length, structure
 from helpers.model_cases import random_ids
 
+# How layers are recomputed; "ffn" does a part of what "layer" does, and is tried where time matters less.
+RECOMPUTING = ["none", pytest.param("ffn", marks=pytest.mark.faults), "layer"]
 LENGTH, SUMMARIES = 96, 40
 SPARSE = ModelConfig(layers=4, dim=32, heads=2, ffn=48, **ORIGINAL)
 

@@ -15,13 +15,22 @@ from meloformer.training.distributed import Job
 from meloformer.training.stepper import Stepper
 
 from helpers.attention_cases import ORIGINAL
-from helpers.compiled_layers import LENGTH, SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step
+from helpers.compiled_layers import (
+    LENGTH,
+    RECOMPUTING,
+    SPARSE,
+    SUMMARIES,
+    AnySummaries,
+    StaticAttention,
+    batches,
+    step,
+)
 from helpers.plan_cases import DEVICE
 from helpers.tiny_train import TINY
 from helpers.training import config
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTING)
 def test_nothing_is_compiled_after_the_first_of_fifty_batches(recompute):
     """Two graphs for any number of layers, one for the last and one for the others."""
     torch._dynamo.reset()
@@ -59,7 +68,7 @@ def test_every_number_of_summaries_is_compiled_once():
     assert counter.frame_count == 2 * 6
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTING)
 def test_one_code_serves_any_number_of_summaries(recompute):
     torch._dynamo.reset()
     model = MeloFormer(SPARSE, recompute)

@@ -98,7 +98,7 @@ def faulty(data, tmp_path_factory):
     return {name: {**run, "folder": folder / name} for name, run in zip([*asked, "resumed"], told)}
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_second_sigint_stops_at_once(faulty):
     assert faulty["SIGINT twice"]["codes"] == [-signal.SIGINT]
     assert not (faulty["SIGINT twice"]["folder"] / "checkpoints").exists()

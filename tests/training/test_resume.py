@@ -147,6 +147,27 @@ def _run_some(trainer, steps):
         trainer.run()
 
 
+def test_a_run_killed_in_its_validation_has_lost_no_step(data, tmp_path, monkeypatch):
+    """A validation takes minutes: it may be longer than a run lives."""
+    settings = config(data, tmp_path / "whole", max_steps=3, save_every=2, validate_every=2)
+    train.train(settings, TINY)
+    killed = dataclasses.replace(settings, output_dir=str(tmp_path / "killed"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", kill)
+        with pytest.raises(Killed):
+            train.train(killed, TINY)
+    assert latest_checkpoint(tmp_path / "killed" / "checkpoints").name == "step-00000002"
+    train.train(dataclasses.replace(killed, resume="auto"), TINY)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_a_run_is_not_begun_over_another(data, tmp_path):
     train.train(config(data, tmp_path, max_steps=1), TINY)
     with pytest.raises(UserError, match="holds a run already: add --resume"):

@@ -15,11 +15,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from meloformer import export, train
 from meloformer.checkpoint.store import latest_checkpoint, load_checkpoint
 from meloformer.generate import main as generate_command
-from meloformer.model.transformer import RECOMPUTE, MeloFormer
+from meloformer.model.transformer import MeloFormer
 from meloformer.stop import STOPPED
 from meloformer.training.distributed import Job, full_tensor, shard_model
 
-from helpers.compiled_layers import SPARSE, SUMMARIES, AnySummaries, StaticAttention, batches, step
+from helpers.compiled_layers import (
+    RECOMPUTING,
+    SPARSE,
+    SUMMARIES,
+    AnySummaries,
+    StaticAttention,
+    batches,
+    step,
+)
 from helpers.shared_work import once
 from helpers.tiny_train import TINY
 from helpers.training import (
@@ -149,7 +157,7 @@ def test_a_stopped_run_is_resumed_bit_for_bit(runs):
     assert_same_run(runs["sharded"][0], folder)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_fine_tuning_and_extending_are_the_same_with_a_sharded_state(tuned_runs):
     (folder, told), (alone, told_alone) = tuned_runs["sharded"], tuned_runs["alone"]
     assert codes(told) == [[0, 0], [0, 0]] and codes(told_alone) == [[0]], told
@@ -226,7 +234,7 @@ def test_gradients_are_exchanged_once_a_step_and_each_process_holds_a_share(data
     assert int(header["2x2x1"]["held"]) / int(header["1x4x1"]["held"]) == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_two_launchers_meet_as_on_two_machines_and_one_process_speaks(runs, data, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -251,7 +259,7 @@ def alone():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTING)
 def test_sharded_layers_are_compiled_once_as_whole_graphs(alone, recompute):
     torch.manual_seed(0)
     model, plain = MeloFormer(SPARSE, recompute), MeloFormer(SPARSE)
@@ -270,7 +278,7 @@ def test_sharded_layers_are_compiled_once_as_whole_graphs(alone, recompute):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTING)
 def test_sharded_layers_are_compiled_once_for_any_number_of_summaries(alone, recompute):
     model = MeloFormer(SPARSE, recompute)
     counter = CompileCounterWithBackend("aot_eager")
