@@ -172,11 +172,14 @@ def export_model(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Copy the checkpoint `path` into a new `folder`, without its training state.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, `folder` exists, or it cannot be written.
+        UserError: the checkpoint cannot be loaded, `folder` exists, is named as a checkpoint, or cannot be
+            written.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists already: choose another name")
+    if _NAME.fullmatch(folder.name):  # a run beside it would take it for its newest checkpoint
+        raise UserError(f"{folder}: a checkpoint of a run has such a name: choose another one")
     check_can_write(folder.parent)
     checkpoint = load_checkpoint(path)
     trainer = {"step": checkpoint.step, "identity": {"max_seq_len": checkpoint.max_seq_len}}

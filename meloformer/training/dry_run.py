@@ -8,6 +8,7 @@ import torch
 
 from ..data.batches import State
 from .estimate import GB, device_bytes, estimate_memory
+from .resume import load_initial
 from .schedule import learning_rate
 from .trainer import Trainer
 
@@ -27,6 +28,7 @@ def dry_run(trainer: Trainer) -> None:
         if job.is_rank0:
             print(f"{label:<12}{text}", flush=True)
 
+    load_initial(config, stepper.model.config)  # or a mistake in --init_from would show when it is too late
     parameters = stepper.model.num_parameters()
     memory = estimate_memory(
         config,

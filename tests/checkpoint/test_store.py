@@ -246,6 +246,8 @@ def test_an_export_loads_as_a_checkpoint_and_cannot_resume(saved, tmp_path):
         restore_optimizer(out, make_optimizer(make_model()))
     with pytest.raises(UserError, match="exists already"):
         export_model(saved, out)
+    with pytest.raises(UserError, match="a checkpoint of a run has such a name"):
+        export_model(saved, saved.parent / "step-00000099")
 
 
 def test_a_checkpoint_that_does_not_tell_its_length(saved):

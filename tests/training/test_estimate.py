@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meloformer import train
+from meloformer.errors import UserError
 from meloformer.kernels import Structure
 from meloformer.model.inputs import ChordGuesses
 from meloformer.model.loss import next_token_loss
@@ -170,6 +171,11 @@ def test_a_dry_run_tells_and_leaves_nothing(data, tmp_path, capsys):
     assert lines["steps"] == "6 of 2 rows per epoch, 12 in all"
     assert re.match(r"\d+\.\d\d s per step, measured on one; \d+\.\d minutes per epoch", lines["time"])
     assert not run.exists()
+
+
+def test_a_dry_run_tells_of_weights_that_it_could_not_begin_with(data, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        train.train(config(data, tmp_path, dry_run=True, init_from=str(tmp_path / "nowhere")), TINY)
 
 
 def test_a_dry_run_does_not_try_what_a_cpu_cannot_do(data, tmp_path, capsys):
