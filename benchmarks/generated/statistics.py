@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import miditoolkit
 import numpy as np
 
-from meloformer.midi.general_midi import PROGRAM_NAMES
+from meloformer.midi.general_midi import instrument_name
 from meloformer.tokens import vocab
 from meloformer.tokens.chords import label_bars
 from meloformer.tokens.score import Score, from_midi
@@ -60,7 +60,7 @@ def measure(midi: miditoolkit.MidiFile, most_bars: int | None = None) -> dict:
     named = later != NO_CHORD
     ranked = sorted(present.tolist(), key=lambda inst: vocab.INSTRUMENT_RANK[inst])
     return {
-        "programs": ["Drums" if inst == vocab.DRUMS else PROGRAM_NAMES[inst] for inst in ranked],
+        "programs": [instrument_name(inst) for inst in ranked],
         "tempi": [int(song.bpm.min()), int(song.bpm.max())],
         "metres": ["{}/{}".format(*vocab.SIGNATURES[i]) for i in dict.fromkeys(song.signature.tolist())],
         "bars": bars,

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from ..files import write_json
-from ..midi.general_midi import PROGRAM_NAMES
+from ..midi.general_midi import instrument_name
 from ..streams import Outlived
 from ..tokens import attributes, vocab
 from ..tokens.tokenizer import decode_score
@@ -49,7 +49,7 @@ class BarStream:
             return
         whole = np.array(ids[:until])
         bars = attributes.scan_bars(whole)
-        seconds = bars.steps * 60 / vocab.STEPS_PER_QUARTER / bars.bpm
+        seconds = bars.seconds
         points = np.flatnonzero(bars.part == 0)
         for number, (first, after) in enumerate(zip(points, [*points[1:], len(bars.part)]), 1):
             point = int(bars.token[first])
@@ -84,7 +84,7 @@ def _bar(ids: np.ndarray, point: int, end: int) -> dict:
         "chords": [vocab.CHORD.labels[label] for label in chords],
         "notes": [
             {
-                "instrument": "Drums" if inst == vocab.DRUMS else PROGRAM_NAMES[inst],
+                "instrument": instrument_name(inst),
                 "program": None if inst == vocab.DRUMS else inst,
                 "start": start / vocab.STEPS_PER_QUARTER,
                 "length": length / vocab.STEPS_PER_QUARTER,

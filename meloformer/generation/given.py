@@ -8,7 +8,8 @@ import miditoolkit
 
 from ..errors import MidiError, UserError
 from ..midi.reader import read_midi
-from ..tokens import attributes, vocab
+from ..tokens import attributes
+from ..tokens.score import instrument_of
 from ..tokens.tokenizer import HIDTokenizer
 from .arguments import instrument_name, parse_instruments
 from .constraints import Constraints
@@ -54,9 +55,7 @@ def read_given(args: argparse.Namespace, constraints: Constraints) -> Given:
         raise UserError(f"--given {args.given}: {error}") from None
     if args.keep is not None:
         kept = set(_of_the_song("--keep", args.keep, band, args.given))
-        song.instruments = [
-            track for track in song.instruments if (vocab.DRUMS if track.is_drum else track.program) in kept
-        ]
+        song.instruments = [track for track in song.instruments if instrument_of(track) in kept]
         band = kept
     if args.add is not None:
         written = parse_instruments(args.add, "--add")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import miditoolkit
 import numpy as np
 
-from ..midi.general_midi import PROGRAM_NAMES
+from ..midi.general_midi import instrument_name
 from ..tokens import attributes, vocab
+from ..tokens.score import instrument_of, to_steps
 from ..tokens.tokenizer import HIDTokenizer
 
 
@@ -87,10 +88,9 @@ class Outline:
                 if chords is not None:
                     tokens[0] = chords[(number[index] - first) % len(chords)]
             outlines.append(OutlineBar(tuple(tokens.tolist()), bool(is_open[index])))
-        steps = np.append(0, np.cumsum(scanned.steps))
-        opened = np.flatnonzero(is_open)
+        begins, ends = scanned.start[is_open], (scanned.start + scanned.steps)[is_open]
         header = tuple(ids[: scanned.token[0]].tolist())
-        start, stop = int(steps[opened[0]]), int(steps[opened[-1] + 1])
+        start, stop = int(begins[0]), int(ends[-1])
         return cls(header, tuple(outlines), written, start, stop, int(number[-1]))
 
     def put_into(self, song: miditoolkit.MidiFile, ids: np.ndarray) -> int:
@@ -107,20 +107,19 @@ class Outline:
         decoded = HIDTokenizer().decode(ids)
         count = 0
         for inst in self.written:
-            mine = [track for track in song.instruments if _instrument(track) == inst]
+            mine = [track for track in song.instruments if instrument_of(track) == inst]
             for track in mine:
                 track.notes = [n for n in track.notes if not self._is_open(n.start, song.ticks_per_beat)]
             new = [
                 miditoolkit.Note(note.velocity, note.pitch, *_rescaled(note, decoded, song))
                 for track in decoded.instruments
-                if _instrument(track) == inst
+                if instrument_of(track) == inst
                 for note in track.notes
                 if self._is_open(note.start, decoded.ticks_per_beat)
             ]
             if new and not mine:
                 drums = inst == vocab.DRUMS
-                name = "Drums" if drums else PROGRAM_NAMES[inst]
-                mine = [miditoolkit.Instrument(0 if drums else inst, is_drum=drums, name=name)]
+                mine = [miditoolkit.Instrument(0 if drums else inst, drums, instrument_name(inst))]
                 song.instruments += mine
             if new:
                 mine[0].notes = sorted([*mine[0].notes, *new], key=lambda note: (note.start, note.pitch))
@@ -129,12 +128,7 @@ class Outline:
         return count
 
     def _is_open(self, tick: int, ticks_per_beat: int) -> bool:
-        # Where the tokenizer hears it, which rounds half steps up.
-        return self.start <= int(tick * vocab.STEPS_PER_QUARTER / ticks_per_beat + 0.5) < self.stop
-
-
-def _instrument(track: miditoolkit.Instrument) -> int:
-    return vocab.DRUMS if track.is_drum else track.program
+        return self.start <= to_steps(tick, ticks_per_beat) < self.stop
 
 
 def _rescaled(note: miditoolkit.Note, of: miditoolkit.MidiFile, to: miditoolkit.MidiFile) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from ..midi.general_midi import PROGRAM_NAMES
+from ..midi.general_midi import instrument_name
 from ..stop import StopRequest
 from ..streams import Outlived
 from ..tokens import attributes, vocab
@@ -44,13 +44,12 @@ class NewMusic:
     def among(cls, ids: np.ndarray, new: np.ndarray, new_bars: np.ndarray) -> "NewMusic":
         """The music of some tokens, bool [n], and bars, bool [bars], of a song."""
         bars, new = attributes.scan_bars(ids), ids[new]
-        quarters = bars.steps[new_bars] / vocab.STEPS_PER_QUARTER
         played = vocab.INSTRUMENTS[np.unique(new[vocab.INST.mask(new)]).astype(int) - vocab.INST.start]
         return cls(
             bars=int((new_bars & (bars.part == 0)).sum()),
             notes=int(vocab.P.mask(new).sum()),
-            instruments=tuple("Drums" if i == vocab.DRUMS else PROGRAM_NAMES[i] for i in played.tolist()),
-            seconds=float((quarters * 60 / bars.bpm[new_bars]).sum()),
+            instruments=tuple(map(instrument_name, played.tolist())),
+            seconds=float(bars.seconds[new_bars].sum()),
         )
 
     def __str__(self) -> str:

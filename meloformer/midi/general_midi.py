@@ -36,3 +36,8 @@ DRUM_GROUPS: dict[str, frozenset[int]] = {
     "cymbals": frozenset({49, 51, 52, 53, 55, 57, 59}),
     "other": frozenset(),
 }
+
+
+def instrument_name(instrument: int) -> str:
+    """The name of a program 0..127, or of the drums, whose number follows."""
+    return PROGRAM_NAMES[instrument] if instrument < len(PROGRAM_NAMES) else "Drums"

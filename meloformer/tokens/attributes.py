@@ -116,6 +116,11 @@ class Bars:
         """First step of every bar, from the start of the document; int64 [bars]."""
         return np.cumsum(self.steps) - self.steps
 
+    @property
+    def seconds(self) -> np.ndarray:
+        """Playing time of every bar; float64 [bars]."""
+        return self.steps * 60 / vocab.STEPS_PER_QUARTER / self.bpm
+
 
 def scan_bars(ids: np.ndarray) -> Bars:
     """The bars of one document that follows the grammar (its first bar states TS and BPM)."""

@@ -76,7 +76,7 @@ def from_midi(midi: miditoolkit.MidiFile, notes: np.ndarray | None = None) -> Sc
     if max(start.max(), end.max()) > MAX_TICK:
         raise MidiError("too_long", f"a note lies beyond tick {MAX_TICK}")
 
-    start, end = _to_steps(start, tpq), _to_steps(end, tpq)
+    start, end = to_steps(start, tpq), to_steps(end, tpq)
     velocity = vocab.velocity_to_bin(np.clip(velocity, 1, 127))
     start, length, pitch, velocity, inst = resolve_overlaps(start, end - start, pitch, velocity, inst)
     bar_start, bar_steps, signature, part = _bar_lines(midi, int((start + length).max()))
@@ -84,10 +84,15 @@ def from_midi(midi: miditoolkit.MidiFile, notes: np.ndarray | None = None) -> Sc
     return Score(start, length, pitch, velocity, inst, bar_start, bar_steps, signature, part, bpm)
 
 
+def instrument_of(track: miditoolkit.Instrument) -> int:
+    """The track's program, or `vocab.DRUMS`."""
+    return vocab.DRUMS if track.is_drum else track.program
+
+
 def notes_of(midi: miditoolkit.MidiFile) -> np.ndarray:
     """Start, end (ticks), pitch, velocity and instrument (128 for drums) of all notes, int64 [n, 5]."""
     rows = [
-        (note.start, note.end, note.pitch, note.velocity, vocab.DRUMS if track.is_drum else track.program)
+        (note.start, note.end, note.pitch, note.velocity, instrument_of(track))
         for track in midi.instruments
         for note in track.notes
     ]
@@ -172,7 +177,7 @@ def resolve_overlaps(
     return start, np.minimum(nearest, fitting), pitch[order], velocity[order], inst[order]
 
 
-def _to_steps(ticks: np.ndarray, tpq: int) -> np.ndarray:
+def to_steps(ticks: np.ndarray, tpq: int) -> np.ndarray:
     """Nearest step (halves up), in integers: floats could round differently when a song is encoded again."""
     return (2 * vocab.STEPS_PER_QUARTER * ticks + tpq) // (2 * tpq)
 
@@ -191,7 +196,7 @@ def _bar_lines(midi: miditoolkit.MidiFile, end: int) -> tuple[np.ndarray, np.nda
     tpq = midi.ticks_per_beat
     changes = _last_per_time(
         [
-            (int(_to_steps(np.int64(ts.time), tpq)), ts.numerator, ts.denominator)
+            (int(to_steps(np.int64(ts.time), tpq)), ts.numerator, ts.denominator)
             for ts in midi.time_signature_changes
         ],
         default=(4, 4),
