@@ -109,11 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.picture and not args.picture.lower().endswith(".png"):
         raise UserError(f"--picture {args.picture}: must end in .png")
     constraints = read_constraints(args)
-    numbers = range(1, args.num + 1)
     outputs = {
-        flag if args.num == 1 else f"{flag} {number}": numbered(path, number, args.num)
-        for number in numbers
-        for flag, path in (("--output", args.output), ("--picture", args.picture), ("--tokens", args.tokens))
+        flag if args.num == 1 else f"{flag} {number}": path
+        for number in range(1, args.num + 1)
+        for flag, path in paths_of(args, number).items()
         if path is not None
     }
     with StopRequest("will keep the complete bars and stop; Ctrl-C stops without keeping them") as request:
@@ -121,11 +120,15 @@ def main(argv: list[str] | None = None) -> int:
         return write_songs(args, constraints, request)
 
 
-def numbered(path: str, number: int, of: int) -> str:
-    """The path of one of several songs: song.mid -> song-2.mid."""
-    if of == 1 or not Path(path).name:
-        return path
-    return str(Path(path).with_stem(f"{Path(path).stem}-{number}"))
+def paths_of(args: argparse.Namespace, number: int) -> dict[str, str | None]:
+    """Where a song goes, by flag; None for what is not asked for. Of several, song.mid becomes song-2.mid."""
+
+    def numbered(path: str | None) -> str | None:
+        if args.num == 1 or not path or not Path(path).name:
+            return path
+        return str(Path(path).with_stem(f"{Path(path).stem}-{number}"))
+
+    return {f"--{name}": numbered(getattr(args, name)) for name in ("output", "picture", "tokens")}
 
 
 @dataclass
@@ -164,22 +167,18 @@ def write_songs(args: argparse.Namespace, constraints: Constraints, request: Sto
     model, max_context = load_model(Path(args.checkpoint), pick_device(args.device))
     attention = pick_attention(args.attention, model.device, model.config)
     bars = args.bars if given is None else given.outline.whole_bars
+    draw = {"max_tokens": args.max_tokens, "sampling": read_sampling(args)}
     shared = None if args.num == 1 else progress_bar(bars, args.max_tokens, args.num)
     songs = []
     for number in range(1, args.num + 1):
-        draw = {
-            "max_tokens": args.max_tokens,
-            "sampling": read_sampling(args),
-            "seed": args.seed + number - 1,
-        }
+        draw["seed"] = args.seed + number - 1
         if given is None:
             draft = Draft(prompt, bars=args.bars, constraints=constraints, **draw)
         else:
             draft = OutlinedDraft(given.outline, constraints=replace(constraints, instruments=None), **draw)
         progress = Progress(bars, args.max_tokens, request, shared)
-        paths = (args.output, args.picture, args.tokens)
-        paths = (path and numbered(path, number, args.num) for path in paths)
-        songs.append(Song(draft, progress, *paths, BarStream(number, draft.begin) if args.stream else None))
+        stream = BarStream(number, draft.begin) if args.stream else None
+        songs.append(Song(draft, progress, *paths_of(args, number).values(), stream))
     for number in write(model, [song.draft for song in songs], max_context, attention):
         songs[number].show()
         if request.reason is not None:

@@ -26,15 +26,24 @@ class Steering:
         self._wishes = constraints
         self._bars = 0  # new bars begun
         self._instrument: int | None = None
+        self._pitches: np.ndarray | None = None  # those that the instrument may play
         self._notes = 0  # of the group so far
+        # What a scale that is no bound adds to the logits of chords, and of pitches but for the drums.
+        self._of_chords = np.zeros(vocab.VOCAB_SIZE, dtype=np.float32)
+        self._of_pitches = self._of_chords.copy()
+        if constraints.scale is not None and not constraints.strict_scale:
+            if constraints.chords is None:
+                self._of_chords[CHORD.start : CHORD.stop][~constraints.chords_in_scale()] = -OUTSIDE_SCALE
+            self._of_pitches[P.start : P.stop][~constraints.in_scale()] = -OUTSIDE_SCALE
 
     def push(self, token: int, begins_bar: bool) -> None:
         """`begins_bar`: whether the token begins a new bar, and not a further part of a long one."""
         self._bars += begins_bar
         if token in INST:
             self._instrument, self._notes = int(vocab.INSTRUMENTS[token - INST.start]), 0
+            self._pitches = self._wishes.pitches(self._instrument)
         elif token in CHORD:
-            self._instrument = None
+            self._instrument = self._pitches = None
         elif token in P:
             self._notes += 1
 
@@ -51,22 +60,18 @@ class Steering:
             allowed[CHORD.start : only] = allowed[only + 1 : CHORD.stop] = False
         elif wishes.strict_scale:
             allowed[CHORD.start : CHORD.stop] &= wishes.chords_in_scale()
-        if self._instrument is not None:
-            allowed[P.start : P.stop] &= wishes.pitches(self._instrument)
+        if self._pitches is not None:
+            allowed[P.start : P.stop] &= self._pitches
 
     def bias(self) -> np.ndarray | None:
         """What to add to the logits of the next token, float32 [VOCAB_SIZE]; None for nothing."""
         wishes = self._wishes
-        soft_scale = wishes.scale is not None and not wishes.strict_scale
         density = wishes.densities.get(self._instrument)
-        if not soft_scale and density is None:
+        if density is None and (wishes.scale is None or wishes.strict_scale):
             return None
-        bias = np.zeros(vocab.VOCAB_SIZE, dtype=np.float32)
-        if soft_scale:
-            if wishes.chords is None:
-                bias[CHORD.start : CHORD.stop][~wishes.chords_in_scale()] -= OUTSIDE_SCALE
-            if self._instrument not in (None, vocab.DRUMS):
-                bias[P.start : P.stop][~wishes.in_scale()] -= OUTSIDE_SCALE
+        bias = self._of_chords.copy()
+        if self._instrument not in (None, vocab.DRUMS):
+            bias += self._of_pitches
         if density is not None:
             missing = density - self._notes
             if missing > 0:
