@@ -16,7 +16,6 @@ from meloformer.errors import DivergedError, UserError
 from meloformer.generate import main as generate_command
 from meloformer.generate import read_prompt
 from meloformer.generation.load import load_model
-from meloformer.generation.loop import generate
 from meloformer.generation.sampling import Sampling
 from meloformer.model.transformer import ModelConfig
 from meloformer.tokens import vocab
@@ -27,6 +26,7 @@ from meloformer.training.distributed import start_job
 from meloformer.training.metrics import Meter
 from meloformer.training.schedule import learning_rate
 
+from helpers.generated import generate
 from helpers.songs import EXAMPLE
 from helpers.tiny_train import TINY
 from helpers.training import arguments, config, forked, losses, records, spec

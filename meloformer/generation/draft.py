@@ -21,7 +21,17 @@ UNCONSTRAINED = Constraints()
 class Draft:
     """A song from its prompt on. Take turns: `append_required` until it returns False, then `draw`.
 
-    Args and errors: those of `loop.generate`.
+    Args:
+        prompt: ids of a song; an EOS is removed. None begins a new song.
+        bars: number of new bars; None lets the model decide where to end.
+        max_tokens: maximum number of new tokens: it cuts the song after its last complete note.
+        sampling: how tokens are drawn.
+        constraints: what the new bars must keep to.
+        seed: of the random draws.
+
+    Raises:
+        ValueError: `bars` is below 1, the prompt breaks the grammar, or none of the instruments that
+            `constraints` allows is in its band list (`attributes.with_instruments` adds them).
 
     Attributes:
         ids: all tokens so far, the prompt's and then the new ones.

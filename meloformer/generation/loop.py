@@ -1,16 +1,14 @@
 """The generation loop: token by token, new songs or the continuations of songs, one or several at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from ..model.transformer import MeloFormer
 from ..tokens import attributes
-from .constraints import Constraints
 from .decoder import Decoder
-from .draft import DEFAULT_MAX_TOKENS, PLAIN_SAMPLING, UNCONSTRAINED, Draft
-from .sampling import Sampling
+from .draft import Draft
 
 MAX_CONTEXT = 24576
 
@@ -95,7 +93,9 @@ def write(model: MeloFormer, drafts: Sequence[Draft], max_context: int, attentio
     """Write songs to their ends, side by side.
 
     Args:
-        max_context, attention: see `generate`.
+        max_context: maximum number of tokens that the model sees at once; older bars are left out. A song of
+            which a single bar is longer is cut after its last complete note.
+        attention: name of the backend for passes over whole prompts, or "auto".
 
     Yields:
         After every new token the number of the draft that it was appended to. A draft that is ended meanwhile
@@ -115,49 +115,3 @@ def write(model: MeloFormer, drafts: Sequence[Draft], max_context: int, attentio
                 draft.end()
             elif not draft.finished and draft.draw(logits):
                 yield number
-
-
-def generate(
-    model: MeloFormer,
-    prompt: np.ndarray | None = None,
-    *,
-    bars: int | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    sampling: Sampling = PLAIN_SAMPLING,
-    constraints: Constraints = UNCONSTRAINED,
-    seed: int = 0,
-    max_context: int = MAX_CONTEXT,
-    attention: str = "auto",
-    on_token: Callable[[int, int], None] = lambda tokens, bars: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> np.ndarray:
-    """Token ids (uint16 [n]) of a whole song, BOS and EOS included: the prompt, then what the model adds.
-
-    Args:
-        model: in eval mode.
-        prompt: ids of a song; an EOS is removed. None begins a new song.
-        bars: number of new bars; None lets the model decide where to end.
-        max_tokens: maximum number of new tokens. Where it ends the song, and where a single bar is longer
-            than `max_context`, the song is cut after its last complete note.
-        sampling: how tokens are drawn.
-        constraints: what the new bars must keep to.
-        seed: of the random draws.
-        max_context: maximum number of tokens the model sees at once; older bars are left out.
-        attention: name of the backend for passes over whole prompts, or "auto".
-        on_token: called after every token with the number of new tokens and of new bars begun.
-        stop: called after every token; True ends the song after its last complete bar. Where there is no
-            new one, what is left is the prompt, or BOS and EOS alone.
-
-    Raises:
-        ValueError: `bars` is below 1, the prompt breaks the grammar, or none of the instruments that
-            `constraints` allows is in its band list (`attributes.with_instruments` adds them).
-    """
-    draft = Draft(
-        prompt, bars=bars, max_tokens=max_tokens, sampling=sampling, constraints=constraints, seed=seed
-    )
-    for _ in write(model, [draft], max_context, attention):
-        on_token(draft.new_tokens, draft.new_bars)
-        if stop():
-            draft.stop()
-            break
-    return draft.song()

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ..generation.loop import generate
+from ..generation.draft import Draft
+from ..generation.loop import write
 from ..generation.sampling import Sampling
 from ..midi.writer import write_midi
 from ..model.transformer import MeloFormer
@@ -14,10 +15,6 @@ from ..tokens.tokenizer import HIDTokenizer
 BARS, MAX_TOKENS = 16, 1024
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)
 SEED = 0  # the same for all samples of a run, so that only the weights differ
-
-
-class _Stopped(Exception):
-    pass
 
 
 def write_sample(
@@ -34,27 +31,16 @@ def write_sample(
         False if generation was stopped; nothing is written then.
     """
 
-    def on_token(*_) -> None:
-        if stops():
-            raise _Stopped
-
     was_training = model.training
     model.eval()
     try:
-        ids = generate(
-            model,
-            bars=BARS,
-            max_tokens=MAX_TOKENS,
-            sampling=SAMPLING,
-            seed=SEED,
-            max_context=max_context,
-            attention=attention,
-            on_token=on_token,
-        )
-    except _Stopped:
-        return False
+        draft = Draft(bars=BARS, max_tokens=MAX_TOKENS, sampling=SAMPLING, seed=SEED)
+        for _ in write(model, [draft], max_context, attention):
+            if stops():
+                return False
     finally:
         model.train(was_training)
+    ids = draft.song()
     if not vocab.P.mask(ids).any():
         print(f"the sample of step {step} has no note")
         return True

@@ -3,12 +3,12 @@ import pytest
 
 from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
-from meloformer.generation.loop import generate
 from meloformer.generation.sampling import Sampling
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
 
+from helpers.generated import generate
 from helpers.untrained import untrained
 
 TOKENIZER = HIDTokenizer()

@@ -13,11 +13,11 @@ from meloformer.errors import UserError
 from meloformer.generation.constraints import Constraints
 from meloformer.generation.decoder import Decoder
 from meloformer.generation.generator import Generator
-from meloformer.generation.loop import generate
 from meloformer.generation.sampling import DEFAULT_SAMPLING, Sampling
 from meloformer.tokens import attributes, grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
+from helpers.generated import generate
 from helpers.untrained import CONFIG, untrained
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"

@@ -3,11 +3,12 @@ import pytest
 
 from benchmarks.fidelity import notes_by_key
 from meloformer.composer.compose import compose
-from meloformer.generation.loop import context, generate
+from meloformer.generation.loop import context
 from meloformer.generation.sampling import Sampling
 from meloformer.tokens import attributes, grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
+from helpers.generated import generate
 from helpers.untrained import untrained
 
 TOKENIZER = HIDTokenizer()

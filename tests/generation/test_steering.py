@@ -9,12 +9,12 @@ import pytest
 from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
 from meloformer.generation.harmony import chord_pitches, parse_chords, parse_key
-from meloformer.generation.loop import generate
 from meloformer.generation.sampling import Sampling
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
 
+from helpers.generated import generate
 from helpers.untrained import untrained
 
 C_MAJOR = parse_key("C major")

@@ -13,7 +13,6 @@ from meloformer.data.pairs import Counts
 from meloformer.errors import UserError
 from meloformer.generate import main as generate_command
 from meloformer.generation.load import load_model
-from meloformer.generation.loop import generate
 from meloformer.kernels.dense import CausalAttention
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer
@@ -30,6 +29,7 @@ from helpers.attention_cases import (
     song,
     structure,
 )
+from helpers.generated import generate
 from helpers.model_cases import influence, random_ids, tiny_model
 from helpers.tiny_train import TINY
 from helpers.training import config, losses
