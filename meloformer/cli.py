@@ -103,7 +103,8 @@ def report(error: BaseException) -> int:
         where = "error" if rank == "0" else f"error in process {rank}"
         # Names of files may hold line breaks and escape sequences of terminals.
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-        print(f"{where}: {text}", file=sys.stderr, flush=True)
+        # In one write: unbuffered, another process could write between the text and the end of its line.
+        print(f"{where}: {text}\n", end="", file=sys.stderr, flush=True)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
