@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import mido
@@ -12,7 +11,6 @@ from matplotlib.figure import Figure
 
 from meloformer import generate as module
 from meloformer import stop
-from meloformer.checkpoint.store import save_checkpoint
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.midi.reader import read_midi
@@ -21,7 +19,7 @@ from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.full_disk import full_disk
-from helpers.untrained import CONFIG, untrained
+from helpers.untrained import save_untrained
 
 
 @pytest.mark.parametrize(
@@ -36,16 +34,7 @@ def test_numbers_out_of_range_end_in_one_line(flag, capsys):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    save_checkpoint(
-        tmp_path / "checkpoints",
-        1,
-        model_state=untrained().state_dict(),
-        config=asdict(CONFIG),
-        tokenizer_json=vocab.to_json(),
-        optimizer_state=None,
-        trainer={"identity": {"max_seq_len": 2048}},
-        keep_last=1,
-    )
+    save_untrained(tmp_path / "checkpoints", 2048)
     return tmp_path
 
 

@@ -4,20 +4,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from meloformer import export, generate
-from meloformer.checkpoint.store import save_checkpoint
 from meloformer.errors import UserError
-from meloformer.tokens import vocab
 from meloformer.training.distributed import start_job
 from meloformer.training.resume import load_for_resume
 
 from helpers.training import config
-from helpers.untrained import CONFIG, untrained
+from helpers.untrained import save_untrained
 
 NOBODY = 65534
 FOLDERS = ("run", "run/checkpoints", "run/checkpoints/step-00000001")
@@ -34,17 +31,7 @@ CASES += [
 def place() -> Iterator[Path]:
     """A folder with the output of a run, in the eyes of a user who is not root, whom no mode keeps out."""
     folder = Path(tempfile.mkdtemp())  # what pytest makes, its owner alone may enter
-    save_checkpoint(
-        folder / "run" / "checkpoints",
-        1,
-        model_state=untrained().state_dict(),
-        config=asdict(CONFIG),
-        tokenizer_json=vocab.to_json(),
-        optimizer_state=None,
-        trainer={"identity": {"max_seq_len": 64}},
-        keep_last=1,
-        val_loss=1.0,
-    )
+    save_untrained(folder / "run" / "checkpoints", 64, val_loss=1.0)
     (folder / "new").mkdir()
     (folder / "new").chmod(0o777)
     folder.chmod(0o755)

@@ -1,13 +1,11 @@
 """The Python API: songs, bars as they come, and the examples of the documentation."""
 
 import doctest
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from meloformer.checkpoint.store import save_checkpoint
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.generation.constraints import Constraints
@@ -18,7 +16,7 @@ from meloformer.tokens import attributes, grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.generated import generate
-from helpers.untrained import CONFIG, untrained
+from helpers.untrained import save_untrained, untrained
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
 SHAKEN = Sampling(temperature=3.0)  # an untrained model must be shaken to end its bars
@@ -28,16 +26,7 @@ SHAKEN = Sampling(temperature=3.0)  # an untrained model must be shaken to end i
 def run(tmp_path_factory):
     """The folder of a run with a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    save_checkpoint(
-        folder / "checkpoints",
-        1,
-        model_state=untrained().state_dict(),
-        config=asdict(CONFIG),
-        tokenizer_json=vocab.to_json(),
-        optimizer_state=None,
-        trainer={"identity": {"max_seq_len": 1500}},
-        keep_last=1,
-    )
+    save_untrained(folder / "checkpoints", 1500)
     return folder
 
 
