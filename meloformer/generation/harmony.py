@@ -1,7 +1,6 @@
 """Chords and keys as musicians write them: 'C G Am F7', 'A minor'."""
 
 import re
-from collections.abc import Sequence
 
 from ..errors import UserError
 from ..tokens import vocab
@@ -93,12 +92,3 @@ def chord_pitches(label: int) -> frozenset[int]:
     root, quality = vocab.CHORD.labels[label - vocab.CHORD.start].split(":")
     base = vocab.PITCH_NAMES.index(root)
     return frozenset((base + step) % 12 for step in vocab.QUALITIES[quality])
-
-
-def chord_names(ids: Sequence[int]) -> str:
-    """The chords of CHORD tokens as one would write them: 'C Am N'."""
-    names = []
-    for label in ids:
-        root, _, quality = vocab.CHORD.labels[label - vocab.CHORD.start].partition(":")
-        names.append(root + (SPELLINGS[quality][0] if quality else ""))
-    return " ".join(names)
