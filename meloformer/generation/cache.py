@@ -62,7 +62,3 @@ class KeyValueCache:
             self.seen = _with_room(self.seen, seen)
         if bars:
             self.bars_own, self.bars_past = _with_room(self.bars_own, bars), _with_room(self.bars_past, bars)
-
-    def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
