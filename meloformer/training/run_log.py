@@ -25,6 +25,8 @@ class RunLog:
         last_step: the step that the run resumes after. Records of later steps, left by an interrupted run,
             are removed: these steps will be repeated. Damaged lines are moved to `DAMAGED`, and it is said.
         settings: of the run, for Weights & Biases.
+        repeated: names of entries. Records of `last_step` that have one are removed, too: what wrote them
+            comes after the checkpoint of that step, and will be done again.
         tensorboard: whether to write `folder/tensorboard`.
         wandb: project of Weights & Biases, or None.
 
@@ -38,6 +40,7 @@ class RunLog:
         last_step: int,
         settings: dict,
         *,
+        repeated: tuple[str, ...] = (),
         tensorboard: bool = False,
         wandb: str | None = None,
     ):
@@ -47,7 +50,7 @@ class RunLog:
         if wandb is not None:
             self._boards.append(_wandb(folder, settings, wandb))
         path = folder / LOG
-        kept, damaged = _lines_until(path, last_step)
+        kept, damaged = _lines_until(path, last_step, repeated)
         if damaged:
             with (folder / DAMAGED).open("ab") as file:
                 file.write(damaged)
@@ -90,8 +93,8 @@ def read_log(path: Path) -> list[dict]:
     return [record for record in map(_record, lines) if record is not None]
 
 
-def _lines_until(path: Path, last_step: int) -> tuple[bytes, bytes]:
-    """The lines of steps up to `last_step`, and the damaged ones."""
+def _lines_until(path: Path, last_step: int, repeated: tuple[str, ...]) -> tuple[bytes, bytes]:
+    """The lines of steps up to `last_step`, and the damaged ones; without what will be repeated."""
     kept, damaged = [], []
     if path.exists():
         *lines, last = path.read_bytes().split(b"\n")
@@ -99,7 +102,9 @@ def _lines_until(path: Path, last_step: int) -> tuple[bytes, bytes]:
             record = _record(line)
             if record is None:
                 damaged.append(line + b"\n")
-            elif record["step"] <= last_step:
+            elif record["step"] < last_step or (
+                record["step"] == last_step and record.keys().isdisjoint(repeated)
+            ):
                 kept.append(line + b"\n")
     return b"".join(kept), b"".join(damaged)
 

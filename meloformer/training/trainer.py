@@ -210,16 +210,18 @@ class Trainer:
 
     def _open(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        is_extended = self._steps_before < self.total_steps
         self.log = RunLog(
             self.output,
             self.step,
             dataclasses.asdict(self.config),
+            repeated=("val_loss",) * ("validate" in self.due) + ("extended_from",) * is_extended,
             tensorboard=self.config.tensorboard,
             wandb=self.config.wandb,
         )
         save_config(self.config, self.output / CONFIG)
         describe(self.stepper, self.job, self.data, self.val_data, self.step, self.config.init_from)
-        if self._steps_before < self.total_steps:
+        if is_extended:
             line, record = extension(self.step, self._steps_before, self.total_steps, self.config)
             print(line)
             self.log.write({"step": self.step, "epoch": self.epoch, **record})

@@ -147,8 +147,9 @@ def _run_some(trainer, steps):
         trainer.run()
 
 
-def test_a_run_killed_in_its_validation_has_lost_no_step(data, tmp_path, monkeypatch):
-    """A validation takes minutes: it may be longer than a run lives."""
+@pytest.mark.parametrize("logged", [False, True], ids=["inside it", "after it was logged"])
+def test_a_run_killed_in_its_validation_has_lost_no_step(data, tmp_path, monkeypatch, logged):
+    """A validation takes minutes: it may be longer than a run lives. It is logged once."""
     settings = config(data, tmp_path / "whole", max_steps=3, save_every=2, validate_every=2)
     train.train(settings, TINY)
     killed = dataclasses.replace(settings, output_dir=str(tmp_path / "killed"))
@@ -156,11 +157,18 @@ def test_a_run_killed_in_its_validation_has_lost_no_step(data, tmp_path, monkeyp
     class Killed(Exception):
         pass
 
-    def kill(*args):
+    log_validation = Trainer._log_validation
+
+    def kill(self, *args):
+        if logged:
+            log_validation(self, *args)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "validate", kill)
+        if logged:
+            patch.setattr(Trainer, "_log_validation", kill)
+        else:
+            patch.setattr(trainer, "validate", kill)
         with pytest.raises(Killed):
             train.train(killed, TINY)
     assert latest_checkpoint(tmp_path / "killed" / "checkpoints").name == "step-00000002"
@@ -275,7 +283,7 @@ def test_a_finished_run_is_resumed_to_nothing(data, tmp_path):
     assert losses(tmp_path) == before
 
 
-def test_a_finished_run_is_extended(data, tmp_path, capsys):
+def test_a_finished_run_is_extended(data, tmp_path, capsys, monkeypatch):
     """By steps, then by epochs; it takes the rows that a longer run would have taken, and says what the
     learning rate does."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -290,6 +298,10 @@ def test_a_finished_run_is_extended(data, tmp_path, capsys):
         "on, so it is 0.00722 in the next step, after 0.00325 in the last\n"
     ) in capsys.readouterr().out
     third = dataclasses.replace(second, epochs=3, max_steps=None)
+    with monkeypatch.context() as patch:  # killed before it has saved anything
+        patch.setattr(Trainer, "_loop", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(third, TINY)
     train.train(third, TINY)
     assert [r["tokens"] for r in records(parts)] == [r["tokens"] for r in records(whole)]
     schedule = [(0, 4, first, 4), (4, 9, second, 9), (9, len(losses(whole)), third, len(losses(whole)))]

@@ -26,6 +26,20 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
     assert lines(tmp_path) == []
 
 
+def test_what_will_be_done_again_after_the_last_step_is_forgotten(tmp_path):
+    log = RunLog(tmp_path, 0, {})
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 1.0})
+        log.write({"step": step, "val_loss": 2.0})
+    log.close()
+    RunLog(tmp_path, 2, {}, repeated=("val_loss", "extended_from")).close()
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 1, "val_loss": 2.0},
+        {"step": 2, "loss": 1.0},
+    ]
+
+
 DAMAGE = (
     b"{\x00\xff}",
     b"[" * 100_000,
