@@ -205,13 +205,16 @@ def test_memory_per_file(tmp_path, monkeypatch, length):
 
     def run_tasks(function, items, **_):
         for i, path in enumerate(items):
-            ids = np.full(length, vocab.P.start, np.uint16)
-            ids[:2] = i % 65536, i // 65536
+            ids = np.full(length, vocab.CHORD.start, np.uint16)
+            tempo, label = vocab.BPM.start + i % 400, vocab.CHORD.start + i // 400
+            ids[:6] = vocab.BOS, vocab.BAND.start, vocab.CHORD.start, vocab.TS.start, tempo, label
+            ids[-1] = vocab.EOS
             motifs = np.sort(generator.integers(0, 2**64, 8, np.uint64))
-            yield Result(path, build.Encoded(ids, 1, [], motifs))
+            yield Result(path, build.Encoded(ids, length - 5, [], motifs))
 
     monkeypatch.setattr(build, "run_tasks", run_tasks)
     monkeypatch.setattr(near_duplicates, "_AT_ONCE", 1 << 10)  # so that these are many motifs already
+    monkeypatch.setattr(damage, "_AT_ONCE", 1 << 13)  # and these many tokens
 
     def peak(count):
         names = tmp_path / f"{count}.txt"
@@ -227,4 +230,4 @@ def test_memory_per_file(tmp_path, monkeypatch, length):
         return bytes_at_peak
 
     peak(500)  # what is imported or cached at the first call is not of the files
-    assert (peak(8000) - peak(2000)) / 6000 < MAX_BYTES_PER_FILE
+    assert (peak(4000) - peak(1000)) / 3000 < MAX_BYTES_PER_FILE

@@ -40,7 +40,7 @@ FAILED = "failed.tsv"
 ELSEWHERE = "use another --output, or --overwrite to delete its files"
 
 _OURS = re.compile(
-    rf"(shard-\d{{5,}}\.(bin|idx|motifs|json)|{shards.MANIFEST}|{shards.TOKENIZER}|{shards.DIVISION}|{RUN}|{FAILED})"
+    rf"(shard-\d{{5,}}\.(bin|idx|motifs|json)|{shards.MANIFEST}|{shards.TOKENIZER}|{shards.DIVISION}|{RUN}|{FAILED}|{damage.CHECKED})"
     rf"({re.escape(TEMPORARY)})?"
 )
 
@@ -225,7 +225,9 @@ def preprocess(
         _claim(folder, run, overwrite)
         count = -(-len(files) // shard_size)
         _run(folder, run, files, count, num_workers, named or frozenset())
-        print_table(shards.ShardSet(folder), _records(folder, count))
+        songs = shards.ShardSet(folder)
+        damage.check_once(songs, num_workers)
+        print_table(songs, _records(folder, count))
 
 
 def _run(

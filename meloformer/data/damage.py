@@ -1,17 +1,40 @@
-"""Songs that are damaged on disk: a fast check of all that are used, and a thorough one of a whole folder."""
+"""Songs that are damaged on disk: a fast check of all that are used, and a thorough one of a whole folder.
 
+Checking the grammar takes longer than reading. So preprocess checks a folder once and marks it with
+`CHECKED`; from then on only the SHA-256 of each shard is asked for.
+"""
+
+import hashlib
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import read_json, to_json, write_json
 from ..tokens import grammar, vocab
 from ..tokens.grammar_scan import broken_songs
 from .motifs import motifs
-from .shards import MANIFEST, ShardSet, content_digest, intact_file, read_motifs, read_record, shard_name
+from .shards import (
+    LEFT_OUT,
+    MANIFEST,
+    ShardSet,
+    content_digest,
+    intact_file,
+    read_motifs,
+    read_record,
+    shard_name,
+)
 
+Item, Value = TypeVar("Item"), TypeVar("Value")
+
+CHECKED = "checked.json"
+_CHECKS = 1  # to be raised when `find_damaged` looks for more than it did
+_QUEUED = 64  # groups of songs, or shards
 _AT_ONCE = 1 << 16  # tokens: enough for array operations, and few enough for the cache of a core
 
 
@@ -23,30 +46,71 @@ def find_damaged(
     A song is damaged if its digest or its number of bars is not that of the index, if it breaks the grammar,
     or if it does not run from BOS to EOS.
 
+    In a folder with a mark that fits, shards are compared with the manifest first, and only songs of shards
+    that differ are checked.
+
     Args:
-        part, parts: check only the given one of so many equal parts of the songs, in turn.
+        part, parts: check only the given one of so many parts of the songs, or of the shards, in turn.
         threads: so many work at once; most of the time is spent in hashing and NumPy, which run in parallel.
         shown: show a progress bar if it takes more than a few seconds.
 
     Raises:
         UserError: a file was changed after it was opened.
     """
-    used = np.concatenate([shards.split("train"), shards.split("val")])
-    used.sort()
-    tokens = int(shards.lengths[used].sum()) // parts
-    found = [np.zeros(0, np.int64)]
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(
-            total=tokens, unit="tok", unit_scale=True, desc="check songs", delay=3, disable=not shown
-        ) as bar,
-    ):
-        for songs, damaged in pool.map(
-            lambda songs: _check(shards, songs), _groups(shards, used)[part::parts]
-        ):
-            found.append(damaged)
-            bar.update(int(shards.lengths[songs].sum()))
-    return np.concatenate(found)
+    used = np.flatnonzero(shards.division != LEFT_OUT)
+    if is_checked(shards):
+        whole = shards.by_shard()
+        numbers = range(part, len(whole), parts)
+        tokens = [int(shards.lengths[whole[number]].sum()) for number in numbers]
+        intact = _parallel(shards.is_intact, numbers, tokens, threads, shown)
+        changed = [whole[number] for number, is_intact in zip(numbers, intact) if not is_intact]
+        groups = [group for songs in changed for group in _groups(shards, np.intersect1d(songs, used))]
+    else:
+        groups = _groups(shards, used)[part::parts]
+    tokens = [int(shards.lengths[songs].sum()) for songs in groups]
+    damaged = _parallel(partial(_damaged_among, shards), groups, tokens, threads, shown)
+    return np.concatenate([np.zeros(0, np.int64), *damaged])
+
+
+def _parallel(
+    function: Callable[[Item], Value], items: Sequence[Item], tokens: list[int], threads: int, shown: bool
+) -> list[Value]:
+    """The values of `function` for items that have so many tokens each."""
+    settings = {"unit": "tok", "unit_scale": True, "desc": "check songs", "delay": 3, "disable": not shown}
+    values = []
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=sum(tokens), **settings) as bar:
+        for start in range(0, len(items), _QUEUED):
+            for value in pool.map(function, items[start : start + _QUEUED]):
+                bar.update(tokens[len(values)])
+                values.append(value)
+    return values
+
+
+def is_checked(shards: ShardSet) -> bool:
+    """Whether the folder is marked: the songs that its manifest describes were found whole."""
+    try:
+        return read_json(shards.folder / CHECKED) == _mark(shards)
+    except UserError:  # there is none, or it is damaged: then they are checked again
+        return False
+
+
+def check_once(shards: ShardSet, threads: int) -> None:
+    """Check the songs of a folder, and mark it, unless it is marked already.
+
+    Raises:
+        UserError: a song is damaged: by the disk, or by a fault of this program.
+    """
+    if is_checked(shards):
+        return
+    damaged = find_damaged(shards, threads=threads, shown=True).tolist()
+    if damaged:
+        raise UserError(f"{shards.name(damaged[0])} {song_problem(shards, damaged[0])}")
+    write_json(shards.folder / CHECKED, _mark(shards))
+
+
+def _mark(shards: ShardSet) -> dict:
+    # The manifest lists the SHA-256 of all other files, so it stands for them.
+    return {"manifest": hashlib.sha256(to_json(shards.manifest)).hexdigest(), "checks": _CHECKS}
 
 
 def _groups(shards: ShardSet, songs: np.ndarray) -> list[np.ndarray]:
@@ -57,8 +121,7 @@ def _groups(shards: ShardSet, songs: np.ndarray) -> list[np.ndarray]:
     return np.split(songs, np.flatnonzero(np.diff(group)) + 1)
 
 
-def _check(shards: ShardSet, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`songs`, and the damaged ones among them."""
+def _damaged_among(shards: ShardSet, songs: np.ndarray) -> np.ndarray:
     tokens = [shards[song] for song in songs.tolist()]
     damaged = np.array(
         [content_digest(ids) != shards.digests[song].tobytes() for ids, song in zip(tokens, songs)]
@@ -67,7 +130,7 @@ def _check(shards: ShardSet, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     ids = np.concatenate(tokens)
     damaged |= np.add.reduceat(vocab.CHORD.mask(ids), starts, dtype=np.int32) != shards.bars[songs]
     damaged |= broken_songs(ids, starts)
-    return songs, songs[damaged]
+    return songs[damaged]
 
 
 def song_problem(shards: ShardSet, song: int) -> str | None:

@@ -259,8 +259,8 @@ def read_record(folder: Path, number: int, *, rehash: bool = False) -> dict | No
 class ShardSet:
     """All songs of a preprocessed folder, numbered from 0.
 
-    `shards[i]` reads the tokens of a song, uint16 [n] and read-only; it is found in O(log shards). UserError
-    if its file has been changed since it was opened, and the song with it.
+    `shards[i]` reads the tokens of a song, uint16 [n] and read-only. UserError if its file has been changed
+    since it was opened, and the song with it.
 
     Opening checks the hashes of all files but those of tokens: `damage.find_damaged` checks these.
 
@@ -346,6 +346,14 @@ class ShardSet:
         shard = bisect.bisect_right(self._first, song) - 1
         return shard, song - self._first[shard]
 
+    def by_shard(self) -> list[np.ndarray]:
+        """Numbers of the songs in each shard, int64, ascending."""
+        return np.split(np.arange(len(self)), self._first[1:-1])
+
+    def is_intact(self, shard: int) -> bool:
+        """Whether the tokens of a shard have the SHA-256 that the manifest lists for them."""
+        return self._tokens[shard].sha256() == self.manifest["shards"][shard]["bin"].get("sha256")
+
     def name(self, song: int) -> str:
         """Where a song lies, for messages."""
         shard, i = self.place(song)
@@ -368,10 +376,7 @@ class ShardSet:
 
 
 class _TokenFile:
-    """The tokens of a shard.
-
-    They are read, not mapped: of a mapped file that shrinks, the next access kills the process by SIGBUS.
-    """
+    """The tokens of a shard; read, not mapped: if a mapped file shrinks, SIGBUS kills the process."""
 
     def __init__(self, path: Path):
         self.path, self._file = path, open_to_read(path)
@@ -387,6 +392,13 @@ class _TokenFile:
     def changed(self) -> bool:
         """Whether the file has been written to since it was opened."""
         return self._status() != self._when_opened
+
+    def sha256(self) -> str:
+        digest, at = hashlib.sha256(), 0
+        while block := os.pread(self._file.fileno(), 1 << 20, at):
+            digest.update(block)
+            at += len(block)
+        return digest.hexdigest()
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Tokens `first` to `last` - 1, uint16."""

@@ -1,5 +1,6 @@
 """Damaged songs are found before they are trained on, and files that change afterwards are told."""
 
+import json
 import os
 import shutil
 import time
@@ -7,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from meloformer.data.damage import find_damaged, song_problem
-from meloformer.data.shards import ShardSet, ShardWriter, content_digest
+from meloformer.data import damage
+from meloformer.data.damage import check_once, find_damaged, is_checked, song_problem
+from meloformer.data.shards import LEFT_OUT, ShardSet, ShardWriter, content_digest
 from meloformer.errors import UserError
 from meloformer.tokens import vocab
 
@@ -154,3 +156,55 @@ def test_a_file_that_is_removed_is_read_on(folder):
     for path in folder.iterdir():
         path.unlink()
     np.testing.assert_array_equal(songs[3], before)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The songs whose grammar is checked."""
+    songs, check = [], damage.broken_songs
+    monkeypatch.setattr(
+        damage, "broken_songs", lambda ids, starts: songs.append(len(starts)) or check(ids, starts)
+    )
+    return songs
+
+
+def test_the_songs_of_a_marked_folder_are_not_checked_again(folder, counted):
+    songs = ShardSet(folder)
+    assert not is_checked(songs)
+    check_once(songs, threads=2)
+    assert is_checked(songs) and sum(counted) == np.count_nonzero(songs.division != LEFT_OUT)
+    counted.clear()
+    check_once(ShardSet(folder), threads=1)
+    assert find_damaged(ShardSet(folder), threads=3).tolist() == [] and not counted
+
+
+def test_only_songs_of_changed_shards_of_a_marked_folder_are_checked(folder, counted):
+    check_once(ShardSet(folder), threads=1)
+    counted.clear()
+    overwrite(folder, 3, 5, [65535])
+    overwrite(folder, 23, 5, [int(ShardSet(folder)[23][5]) ^ 1])
+    songs = ShardSet(folder)
+    assert find_damaged(songs).tolist() == [3, 23]
+    shards_of_both = np.concatenate([songs.by_shard()[songs.place(song)[0]] for song in (3, 23)])
+    assert sum(counted) == len(shards_of_both)
+    assert sorted(song for part in range(2) for song in find_damaged(songs, part, 2)) == [3, 23]
+
+
+def test_a_folder_with_damaged_songs_gets_no_mark(folder):
+    overwrite(folder, 3, 5, [65535])
+    with pytest.raises(UserError, match=r"shard-00000\.bin: song 3 is no song"):
+        check_once(ShardSet(folder), threads=1)
+    assert not is_checked(ShardSet(folder))
+
+
+@pytest.mark.parametrize("change", ["manifest", "mark", "version"])
+def test_a_mark_that_does_not_fit_is_of_no_use(folder, monkeypatch, change):
+    check_once(ShardSet(folder), threads=1)
+    if change == "manifest":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "note": "of another program"}))
+    elif change == "mark":
+        (folder / damage.CHECKED).write_bytes(b"{")
+    else:
+        monkeypatch.setattr(damage, "_CHECKS", damage._CHECKS + 1)
+    assert not is_checked(ShardSet(folder))
