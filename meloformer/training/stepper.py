@@ -22,8 +22,10 @@ from ..errors import UserError
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..model.device import pick_attention
+from ..model.instrument_mask import forbidden_instruments
 from ..model.loss import weighted_loss
 from ..model.transformer import MeloFormer, ModelConfig
+from ..tokens import vocab
 from .config import TrainConfig
 from .distributed import Job, full_tensor, gather_state, local_tensor, shard_like, shard_model
 from .family_weights import weight_table
@@ -127,7 +129,7 @@ class Stepper:
         return PreparedBatch(moved, self.model.attention_for(structure, self.attention))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits [B, N, V] of a batch. Collective if the state is sharded."""
+        """Logits [B, N, V] of a batch; -inf where instruments are forbidden. Collective if sharded."""
         return self._forward(self.model, self._prepare(batch))
 
     def _forward(self, model: torch.nn.Module, prepared: PreparedBatch) -> Tensor:
@@ -137,7 +139,11 @@ class Stepper:
         attention.finalize()  # may synchronize, which compiled code cannot
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
-            return model(batch.ids, batch.structure, attention)
+            logits = model(batch.ids, batch.structure, attention)
+        with torch.no_grad():  # the gradient of what has no probability is 0 anyway
+            instruments = logits[..., vocab.INST.start : vocab.INST.stop]
+            instruments.masked_fill_(forbidden_instruments(batch.ids, batch.structure), -torch.inf)
+        return logits
 
     def seed(self, step: int) -> None:
         """Seed every random generator by the run's seed, the step and the rank.

@@ -98,7 +98,7 @@ def test_weights_change_what_is_learned_and_not_what_is_told(data, tmp_path):
     nats, weights = [], []
     for batch in batches:
         counts = batch.targets >= 0
-        logits = stepper.model(batch.ids, batch.structure, "reference")[counts]
+        logits = stepper.logits(batch)[counts]
         nats.append(torch.nn.functional.cross_entropy(logits, batch.targets[counts], reduction="none"))
         weights.append(torch.ones(len(nats[-1])))
         for family, weight in ((vocab.P, 3.0), (vocab.CHORD, 0.5)):

@@ -29,7 +29,7 @@ def test_losses_are_means_over_the_targets_of_a_family(trainer):
     for row in range(trainer.val_data.rows_per_epoch(0)):
         batch = trainer.val_data.batch(0, [row])
         with torch.no_grad():
-            logits = trainer.stepper.model(batch.ids, batch.structure, "reference")
+            logits = trainer.stepper.logits(batch)
         real = batch.targets >= 0
         log_p.append(logits[real].double().log_softmax(-1))
         targets.append(batch.targets[real])
