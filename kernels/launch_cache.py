@@ -3,16 +3,26 @@
 Triton inspects the type and the alignment of every argument at every launch, which takes some 0.1 ms for
 kernels of many arguments, longer than some of them run. A launch whose numbers were all seen before, with
 pointers aligned as then, takes the kernel that was compiled then and passes addresses.
+
+How a compiled kernel is called is private to Triton. So what Triton's own launcher passes is recorded once
+for every kernel in a process, and a kernel that would be called otherwise here is left to Triton, with a
+warning. On AMD all are: there, Triton also tells tensors of 2 GB and more apart, which the key does not.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from threading import get_ident
 
 import torch
 import triton
 from torch import Tensor
 
+# Of what a compiled kernel is called with: metadata, and two hooks.
+_FOR_PROFILERS = slice(6, 9)
 _MAX_KNOWN = 1024  # launches remembered for one kernel
 _ALIGNED = 16  # bytes
+_ON_AMD = torch.version.hip is not None
 
 
 def _compiled(kernel) -> bool:
@@ -25,6 +35,42 @@ def _current_stream(device: int) -> int:
     return triton.runtime.driver.active.get_current_stream(device)
 
 
+def _passed_by_triton(compiled, launch: Callable[[], object]) -> list | None:
+    """The arguments that `launch` calls `compiled` with, which is not run; None if none are seen."""
+    if not hasattr(compiled, "_run"):
+        return None
+    calls, own, me = [], compiled.run, get_ident()
+
+    def record(*arguments):
+        if get_ident() != me:
+            return own(*arguments)
+        calls.append(list(arguments))
+
+    compiled._run = record
+    try:
+        launch()
+    finally:
+        compiled._run = own
+    return calls[0] if len(calls) == 1 else None
+
+
+def _same_call(ours: list, theirs: list | None) -> bool:
+    """Whether two calls of a compiled kernel do the same, but for profilers, which get nothing from us."""
+    if theirs is None or len(ours) != len(theirs):
+        return False
+    theirs = [x.data_ptr() if isinstance(x, Tensor) else x for x in theirs]
+    pairs = [*zip(ours, theirs)]
+    return all(our == their for our, their in pairs[: _FOR_PROFILERS.start] + pairs[_FOR_PROFILERS.stop :])
+
+
+@cache
+def _warn_of_another_call(version: str) -> None:
+    warnings.warn(
+        f"Triton {version} calls its kernels in a way unknown here: each launch costs the host longer",
+        stacklevel=3,
+    )
+
+
 class Launcher:
     """A Triton kernel whose parameters are tensors first, then numbers or tuples of them, then constants."""
 
@@ -34,6 +80,7 @@ class Launcher:
             frozenset(p.name for p in kernel.params if p.is_constexpr) if _compiled(kernel) else ()
         )
         self._known: dict[tuple, object] = {}
+        self._trusted: bool | None = False if _ON_AMD else None  # None: not compared with Triton yet
 
     def __call__(
         self,
@@ -56,6 +103,9 @@ class Launcher:
             with torch.cuda.device(first.device):  # Triton launches on the current one
                 self(programs, tensors, numbers, **constants)
             return
+        if self._trusted is False:
+            self._kernel[tuple(programs)](*tensors, *numbers, **constants)
+            return
         pointers = [x.data_ptr() for x in tensors]
         misaligned = 0
         for pointer in pointers:
@@ -66,14 +116,25 @@ class Launcher:
             known = self._kernel[tuple(programs)](*tensors, *numbers, **constants)
             if known is None or misaligned % _ALIGNED:  # interpreted, or not the usual case
                 return
+            if self._trusted is None:
+                call = self._call(known, programs, first, pointers, numbers, constants)
+                launch = partial(self._kernel[tuple(programs)], *tensors, *numbers, **constants)
+                self._trusted = _same_call(call, _passed_by_triton(known, launch))
+                if not self._trusted:
+                    _warn_of_another_call(triton.__version__)
+                    return
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[key] = known
             return
-        x, y, z = (*programs, 1, 1)[:3]
+        known.run(*self._call(known, programs, first, pointers, numbers, constants))
+
+    def _call(self, compiled, programs, first: Tensor, pointers: list[int], numbers, constants: dict) -> list:
+        """What the compiled kernel is called with."""
         values = [value for name, value in constants.items() if name in self._constants]
         stream = _current_stream(first.device.index)
-        known.run(
-            x, y, z, stream, known.function, known.packed_metadata, None, None, None,
-            *pointers, *numbers, *values,
-        )  # fmt: skip
+        grid = (*programs, 1, 1)[:3]
+        return [
+            *(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None),
+            *(*pointers, *numbers, *values),
+        ]

@@ -66,13 +66,15 @@ class FakeCompiled:
 
     def __init__(self):
         self.calls = []
+        self._run = lambda *arguments: self.calls.append(arguments)
 
-    def run(self, *arguments):
-        self.calls.append(arguments)
+    @property
+    def run(self):
+        return self._run
 
 
 class FakeKernel:
-    """Stands for a compiled kernel of a tensor, a number and the constant N."""
+    """Stands for a kernel of a tensor, numbers and the constant N, and for how Triton calls it."""
 
     def __init__(self):
         self.compiled, self.launches = FakeCompiled(), []
@@ -80,20 +82,35 @@ class FakeKernel:
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
             self.launches.append((grid, arguments, constants))
+            self.compiled.run(*self.call(grid, arguments, constants["N"]))
             return self.compiled
 
         return launch
+
+    def call(self, grid, arguments, n):
+        run = (*grid, 1, 1)[:3]
+        return *run, 7, "function", "metadata", "for a profiler", "before", "after", *arguments, n
+
+
+CALLS = {
+    "constants left out": lambda call: call[:-1],
+    "another order": lambda call: (*call[:9], *reversed(call[9:])),
+    "an argument more": lambda call: (*call[:6], None, *call[6:]),
+    "as many arguments, another stream": lambda call: (*call[:3], 8, *call[4:]),
+}
 
 
 class TestLauncher:
     @pytest.fixture
     def kernel(self, monkeypatch):
         monkeypatch.setattr(launch_cache, "_current_stream", lambda device: 7)
+        launch_cache._warn_of_another_call.cache_clear()
         return FakeKernel()
 
-    def launcher(self, kernel):
+    def launcher(self, kernel, compared=True):
         made = launch_cache.Launcher(kernel)
         made._constants = frozenset({"N"})
+        made._trusted = True if compared else made._trusted
         return made
 
     def test_a_launch_seen_before_passes_addresses(self, kernel):
@@ -102,7 +119,7 @@ class TestLauncher:
             launch((5,), (x,), ((4, 8), 0.5), N=16, num_warps=4)
         assert len(kernel.launches) == 1
         expected = (5, 1, 1, 7, "function", "metadata", None, None, None, x.data_ptr(), (4, 8), 0.5, 16)
-        assert kernel.compiled.calls == [expected] * 2
+        assert kernel.compiled.calls[1:] == [expected] * 2
 
     @pytest.mark.parametrize("what", ["number", "constant", "option", "dtype"])
     def test_another_launch_is_left_to_triton(self, kernel, what):
@@ -111,13 +128,13 @@ class TestLauncher:
         other = x.half() if what == "dtype" else x
         constants = {"N": 32 if what == "constant" else 16, "num_warps": 8 if what == "option" else 4}
         launch((5,), (other,), (3 if what == "number" else 2,), **constants)
-        assert len(kernel.launches) == 2 and not kernel.compiled.calls
+        assert len(kernel.launches) == 2
 
     def test_unaligned_pointers_are_left_to_triton(self, kernel):
         launch, x = self.launcher(kernel), torch.zeros(64)
         launch((5,), (x,), (2,), N=16)
         launch((5,), (x[1:],), (2,), N=16)
-        assert len(kernel.launches) == 2 and not kernel.compiled.calls
+        assert len(kernel.launches) == 2
 
     def test_memory_is_bounded(self, kernel, monkeypatch):
         monkeypatch.setattr(launch_cache, "_MAX_KNOWN", 4)
@@ -125,3 +142,47 @@ class TestLauncher:
         for number in range(20):
             launch((5,), (x,), (number,), N=16)
         assert len(launch._known) <= 4
+
+    def test_the_first_launch_is_compared_with_tritons_and_runs_once(self, kernel, recwarn):
+        launch, x = self.launcher(kernel, compared=False), torch.zeros(64)
+        for _ in range(3):
+            launch((5, 2), (x,), ((4, 8), 0.5), N=16, num_warps=4)
+        assert len(kernel.launches) == 2  # the second was only recorded
+        assert len(kernel.compiled.calls) == 3 and not recwarn.list
+        own, *ours = kernel.compiled.calls
+        assert all(call[:6] == own[:6] and call[9:] == (x.data_ptr(), *own[10:]) for call in ours)
+
+    @pytest.mark.parametrize("how", CALLS)
+    def test_it_gives_way_if_triton_calls_otherwise(self, kernel, how):
+        usual = kernel.call
+        kernel.call = lambda *arguments: CALLS[how](usual(*arguments))
+        launch, x = self.launcher(kernel, compared=False), torch.zeros(64)
+        with pytest.warns(UserWarning, match=r"Triton [0-9.]+ calls its kernels in a way unknown"):
+            launch((5,), (x,), (2, 3), N=16)
+        for _ in range(3):
+            launch((5,), (x,), (2, 3), N=16)
+        assert len(kernel.launches) == 1 + 1 + 3
+        assert all(call[6:9] != (None, None, None) for call in kernel.compiled.calls)
+        assert len(kernel.compiled.calls) == 1 + 3
+
+    def test_it_gives_way_if_triton_cannot_be_listened_to(self, kernel):
+        class Compiled(FakeCompiled):
+            def __init__(self):
+                self.calls = []
+
+            def run(self, *arguments):
+                self.calls.append(arguments)
+
+        kernel.compiled = Compiled()
+        launch, x = self.launcher(kernel, compared=False), torch.zeros(64)
+        with pytest.warns(UserWarning, match="unknown here"):
+            launch((5,), (x,), (2,), N=16)
+        launch((5,), (x,), (2,), N=16)
+        assert len(kernel.launches) == len(kernel.compiled.calls) == 2
+
+    def test_amd_is_left_to_triton(self, kernel, monkeypatch):
+        monkeypatch.setattr(launch_cache, "_ON_AMD", True)
+        launch, x = self.launcher(kernel, compared=False), torch.zeros(64)
+        for _ in range(3):
+            launch((5,), (x,), (2,), N=16)
+        assert len(kernel.launches) == 3
