@@ -152,6 +152,7 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
     return {
         "parameters": run.stepper.model.num_parameters(),
         "attention_used": run.stepper.attention,
+        "dense_way": run.stepper.dense_way,
         "precision": run.stepper.precision,
         "first_step_s": first,
         "warmup_steps": warmed,

@@ -33,7 +33,9 @@ MEANINGS = """\
   *Without attention* is what remains if attention takes no time: a bound for every attention. The JSON
   files list each kernel of more than half a per cent.
 - **dense**: a plain causal Transformer without summary tokens, of the same number of parameters; its MFU
-  counts its own, larger number of operations.
+  counts its own, larger number of operations. Its attention is the fastest that PyTorch has for the documents
+  of the rows, measured at the start and named by `dense_way` in the JSON files; in files without that it is
+  FlashAttention-2 over all documents in one call.
 - Batches are full: the rows of one epoch, repeated. In training the last step of an epoch has padding.
 """
 # Settings that all files of a page share.

@@ -170,7 +170,9 @@ class MeloFormer(nn.Module):
         config = torch._dynamo.config
         config.optimize_ddp = False  # it would cut layers up; gradients travel between layers anyway
         config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-        compiled = torch.compile(_forward, fullgraph=True, dynamic=False, **options)
+        # A dense model may attend document by document, which no graph can hold for all batches.
+        whole = not self.config.dense
+        compiled = torch.compile(_forward, fullgraph=whole, dynamic=False, **options)
         for layer in self.layers:
             layer.forward = partial(_compiled_forward, compiled, layer)
 

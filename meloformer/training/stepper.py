@@ -21,6 +21,8 @@ from ..data.batches import Batch
 from ..errors import UserError
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
+from ..kernels.dense_choice import fastest_way
+from ..kernels.structure import Structure
 from ..model.device import pick_attention
 from ..model.instrument_mask import forbidden_instruments
 from ..model.loss import weighted_loss
@@ -57,6 +59,8 @@ class Stepper:
         guard: decides whether a step is taken or skipped.
         precision: "fp32" or "bf16".
         attention: name of the backend.
+        dense_way: what computes the attention of a dense model, one of `kernels.dense.WAYS`: measured at the
+            first batch; None before, and where PyTorch decides.
         compiled: whether layers and loss are compiled.
         runs_ahead: whether `update` returns before the device has finished the step.
     """
@@ -94,6 +98,8 @@ class Stepper:
         self._weights = None if weights is None else weights.to(job.device)
         self._sums = self._zero_sums()
         self._side_stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self.dense_way: str | None = None
+        self._dense_times: dict[str, float | str] | None = None  # None: not measured yet
         self._in_use: PreparedBatch | None = None
         self._forward_started: torch.cuda.Event | None = None
 
@@ -123,10 +129,24 @@ class Stepper:
 
     def _prepare(self, batch: Batch) -> PreparedBatch:
         moved = batch.to(self._job.device, non_blocking=True)
-        # A dense model needs the document boundaries on the host: reading them from the device would stall
-        # it.
-        structure = batch.structure if self.model.config.dense else moved.structure
-        return PreparedBatch(moved, self.model.attention_for(structure, self.attention))
+        if not self.model.config.dense:
+            return PreparedBatch(moved, self.model.attention_for(moved.structure, self.attention))
+        # The document boundaries are needed on the host: reading them from the device would stall it.
+        if self._dense_times is None:
+            self._choose_dense_way(batch.structure)
+        return PreparedBatch(moved, CausalAttention(batch.structure, self._job.device, self.dense_way))
+
+    def _choose_dense_way(self, structure: Structure) -> None:
+        model, device = self.model.config, self._job.device
+        self.dense_way, self._dense_times = fastest_way(
+            structure, model.heads, model.head_dim, self.compute_dtype, device, model.layers
+        )
+        if self._dense_times and self._job.is_rank0:
+            each = "; ".join(
+                f"{way}: {found if isinstance(found, str) else f'{found:.1f} ms'}"
+                for way, found in self._dense_times.items()
+            )
+            print(f"dense attention by '{self.dense_way}', the fastest for these documents ({each})")
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits [B, N, V] of a batch; -inf where instruments are forbidden. Collective if sharded."""

@@ -95,6 +95,7 @@ def write_summary(
             "best_checkpoint": best and best.name,
             "parameters": stepper.model.num_parameters(),
             "attention": stepper.attention,
+            "dense_way": stepper.dense_way,
             "precision": stepper.precision,
             "processes": job.world,
             "data": {

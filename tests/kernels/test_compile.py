@@ -115,7 +115,7 @@ def test_distributed_training_compiles_the_same_graphs():
 
 
 def test_dense_layers_are_one_graph_of_few_shapes():
-    """As on a GPU, where all documents go into one call; what that call computes is not of interest here."""
+    """With all documents in one call; what that computes is not of interest here."""
     torch._dynamo.reset()
     graphs = []
 
@@ -129,12 +129,29 @@ def test_dense_layers_are_one_graph_of_few_shapes():
     model = MeloFormer(SPARSE.as_dense())
     model.compile_layers(backend=zeros)
     for packed, ids in batches(20):
-        attention = CausalAttention(packed)
-        attention._each = attention._flash
         with torch.no_grad():
-            model(ids, packed, attention)
+            model(ids, packed, CausalAttention(packed, way="flash").finalize())
     assert len(graphs) == 1
     assert any("varlen" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_dense_layers_that_attend_document_by_document_compile_nothing_after_the_first_batch():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MeloFormer(SPARSE.as_dense())
+    plain = MeloFormer(SPARSE.as_dense())
+    plain.load_state_dict(model.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_layers(backend=counter)
+    for number, (packed, ids) in enumerate(batches(12)):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            nats, gradients = step(model, packed, ids, CausalAttention(packed).finalize())
+        if number % 5 == 0:
+            expected, others = step(plain, packed, ids, CausalAttention(packed))
+            torch.testing.assert_close(nats, expected)
+            for got, want in zip(gradients, others):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert 2 <= counter.frame_count <= 4  # what comes before the attention of a layer, and after it
 
 
 def test_other_modes_are_not_compiled():

@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from meloformer import cli, train
 from meloformer.data.pairs import Counts
 from meloformer.errors import UserError
 from meloformer.generate import main as generate_command
 from meloformer.generation.load import load_model
+from meloformer.kernels import dense, dense_choice
 from meloformer.kernels.dense import CausalAttention
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer
 from meloformer.tokens import vocab
 from meloformer.tokens.vocab import IGNORE_INDEX
+from meloformer.training import stepper
 from meloformer.training.flops import training_flops
 
 from helpers.attention_cases import (
@@ -59,15 +63,136 @@ def test_attention_is_causal_inside_documents(name):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_cudnn_is_asked_for_each_document_alone(rows, monkeypatch):
+    """With a stand-in for the choice of the backend: every document of the float64 reference, by itself."""
+    packed = structure([[song(Random(1), 2), song(Random(2), 3)], [song(Random(3), 4)]][:rows])
+    asked, attended = [], []
+    attend = dense.scaled_dot_product_attention
+
+    def note(q, k, v, is_causal):
+        attended.append(q.shape[2])
+        return attend(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: asked.append(backend) or nullcontext())
+    monkeypatch.setattr(dense, "scaled_dot_product_attention", note)
+    tensors, mask = inputs(packed, torch.float64), causal_mask(packed)
+    attention = CausalAttention(packed, way="cudnn")
+    got = outputs_and_gradients(attention, tensors)
+    assert asked == [SDPBackend.CUDNN_ATTENTION]
+    assert attended == attention.lengths and sum(attended) == packed.doc.numel()
+    expected = outputs_and_gradients(lambda *qkv: plain_attention(*qkv, mask), tensors)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_heads_are_joined_without_a_copy():
+    packed = structure([[song(Random(1), 2), song(Random(2), 3)]])
+    out = CausalAttention(packed)(*inputs(packed, torch.float32)[:3])
+    assert out.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("way", ["flash", "cudnn"])
 @pytest.mark.parametrize("name", CASES)
-def test_attention_of_many_documents_in_one_call(name):
+def test_attention_on_a_gpu(name, way):
     packed = structure(CASES[name](Random(name)))
     mask = causal_mask(packed).cuda()
     tensors = [x.cuda() for x in inputs(packed, torch.bfloat16, dim=64)]
-    attention = CausalAttention(packed, "cuda")
+    attention = CausalAttention(packed, "cuda", way)
     check_low_precision(attention, lambda *qkv: plain_attention(*qkv, mask), tensors, ("o", "dq", "dk", "dv"))
+
+
+class TestChoice:
+    """Which way is taken on a GPU."""
+
+    def test_the_fewest_milliseconds_count(self):
+        assert dense_choice.choose({"flash": 3.0, "fa3": "ImportError: none", "cudnn": 2.0}) == "cudnn"
+        assert dense_choice.choose({"flash": 2.0, "cudnn": 2.0}) == "flash"
+        assert dense_choice.choose({"flash": "no", "cudnn": "no"}) is None
+
+    def test_nothing_is_measured_where_nothing_is_to_choose(self):
+        packed = structure([[song(Random(1), 2)]])
+        for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32)):
+            question = packed, 2, 32, dtype, torch.device(device), 2
+            assert dense_choice.fastest_way(*question) == (None, {})
+
+    def test_nothing_is_measured_where_runs_must_be_equal(self, monkeypatch):
+        packed = structure([[song(Random(1), 2)]])
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        question = packed, 2, 32, torch.bfloat16, torch.device("cuda"), 2
+        assert dense_choice.fastest_way(*question) == ("flash", {})
+
+    def test_a_run_measures_once_and_says_what_it_takes(self, data, tmp_path, monkeypatch, capsys):
+        """With a stand-in for what is measured, and what PyTorch has on a CPU in the place of cuDNN."""
+        asked = []
+
+        def fastest(packed, heads, head_dim, dtype, device, layers):
+            asked.append((heads, head_dim, dtype, device.type, layers))
+            return "cudnn", {"flash": 3.25, "fa3": "ImportError: no FA3", "cudnn": 2.0}
+
+        taken = set()
+        attend = CausalAttention.__call__
+        monkeypatch.setattr(stepper, "fastest_way", fastest)
+        monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: nullcontext())
+        monkeypatch.setattr(
+            CausalAttention, "__call__", lambda self, *qkv: taken.add(self._way) or attend(self, *qkv)
+        )
+        train.train(config(data, tmp_path, attention="dense", max_steps=3, save_every=3), TINY)
+        assert asked == [(TINY.heads, TINY.head_dim, torch.float32, "cpu", TINY.layers)] and taken == {
+            "cudnn"
+        }
+        said = "dense attention by 'cudnn', the fastest for these documents"
+        assert f"{said} (flash: 3.2 ms; fa3: ImportError: no FA3; cudnn: 2.0 ms)" in capsys.readouterr().out
+        assert json.loads((tmp_path / "summary.json").read_text())["dense_way"] == "cudnn"
+
+    def test_what_cannot_run_is_named_and_the_rest_is_measured(self, monkeypatch):
+        """This CPU has none of them; one is made to run."""
+        packed = structure([[song(Random(1), 2), song(Random(2), 3)]])
+        question = packed, 2, 32, torch.float32, torch.device("cpu"), 1, lambda: None
+        found = dense_choice.measured(*question)
+        assert list(found) == [*dense_choice.MEASURED] and all(isinstance(why, str) for why in found.values())
+        monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: nullcontext())
+        found = dense_choice.measured(*question)
+        assert dense_choice.choose(found) == "cudnn" and found["cudnn"] > 0
+
+    def test_every_trial_attends_to_documents_of_new_lengths_in_all_layers(self, monkeypatch):
+        """The first trial, in which everything is prepared, does not count."""
+        packed = structure(
+            [[song(Random(1), 2), song(Random(2), 3), song(Random(3), 3)], [song(Random(4), 9)]]
+        )
+        clock, seen, layers = iter([0, 100, 200, 203, 300, 301, 400, 402]), [], 3
+        monkeypatch.setattr(dense_choice.time, "perf_counter", lambda: next(clock))
+
+        def make(trial):
+            attention = CausalAttention(dense_choice.lengthened(packed, trial))
+
+            def attend(*qkv):
+                seen.append(attention.lengths)
+                return attention(*qkv)
+
+            return attend
+
+        waits = []
+        tensors = inputs(packed, torch.float32)
+        ms = dense_choice.milliseconds_of_a_step(make, tensors, layers, lambda: waits.append(len(seen)))
+        assert ms == 2000
+        assert waits == [0, 3, 3, 6, 6, 9, 9, 12] and len(seen) == 12
+        trials = seen[::layers]
+        assert all(seen[i] == trials[i // layers] for i in range(12))
+        assert all(sum(lengths) == packed.doc.numel() for lengths in trials)
+        for document in range(3):  # of the first row
+            assert len({lengths[document] for lengths in trials}) == len(trials)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_on_a_gpu(self):
+        packed = structure([[song(Random(1), 20), song(Random(2), 30)]])
+        question = packed, 8, 64, torch.bfloat16, torch.device("cuda:0"), 4
+        way, found = dense_choice.fastest_way(*question)
+        assert way in dense_choice.MEASURED and found[way] > 0
+        assert isinstance(found["flash"], float)
 
 
 @pytest.mark.parametrize("size", SIZES)
