@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from benchmarks.common.machine import describe
 from benchmarks.common.results_file import save, write
 from benchmarks.common.timing import Timer
 from benchmarks.songs.loading import read_songs
-from benchmarks.songs.structures import causal_pairs, pack, visible_pairs
+from benchmarks.songs.structures import causal_pairs, document_lengths, pack, visible_pairs
 from meloformer import cli
 from meloformer.errors import UserError
 
-LENGTHS = (2048, 4096, 8192, 16384, 24576, 49152, 98304)
-DEFAULT_COLUMNS = ("triton", "dense_cudnn", "dense_flash", "flex", "flex_sorted", "flex_fp32")
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 24576, 49152, 98304)
+DEFAULT_COLUMNS = ("triton", *measure.DENSE, *measure.DOCUMENTS, "flex", "flex_sorted", "flex_fp32")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -38,23 +39,37 @@ def longest(column: str, args: argparse.Namespace) -> int | None:
     return args.flex_up_to if measure.BACKENDS.get(column) == "flex" else None
 
 
-def rows_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[tuple[str, list, int | None]]:
-    """(name, songs, length) of every row; length None is the length of the song itself."""
+class Batch(NamedTuple):
+    """What a row of the report is measured on; length None is the length of the song itself."""
+
+    name: str
+    documents: list[np.ndarray]
+    length: int | None
+    rows: int = 1
+
+
+def batches_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[Batch]:
+    """Of every row of the report."""
     lengths = args.lengths or ([] if args.whole else LENGTHS)
-    whole = [(name, [ids], None) for name, ids in found.items()] if args.whole else []
-    return [*whole, *((f"packed to {n:,}", list(found.values()), n) for n in lengths)]
+    whole = [Batch(name, [ids], None) for name, ids in found.items()] if args.whole else []
+    songs = list(found.values())
+    return whole + [
+        Batch(f"{'' if rows == 1 else f'{rows} rows '}packed to {n:,}", songs, n, rows)
+        for rows in args.rows
+        for n in lengths
+    ]
 
 
-def measure_row(
-    name: str, documents: list, length: int | None, args: argparse.Namespace, timer: Timer
-) -> dict:
+def measure_row(batch: Batch, args: argparse.Namespace, timer: Timer) -> dict:
     """One row of the report as JSON values; each figure is also printed as soon as it is known."""
     begun = time.perf_counter()
-    structure = pack(documents, length).to(args.device)
+    name, documents, length, rows = batch
+    structure = pack(documents, length, rows).to(args.device)
     row = {
         "name": name,
         "packed": length is not None,
-        "documents": len(torch.unique(structure.doc)),
+        "rows": rows,
+        "documents": len(document_lengths(structure)),
         "tokens": structure.doc.shape[1],
         "summaries": structure.summary_doc.shape[1],
         "visible_pairs": visible_pairs(structure),
@@ -62,18 +77,23 @@ def measure_row(
         "columns": {},
     }
     print(f"{name}: {row['tokens']:,} tokens, {metrics.visible_share(row):.1%} visible", flush=True)
+    alone = row["documents"] == rows
     shape = measure.Shape(args.heads, args.dim, getattr(torch, args.dtype))
     for column in args.columns:
         most = longest(column, args)
         if most is not None and row["tokens"] > most:
             row["columns"][column] = {"skipped": f"slow, so not measured beyond {most:,} tokens"}
+        elif column in measure.DOCUMENTS and alone:
+            row["columns"][column] = {"skipped": "each row is one document: the same as dense"}
         else:
             row["columns"][column] = attempt(column, structure, shape, timer)
         print(f"  {metrics.LABELS[column]:22}{_outcome(row, column)}", flush=True)
     row["seconds"] = time.perf_counter() - begun
-    times = metrics.times_limit(row)
+    times, gain = metrics.times_limit(row), metrics.speedup(row, metrics.best_dense(row), summarize=True)
     print(
-        f"  {'' if times is None else f'{times:.2f} x the limit; '}row took {row['seconds']:.1f} s",
+        f"  {'' if times is None else f'{times:.2f} x the limit; '}"
+        f"{'' if gain is None else f'{gain:.2f} x as fast as the best dense; '}"
+        f"row took {row['seconds']:.1f} s",
         flush=True,
     )
     return row
@@ -103,10 +123,10 @@ def measure_all(args: argparse.Namespace, path: Path) -> dict:
     timer = Timer(args.device)
     settings = {"heads": args.heads, "dim": args.dim, "dtype": args.dtype}
     result = {"format": FORMAT, "machine": describe(), "settings": settings, "rows": []}
-    rows = rows_of(found, args)
-    for number, (name, documents, length) in enumerate(rows, 1):
-        print(f"[{number}/{len(rows)}] ", end="")
-        result["rows"].append(measure_row(name, documents, length, args, timer))
+    batches = batches_of(found, args)
+    for number, batch in enumerate(batches, 1):
+        print(f"[{number}/{len(batches)}] ", end="")
+        result["rows"].append(measure_row(batch, args, timer))
         save(result, path)
         check_gpu(path)
     return result
@@ -150,7 +170,14 @@ def parser() -> cli.Parser:
         "--lengths",
         type=numbers,
         metavar="N,N",
-        help="measure packed rows of these lengths in tokens (default without --whole: 2k to 98k)",
+        help="measure packed rows of these lengths in tokens (default without --whole: 1k to 98k)",
+    )
+    p.add_argument(
+        "--rows",
+        type=numbers,
+        default="1",
+        metavar="B,B",
+        help="measure batches of so many packed rows, each of which begins with another song",
     )
     p.add_argument("--whole", action="store_true", help="measure each song by itself, at its own length")
     p.add_argument(

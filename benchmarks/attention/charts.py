@@ -16,6 +16,8 @@ _STYLES = {
     "triton": ("#0072B2", "o"),
     "dense_cudnn": ("#E69F00", "s"),
     "dense_flash": ("#56B4E9", "D"),
+    "documents_cudnn": ("#B8860B", "p"),
+    "documents_flash": ("#2F6DA3", "h"),
     "flex_sorted": ("#009E73", "v"),
     "flex": ("#CC79A7", "^"),
     "flex_fp32": ("#D55E00", "P"),
@@ -29,7 +31,9 @@ def draw(result: dict, page: Path) -> list[str]:
     drawn = []
     rows = [row for row in result["rows"] if _totals(row)]
     songs = [row for row in rows if not row["packed"]] or rows
-    packed = sorted((row for row in rows if row["packed"]), key=lambda row: row["tokens"])
+    packed = sorted(
+        (row for row in rows if row["packed"] and row.get("rows", 1) == 1), key=lambda row: row["tokens"]
+    )
     if songs:
         drawn.append(_save(by_row(songs[:_MOST_ROWS], _subtitle(result)), page, "rows"))
     if len(packed) > 1:

@@ -10,9 +10,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common.timing import Timer
-from benchmarks.songs.structures import causal_pairs, cut, instrument_order, padded, reordered, visible_pairs
+from benchmarks.songs.structures import (
+    causal_pairs,
+    cut,
+    document_pairs,
+    instrument_order,
+    padded,
+    reordered,
+    visible_pairs,
+)
 from meloformer.kernels import Structure, make_attention, reference
 from meloformer.kernels.attention import Attention
+from meloformer.kernels.dense import CausalAttention
 
 CHECKED_TOKENS = 4096
 # Maximum error of the kernels, as a multiple of the error of `reference` in the same precision.
@@ -29,7 +38,8 @@ BACKENDS = {
     "reference": "reference",
 }
 DENSE = {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION}
-COLUMNS = (*BACKENDS, *DENSE)
+DOCUMENTS = {"documents_cudnn": "cudnn", "documents_flash": "flash"}  # ways of `CausalAttention`
+COLUMNS = (*BACKENDS, *DENSE, *DOCUMENTS)
 ANYWHERE = ("reference",)  # columns that need no CUDA device
 
 Attend = Callable[..., Tensor]
@@ -41,7 +51,7 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape and dtype of the tensors of all columns, [1, heads, tokens, dim]."""
+    """Shape and dtype of the tensors of all columns, [rows, heads, tokens, dim]."""
 
     heads: int = 8
     dim: int = 64
@@ -58,6 +68,8 @@ def measure(column: str, structure: Structure, shape: Shape, timer: Timer) -> di
     """
     if column in DENSE:
         return _measure_dense(DENSE[column], structure, shape, timer)
+    if column in DOCUMENTS:
+        return _measure_documents(DOCUMENTS[column], structure, shape, timer)
     return _measure_sparse(column, structure, shape, timer)
 
 
@@ -67,9 +79,9 @@ def _measure_dense(backend: SDPBackend, structure: Structure, shape: Shape, time
             return scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def inputs_of(length: int) -> list[Tensor]:
-        return _inputs([length] * 3, structure.device, shape)
+        return _inputs([length] * 3, structure.device, shape, rows)
 
-    length = structure.doc.shape[1]
+    rows, length = structure.doc.shape
     inputs = inputs_of(length)
     result = {"dtype": _name(shape.dtype), "first_call_s": timer.seconds(lambda: _both(attend, inputs))}
     result["computed_pairs"] = causal_pairs(structure)
@@ -78,10 +90,31 @@ def _measure_dense(backend: SDPBackend, structure: Structure, shape: Shape, time
     return result | {"update": _time(timer, attend, inputs)}
 
 
-def _causal(q: Tensor) -> Attend:
-    """Dense causal attention with the code of `reference`, for the length of `q`."""
+def _measure_documents(way: str, structure: Structure, shape: Shape, timer: Timer) -> dict:
+    def of(structure: Structure) -> tuple[Attend, list[Tensor]]:
+        rows, length = structure.doc.shape
+        inputs = _inputs([length] * 3, structure.device, shape, rows)
+        return CausalAttention(structure, way=way), inputs
+
+    attend, inputs = of(structure)
+    result = {"dtype": _name(shape.dtype), "first_call_s": timer.seconds(lambda: _both(attend, inputs))}
+    result["computed_pairs"] = document_pairs(structure)
+    head = cut(structure, CHECKED_TOKENS)
+    checked, checked_inputs = of(head)
+    result["errors"] = _errors("update", checked, _causal(checked_inputs[0], head.doc), checked_inputs)
+    return result | {"update": _time(timer, attend, inputs)}
+
+
+def _causal(q: Tensor, doc: Tensor | None = None) -> Attend:
+    """Dense causal attention with the code of `reference`, for the length of `q`; `doc` [B, N] is the
+    document of each token, if they do not all see each other."""
     positions = torch.arange(q.shape[2], device=q.device)
-    chunks = reference.chunks(lambda queries: positions[None, queries, None] >= positions, q.shape[2])
+
+    def sees(queries: slice) -> Tensor:
+        earlier = positions[None, queries, None] >= positions
+        return earlier if doc is None else earlier & (doc[:, queries, None] == doc[:, None])
+
+    chunks = reference.chunks(sees, q.shape[2])
     return lambda q, k, v: reference.attend(q, k, v, chunks)
 
 

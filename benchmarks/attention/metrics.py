@@ -4,6 +4,8 @@ LABELS = {
     "triton": "Triton",
     "dense_cudnn": "dense, cuDNN",
     "dense_flash": "dense, flash",
+    "documents_cudnn": "dense by document, cuDNN",
+    "documents_flash": "dense by document, flash",
     "flex": "FlexAttention",
     "flex_sorted": "FlexAttention, sorted",
     "flex_fp32": "FlexAttention, fp32",
@@ -36,6 +38,17 @@ def total_ms(row: dict, column: str, phase: str = "update") -> float | None:
     return sum(entry[phase][p]["ms"] for p in PASSES) if entry and phase in entry else None
 
 
+def best_dense(row: dict) -> str | None:
+    """The column of the fastest dense attention that respects the documents of a row; None if none did.
+
+    Where each row of the batch is one document, nothing has to be kept apart.
+    """
+    apart = row["documents"] > row.get("rows", 1)
+    columns = [c for c in LABELS if c.startswith("documents_" if apart else "dense_")]
+    times = {column: ms for column in columns if (ms := total_ms(row, column)) is not None}
+    return min(times, key=times.__getitem__) if times else None
+
+
 def visible_share(row: dict) -> float:
     """Visible pairs of the update phase as a share of the causal pairs of the same rows."""
     return row["visible_pairs"] / row["causal_pairs"]
@@ -52,9 +65,17 @@ def times_limit(row: dict, column: str = "triton") -> float | None:
     return None if ours is None or limit is None else ours / limit
 
 
-def speedup(row: dict, column: str) -> float | None:
-    """Time of a column over that of `triton`, forward and backward."""
-    ours, other = total_ms(row, "triton"), total_ms(row, column)
+def speedup(row: dict, column: str | None, summarize: bool = False) -> float | None:
+    """Time of a column over that of `triton`, forward and backward.
+
+    Args:
+        column: None if there is none, and then no speedup.
+        summarize: whether `triton` is given the time of its other phase, too.
+    """
+    ours, other = total_ms(row, "triton"), None if column is None else total_ms(row, column)
+    if summarize and ours is not None:
+        more = total_ms(row, "triton", "summarize")
+        ours = None if more is None else ours + more
     return None if ours is None or other is None else other / ours
 
 

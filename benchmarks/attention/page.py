@@ -8,14 +8,18 @@ from benchmarks.common.machine import provenance
 from benchmarks.common.markdown import cell, escape, table
 
 MEANINGS = """\
-- **Row**: one row of tokens, a batch of one. A packed row holds several songs back to back as documents,
-  repeated where there are too few, and is cut at its length; every other row is one whole song.
+- **Row**: one row of tokens, a batch of one, or a batch of as many as its name says. A packed row holds
+  several songs back to back as documents, repeated where there are too few, and is cut at its length; every
+  other row is one whole song.
 - **Triton**: the kernels of this project. **FlexAttention**: PyTorch's, compiled, with the same mask;
   **sorted**: with the tokens sorted by document, instrument, kind and position beforehand (sorting is not
   timed); **fp32**: in song order and float32, as the scheme was first tried. For FlexAttention rows are
   padded to a multiple of {flex_length:,} tokens ({short_flex_length:,} for short ones), since it is compiled
   for each length. **Dense**: causal attention over the same length without a mask, by PyTorch's
-  `scaled_dot_product_attention` with the backend named.
+  `scaled_dot_product_attention` with the backend named. **Dense by document**: inside each document of the
+  row alone, as a dense model is trained; cuDNN is called for each, FlashAttention-2 once for all.
+- **Best dense**: the faster of cuDNN and flash, forward and backward together: by document where a row holds
+  several, since they must not see each other; over the whole length where it is one song.
 - **Update** is the phase in which tokens attend, **summarize** the one in which the summary tokens do. Times
   are those of update unless noted.
 - **Visible**: pairs of query and key that the mask of update allows, over the causal pairs of the same
@@ -108,7 +112,7 @@ def against_limit(rows: list[dict]) -> str:
             _both(measured(row, "triton")),
             cell(times, "{:.2f}"),
             cell(times and 1 / times, "{:.0%}"),
-            cell(ours and ours * 1e6 / row["tokens"], "{:.0f}"),
+            cell(ours and ours * 1e6 / (row["tokens"] * row.get("rows", 1)), "{:.0f}"),
             cell(metrics.summarize_share(row), "{:.0%}"),
         ])  # fmt: skip
     return table(heads, lines)
@@ -116,16 +120,27 @@ def against_limit(rows: list[dict]) -> str:
 
 def latency(rows: list[dict]) -> str:
     columns = metrics.columns_of(rows)
-    lines = [[escape(row["name"]), *(_both(measured(row, c)) for c in columns)] for row in rows]
-    return table(["row", *(LABELS[c] for c in columns)], lines)
+    lines = []
+    for row in rows:
+        best = metrics.best_dense(row)
+        times = [measured(row, c) for c in (*columns, best)]
+        lines.append([escape(row["name"]), *map(_both, times), "-" if best is None else LABELS[best]])
+    return table(["row", *(LABELS[c] for c in columns), "best dense", "which is"], lines)
 
 
 def speedups(rows: list[dict]) -> str:
     columns = [c for c in metrics.columns_of(rows) if c != "triton"]
     lines = [
-        [escape(row["name"]), *(cell(metrics.speedup(row, c), "{:.1f}x") for c in columns)] for row in rows
+        [
+            escape(row["name"]),
+            cell(metrics.speedup(row, metrics.best_dense(row)), "{:.2f}x"),
+            cell(metrics.speedup(row, metrics.best_dense(row), summarize=True), "{:.2f}x"),
+            *(cell(metrics.speedup(row, c), "{:.1f}x") for c in columns),
+        ]
+        for row in rows
     ]
-    return table(["row", *(LABELS[c] for c in columns)], lines)
+    heads = ["row", "best dense", "best dense, summarize counted", *(LABELS[c] for c in columns)]
+    return table(heads, lines)
 
 
 def details(rows: list[dict], settings: dict) -> str:

@@ -110,3 +110,13 @@ def causal_pairs(structure: Structure) -> int:
     """Number of pairs in dense causal attention over the same rows."""
     rows, length = structure.doc.shape
     return rows * length * (length + 1) // 2
+
+
+def document_lengths(structure: Structure) -> list[int]:
+    """Tokens of each document, row after row; the padding of a row counts as one."""
+    return [n for row in structure.doc for n in torch.unique_consecutive(row, return_counts=True)[1].tolist()]
+
+
+def document_pairs(structure: Structure) -> int:
+    """Number of pairs in dense causal attention inside each document."""
+    return sum(n * (n + 1) // 2 for n in document_lengths(structure))

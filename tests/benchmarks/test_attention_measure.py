@@ -1,5 +1,6 @@
 """The figures of one column of the attention report, on CPU."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from benchmarks.attention import measure
 from benchmarks.attention.measure import Shape, WrongResult
 from benchmarks.common.timing import Timer
 from benchmarks.songs import structures
-from meloformer.kernels import make_attention
+from meloformer.kernels import dense, make_attention
 
 from helpers.attention_cases import PHASES, case
 
@@ -45,6 +46,22 @@ class TestMeasure:
         assert set(found["errors"]) == {"update o", "update dq", "update dk", "update dv"}
         assert all(0 <= e < 2 for e in found["errors"].values())
         assert "plan" not in found and "summarize" not in found
+
+    @pytest.mark.parametrize("name", ["documents", "rows"])
+    def test_dense_by_document(self, name, monkeypatch):
+        """With what PyTorch has on a CPU in the place of cuDNN."""
+        monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: nullcontext())
+        found = self.of("documents_cudnn", name)
+        doc = case(name).structure.doc
+        same = (doc[:, :, None] == doc[:, None]).tril()
+        assert found["computed_pairs"] == int(same.sum())
+        assert set(found["errors"]) == {"update o", "update dq", "update dk", "update dv"}
+        assert all(0 <= e < 2 for e in found["errors"].values())
+
+    def test_dense_of_a_batch(self):
+        found = self.of("dense_flash", "rows")
+        rows, length = case("rows").structure.doc.shape
+        assert found["computed_pairs"] == rows * length * (length + 1) // 2
 
     def test_errors_are_seen(self, monkeypatch):
         plain = make_attention(case("documents").structure, "reference")

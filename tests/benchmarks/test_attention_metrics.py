@@ -13,6 +13,20 @@ class TestFigures:
         assert metrics.speedup(song(), "flex") == pytest.approx(50)
         assert metrics.summarize_share(song()) == pytest.approx(0.1)
 
+    def test_the_best_dense_attention_of_one_song_and_of_several(self):
+        alone = song()
+        alone["columns"] |= {"documents_cudnn": entry(0.1, 0.1)}
+        assert metrics.best_dense(alone) == "dense_cudnn"
+        several = song() | {"documents": 3}
+        assert metrics.best_dense(several) is None  # they must not see each other
+        assert metrics.speedup(several, metrics.best_dense(several)) is None
+        several["columns"] |= {"documents_cudnn": entry(0.6, 1.2), "documents_flash": entry(0.5, 1.1)}
+        assert metrics.best_dense(several) == "documents_flash"
+        assert metrics.speedup(several, "documents_flash") == pytest.approx(2.0)
+        assert metrics.speedup(several, "documents_flash", summarize=True) == pytest.approx(1.6 / 0.88)
+        batch = song() | {"documents": 4, "rows": 4}  # a document each
+        assert metrics.best_dense(batch) == "dense_cudnn"
+
     def test_rates(self):
         # 2e6 visible pairs x 8 heads x 64 channels x 2 products x 2 operations in 0.25 ms
         rate = metrics.tflops(song(), "triton", "forward", "useful", SETTINGS)

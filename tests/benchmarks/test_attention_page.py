@@ -23,7 +23,9 @@ class TestPage:
         speedups = [
             cell.strip() for cell in table_cells(text, "Time relative to Triton, forward and backward")[0]
         ]
-        assert speedups == ["A \\| song", "5.0x", "10.0x", "50.0x", "-", "-"]
+        assert speedups == ["A \\| song", "5.00x", "4.55x", "5.0x", "10.0x", "50.0x", "-", "-"]
+        times = [cell.strip() for cell in table_cells(text, "Time in ms, forward + backward")[0]]
+        assert times[-2:] == ["1.00 + 3.00", "dense, cuDNN"]
         assert "![a_rows](a_rows.png)" in text
         assert "a.json`: 2026-01-02, commit abc, Test GPU" in text
 

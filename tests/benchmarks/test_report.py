@@ -33,6 +33,28 @@ class TestCommand:
         assert again.read_text() == target.read_text()
         assert (again.parent / "a_rows.png").read_bytes() == (target.parent / "a_rows.png").read_bytes()
 
+    def test_batches(self, tmp_path, monkeypatch):
+        """Songs of 2 bars: several in a row of 300 tokens, one in each of 16."""
+        monkeypatch.setattr(loading, "COMPOSED", 2)
+        monkeypatch.setattr(loading, "COMPOSED_BARS", 2)
+        args = ["--rows", "1,3", "--lengths", "16,300", *TINY, "--output", str(tmp_path / "a.md")]
+        report.main(["--columns", "reference", *args])
+        rows = load(tmp_path / "a.json")["rows"]
+        names = ["packed to 16", "packed to 300", "3 rows packed to 16", "3 rows packed to 300"]
+        assert [row["name"] for row in rows] == names
+        assert [row["rows"] for row in rows] == [1, 1, 3, 3]
+        assert [row["documents"] > row["rows"] for row in rows] == [False, True] * 2
+        assert rows[3]["visible_pairs"] > 2 * rows[1]["visible_pairs"]
+
+    def test_rows_of_one_song_are_not_measured_twice(self, monkeypatch):
+        monkeypatch.setattr(report.measure, "measure", lambda column, *_: {"failed": column})
+        args = report.parser().parse_args(["--columns", "dense_cudnn,documents_cudnn"])
+        args.device, songs = "cpu", [*loading.compose_songs(2, bars=2).values()]
+        for length, said in ((16, "skipped"), (300, "failed")):
+            row = report.measure_row(report.Batch("a", songs, length), args, None)
+            assert list(row["columns"]["documents_cudnn"]) == [said]
+            assert list(row["columns"]["dense_cudnn"]) == ["failed"]
+
     def test_songs_alone(self, tmp_path, monkeypatch):
         monkeypatch.setattr(loading, "COMPOSED", 2)
         monkeypatch.setattr(loading, "COMPOSED_BARS", 2)
@@ -55,10 +77,10 @@ class TestCommand:
     def test_an_interrupted_run_keeps_its_rows(self, tmp_path, monkeypatch):
         real = report.measure_row
 
-        def interrupted(name, documents, length, *rest):
-            if length == 96:
+        def interrupted(batch, *rest):
+            if batch.length == 96:
                 raise KeyboardInterrupt
-            return real(name, documents, length, *rest)
+            return real(batch, *rest)
 
         monkeypatch.setattr(report, "measure_row", interrupted)
         with pytest.raises(KeyboardInterrupt):
