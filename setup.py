@@ -57,6 +57,7 @@ setup(
             "ninja>=1.11",
             "ruff>=0.8",
         ],
+        "sound": ["midirenderer>=0.1.3"],
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.16"],
     },

@@ -19,6 +19,7 @@ from .generation.load import load_model
 from .generation.loop import write
 from .generation.outputs import require_outputs
 from .generation.report import NewMusic, Progress, hints, hints_of_given, progress_bar
+from .generation.sound import Synthesizer
 from .kernels import BACKENDS
 from .midi.writer import write_midi
 from .model.device import pick_attention, pick_device
@@ -53,6 +54,17 @@ def make_parser() -> cli.Parser:
     add("--checkpoint", required=True, help="a checkpoint, or the output folder of a training run")
     add("--output", required=True, help="the MIDI file to write")
     add("--picture", help="also draw the song as a piano roll, into this .png file")
+    add(
+        "--wav",
+        help="also write the song as audio, into this .wav file; needs a synthesizer (pip install "
+        "midirenderer) and a SoundFont",
+    )
+    add(
+        "--soundfont",
+        help="the .sf2 or .sf3 file with the sounds of --wav; without it the one that the environment "
+        "variable SOUNDFONT names, or one that is installed",
+        metavar="FILE",
+    )
     add("--tokens", help="also write the song's tokens, ids and names, into this .json file")
     add(
         "--stream",
@@ -108,7 +120,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--add, --keep and --replace_bars need --given")
     if args.picture and not args.picture.lower().endswith(".png"):
         raise UserError(f"--picture {args.picture}: must end in .png")
+    if args.wav and not args.wav.lower().endswith(".wav"):
+        raise UserError(f"--wav {args.wav}: must end in .wav")
+    if args.soundfont and not args.wav:
+        raise UserError("--soundfont needs --wav")
     constraints = read_constraints(args)
+    synthesizer = Synthesizer.find(args.soundfont) if args.wav else None
     outputs = {
         flag if args.num == 1 else f"{flag} {number}": path
         for number in range(1, args.num + 1)
@@ -116,8 +133,9 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None
     }
     with StopRequest("will keep the complete bars and stop; Ctrl-C stops without keeping them") as request:
-        require_outputs(outputs, args.prompt or args.given, args.overwrite)
-        return write_songs(args, constraints, request)
+        inputs = {"--prompt": args.prompt, "--given": args.given, "--soundfont": args.soundfont}
+        require_outputs(outputs, inputs, args.overwrite)
+        return write_songs(args, constraints, synthesizer, request)
 
 
 def paths_of(args: argparse.Namespace, number: int) -> dict[str, str | None]:
@@ -128,7 +146,7 @@ def paths_of(args: argparse.Namespace, number: int) -> dict[str, str | None]:
             return path
         return str(Path(path).with_stem(f"{Path(path).stem}-{number}"))
 
-    return {f"--{name}": numbered(getattr(args, name)) for name in ("output", "picture", "tokens")}
+    return {f"--{name}": numbered(getattr(args, name)) for name in ("output", "picture", "wav", "tokens")}
 
 
 @dataclass
@@ -139,6 +157,7 @@ class Song:
     progress: Progress
     output: str
     picture: str | None
+    wav: str | None
     tokens: str | None
     stream: BarStream | None
 
@@ -154,8 +173,13 @@ def tell(song: Song, text: str) -> None:
     print(text, file=sys.stdout if song.stream is None else sys.stderr)
 
 
-def write_songs(args: argparse.Namespace, constraints: Constraints, request: StopRequest) -> int:
+def write_songs(
+    args: argparse.Namespace, constraints: Constraints, synthesizer: Synthesizer | None, request: StopRequest
+) -> int:
     """Generate songs and write them; returns the exit code.
+
+    Args:
+        synthesizer: for --wav.
 
     Raises:
         UserError: of the prompt, the checkpoint, or a file that cannot be written.
@@ -189,9 +213,10 @@ def write_songs(args: argparse.Namespace, constraints: Constraints, request: Sto
     if shared is not None:
         shared.close()
     codes, errors = [], []
+    begin = 0 if prompt is None else len(prompt)
     for song in songs:
         try:
-            codes.append(write_song(song, 0 if prompt is None else len(prompt), given, max_context))
+            codes.append(write_song(song, begin, given, max_context, synthesizer))
         except UserError as error:  # the others are to be written first
             errors.append(error)
     if errors:
@@ -199,7 +224,9 @@ def write_songs(args: argparse.Namespace, constraints: Constraints, request: Sto
     return max(codes)
 
 
-def write_song(song: Song, begin: int, given: Given | None, max_context: int) -> int:
+def write_song(
+    song: Song, begin: int, given: Given | None, max_context: int, synthesizer: Synthesizer | None
+) -> int:
     """Write the files of a song and tell what it is; returns the exit code.
 
     Args:
@@ -245,6 +272,11 @@ def write_song(song: Song, begin: int, given: Given | None, max_context: int) ->
         from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here
 
         piano_roll(midi, song.picture)
+    if synthesizer is not None:
+        try:
+            synthesizer.write_wav(midi, song.wav)
+        except OSError as error:
+            raise UserError(f"cannot write the audio {song.wav}: {error.strerror or error}") from None
     return STOPPED if progress.stopped_by else 0
 
 

@@ -20,6 +20,7 @@ from .draft import DEFAULT_MAX_TOKENS, UNCONSTRAINED, Draft
 from .load import load_model
 from .loop import MAX_CONTEXT, write
 from .sampling import DEFAULT_SAMPLING, Sampling
+from .sound import Synthesizer
 
 Prompt = np.ndarray | str | os.PathLike | miditoolkit.MidiFile
 
@@ -41,6 +42,18 @@ class Song:
     def save(self, path: str | os.PathLike) -> None:
         """Write it as a MIDI file, whole or not at all."""
         write_midi(self.midi(), path)
+
+    def save_wav(self, path: str | os.PathLike, soundfont: str | os.PathLike | None = None) -> None:
+        """Write it as audio: stereo, 16 bits, whole or not at all.
+
+        Args:
+            soundfont: a .sf2 or .sf3 file; None takes the one that the environment variable SOUNDFONT names,
+                or one that is installed.
+
+        Raises:
+            UserError: no synthesizer or no SoundFont is there; the message says how to get one.
+        """
+        Synthesizer.find(soundfont).write_wav(self.midi(), path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,19 +11,19 @@ from ..files import temporary_of
 TRIAL_BYTES = 1 << 20
 
 
-def require_outputs(outputs: dict[str, str], prompt: str | None, overwrite: bool) -> None:
+def require_outputs(outputs: dict[str, str], inputs: dict[str, str | None], overwrite: bool) -> None:
     """Check that every output can be written and is no file that must stay; leaves nothing behind.
 
     Args:
         outputs: paths by the flags that name them.
-        prompt: a file that is never replaced; None if there is none.
+        inputs: files that are never replaced, by their flags; None for a flag without one.
         overwrite: whether other existing files may be.
 
     Raises:
-        UserError: an output cannot be written, exists, is the prompt or is another output. The message names
+        UserError: an output cannot be written, exists, is an input or is another output. The message names
             flag and path.
     """
-    kept = {} if prompt is None else {"--prompt": [Path(prompt)]}
+    kept = {flag: [Path(path)] for flag, path in inputs.items() if path is not None}
     for flag, path in outputs.items():
         try:
             if "\0" in path:

@@ -12,7 +12,12 @@ MELODIC_CHANNELS = 15  # 16 less the drum channel
 
 
 def write_midi(midi: miditoolkit.MidiFile, path: str | os.PathLike) -> None:
-    """Write `midi` to `path`, whole or not at all.
+    """Write `midi` to `path`, whole or not at all."""
+    write_atomic(path, midi_bytes(midi))
+
+
+def midi_bytes(midi: miditoolkit.MidiFile) -> bytes:
+    """The MIDI file of `midi`.
 
     miditoolkit assigns the 15 melodic channels in turn, so with more than 15 melodic instruments some tracks
     share a channel. Then a program change is written before every note whose channel last played another
@@ -22,7 +27,7 @@ def write_midi(midi: miditoolkit.MidiFile, path: str | os.PathLike) -> None:
     midi.dump(file=buffer)
     if sum(not track.is_drum for track in midi.instruments) > MELODIC_CHANNELS:
         buffer = _with_program_changes(buffer.getvalue())
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _with_program_changes(data: bytes) -> io.BytesIO:

@@ -133,3 +133,11 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_work, monkeypatch):
     with pytest.raises(UserError, match=r"^--output .*x\.mid.* \(No space left on device\)$"):
         module.main(["--checkpoint", "c", "--output", str(tmp_path / "x.mid")])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_given_song_is_never_replaced(tmp_path, no_work):
+    (tmp_path / "song.mid").write_bytes(b"a song")
+    paths = ["--given", str(tmp_path / "song.mid"), "--output", str(tmp_path / "song.mid")]
+    with pytest.raises(UserError, match=r"^--output .*same file as --given"):
+        module.main(["--checkpoint", "c", *paths, "--add", "sax", "--overwrite"])
+    assert (tmp_path / "song.mid").read_bytes() == b"a song"
