@@ -13,6 +13,7 @@ from ..tokens import vocab
 from .constraints import Constraints
 from .harmony import parse_chords, parse_key, pitch_class
 from .sampling import DEFAULT_SAMPLING, KINDS, Sampling
+from .steering import BARS_BACK
 
 Value = TypeVar("Value")
 
@@ -67,6 +68,13 @@ def add_wishes(parser: argparse.ArgumentParser) -> None:
         help="about how many notes an instrument plays in a bar in which it plays, e.g. 'drums 16, piano 4'",
         metavar="NUMBERS",
     )
+    music(
+        "--repetition_penalty",
+        help=f"makes it less likely that an instrument plays one of its last {BARS_BACK} bars again: each "
+        "note that would go on with the copy becomes e^P times less likely for each such bar; e.g. 1 for all "
+        "but the drums, or 'piano 2, drums 0.5'",
+        metavar="P",
+    )
     draw = parser.add_argument_group("how tokens are drawn").add_argument
     draw(
         "--temperature",
@@ -111,7 +119,9 @@ def read_constraints(args: argparse.Namespace) -> Constraints:
     instruments = None if args.instruments is None else parse_instruments(args.instruments)
     registers = parse_each("--register", args.register, _parse_register)
     densities = parse_each("--density", args.density, _parse_density)
-    for flag, named in (("--register", registers), ("--density", densities)):
+    everyone, penalties = _parse_penalties(args.repetition_penalty)
+    wishes = {"--register": registers, "--density": densities, "--repetition_penalty": penalties}
+    for flag, named in wishes.items():
         for instrument in named:
             if instruments is not None and args.given is None and instrument not in instruments:
                 raise UserError(f"{flag}: {instrument_name(instrument)} is not one of --instruments")
@@ -125,6 +135,7 @@ def read_constraints(args: argparse.Namespace) -> Constraints:
             strict_scale=args.strict_key,
             registers=registers,
             densities=densities,
+            repetition_penalties=dict.fromkeys(range(vocab.DRUMS) if everyone else (), everyone) | penalties,
         )
     except ValueError as error:
         raise UserError(f"--register and --key: {error}") from None
@@ -180,6 +191,27 @@ def parse_each(flag: str, text: str | None, parse: Callable[[str, str], Value]) 
             raise UserError(f"{flag}: {instrument_name(instrument)} is named twice")
         found[instrument] = parse(flag, value)
     return found
+
+
+def _parse_penalties(text: str | None) -> tuple[float, dict[int, float]]:
+    """'1, drums 0.5' -> the penalty of all but the drums, 0 without one, and those of instruments named."""
+    flag, everyone, named = "--repetition_penalty", 0.0, []
+    for entry in () if text is None else text.split(","):
+        if " " in entry.strip():
+            named.append(entry)
+        else:
+            everyone = _parse_penalty(flag, entry)
+    return everyone, parse_each(flag, ",".join(named) or None, _parse_penalty)
+
+
+def _parse_penalty(flag: str, text: str) -> float:
+    try:
+        penalty = float(text)
+    except ValueError:
+        penalty = -1.0
+    if not 0 <= penalty <= 100:
+        raise UserError(f"{flag}: '{text.strip()}' is no number from 0 to 100")
+    return penalty
 
 
 def _parse_density(flag: str, text: str) -> float:

@@ -25,6 +25,8 @@ class Constraints:
     strict_scale: they are forbidden.
     registers: by instrument the lowest and the highest MIDI pitch that it plays.
     densities: by instrument how many notes it should play in a bar in which it plays; a wish, not a bound.
+    repetition_penalties: by instrument how many nats less likely a note becomes that goes on as in one of the
+        instrument's last bars which began as this one; added up over those bars. A wish, too.
     """
 
     signature: int | None = None
@@ -35,6 +37,7 @@ class Constraints:
     strict_scale: bool = False
     registers: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     densities: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalties: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
         for instrument, (low, high) in self.registers.items():

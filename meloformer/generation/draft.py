@@ -58,7 +58,7 @@ class Draft:
         constraints.check_band(self._grammar)
         self._bars, self._max_tokens, self._sampling = bars, max_tokens, sampling
         self._constraints, self._within_constraints = constraints, constraints.allowed_ids()
-        self._steering = Steering(constraints)
+        self._steering = Steering(constraints, self.ids)
         self._random = torch.Generator().manual_seed(seed)
         self._has_note = any(token in vocab.P for token in self.ids)
         self.begin = self.bar_line = len(self.ids)

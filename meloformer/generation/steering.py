@@ -1,7 +1,10 @@
-"""What holds for each note and bar by what the user wishes: chords, key, registers, how many notes.
+"""What holds for each note and bar by what the user wishes: chords, key, registers, how many notes, how new.
 
 `constraints.Constraints` has the wishes; here is what they mean at one place of a song.
 """
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -15,14 +18,26 @@ OUTSIDE_SCALE = 4.0
 PER_NOTE = 0.75
 MOST = 6.0
 
+BARS_BACK = 4  # those in which an instrument played last, against which repetition is held
+
 _NOTES = (T, P)  # tokens that begin a note, or the onset of one
 _WITHIN_NOTES = (T, P, L, V)
 
 
-class Steering:
-    """Follows the new bars of one song, token by token."""
+# Tokens that end the notes of a group.
+_LEAVING = np.ones(vocab.VOCAB_SIZE, dtype=bool)
+for _family in _WITHIN_NOTES:
+    _LEAVING[_family.start : _family.stop] = False
 
-    def __init__(self, constraints: Constraints):
+
+class Steering:
+    """Follows the new bars of one song, token by token.
+
+    Args:
+        heard: the tokens before the new bars.
+    """
+
+    def __init__(self, constraints: Constraints, heard: Iterable[int] = ()):
         self._wishes = constraints
         self._bars = 0  # new bars begun
         self._instrument: int | None = None
@@ -35,6 +50,10 @@ class Steering:
             if constraints.chords is None:
                 self._of_chords[CHORD.start : CHORD.stop][~constraints.chords_in_scale()] = -OUTSIDE_SCALE
             self._of_pitches[P.start : P.stop][~constraints.in_scale()] = -OUTSIDE_SCALE
+        self._copies = _Copies() if any(constraints.repetition_penalties.values()) else None
+        if self._copies is not None:
+            for token in heard:
+                self._copies.push(token)
 
     def push(self, token: int, begins_bar: bool) -> None:
         """`begins_bar`: whether the token begins a new bar, and not a further part of a long one."""
@@ -46,6 +65,8 @@ class Steering:
             self._instrument = self._pitches = None
         elif token in P:
             self._notes += 1
+        if self._copies is not None:
+            self._copies.push(token)
 
     def forbid(self, allowed: np.ndarray, bar_ends: bool) -> None:
         """Take out of the mask `allowed` (bool [VOCAB_SIZE]) what may not come next.
@@ -67,7 +88,8 @@ class Steering:
         """What to add to the logits of the next token, float32 [VOCAB_SIZE]; None for nothing."""
         wishes = self._wishes
         density = wishes.densities.get(self._instrument)
-        if density is None and (wishes.scale is None or wishes.strict_scale):
+        penalty = wishes.repetition_penalties.get(self._instrument, 0.0)
+        if density is None and not penalty and (wishes.scale is None or wishes.strict_scale):
             return None
         bias = self._of_chords.copy()
         if self._instrument not in (None, vocab.DRUMS):
@@ -75,11 +97,43 @@ class Steering:
         if density is not None:
             missing = density - self._notes
             if missing > 0:
-                leaving = np.ones(vocab.VOCAB_SIZE, dtype=bool)
-                for family in _WITHIN_NOTES:
-                    leaving[family.start : family.stop] = False
-                bias[leaving] -= min(MOST, PER_NOTE * missing)
+                bias[_LEAVING] -= min(MOST, PER_NOTE * missing)
             else:
                 for family in _NOTES:
                     bias[family.start : family.stop] -= min(MOST, PER_NOTE * (1 - missing))
+        if penalty and self._copies is not None:
+            for token in self._copies.next():
+                bias[_LEAVING if token is None else token] -= penalty
         return bias
+
+
+class _Copies:
+    """Which of its last bars an instrument is about to play again.
+
+    Bars are compared by the onsets and pitches of its notes, not by their lengths and loudness.
+    """
+
+    def __init__(self):
+        self._played: dict[int, deque[list[int]]] = defaultdict(lambda: deque(maxlen=BARS_BACK))
+        self._group: list[int] = []  # T and P tokens of the bar so far
+        self._alike: list[list[int]] = []  # those of the last bars that begin so
+
+    def push(self, token: int) -> None:
+        if token in INST:
+            self._alike = list(self._played[token])
+            self._group = []
+            self._played[token].append(self._group)
+        elif token in CHORD:
+            self._alike, self._group = [], []
+        elif token in T or token in P:
+            at = len(self._group)
+            self._alike = [other for other in self._alike if other[at : at + 1] == [token]]
+            self._group.append(token)
+
+    def next(self) -> list[int | None]:
+        """For each of these bars, with which token it would be played on; None for no further note.
+
+        None of them before the bar's first onset: that it begins as others makes no bar a copy.
+        """
+        at = len(self._group)
+        return [other[at] if at < len(other) else None for other in self._alike] if at else []

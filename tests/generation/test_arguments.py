@@ -31,6 +31,7 @@ def test_every_wish_is_read():
         *("--tempo", "96", "--time_signature", "3/4", "--instruments", "drums, bass, Grand Piano, 25"),
         *("--chords", "C Am", "--key", "C major", "--strict_key"),
         *("--register", "bass E1-G3, grand piano 48-84", "--density", "drums 16, 25 2.5"),
+        *("--repetition_penalty", "bass 2, drums 0.5"),
     )
     am = vocab.CHORD.start + vocab.CHORD.labels.index("A:min")
     assert read_constraints(args) == Constraints(
@@ -42,6 +43,7 @@ def test_every_wish_is_read():
         strict_scale=True,
         registers={33: (28, 55), 0: (48, 84)},
         densities={vocab.DRUMS: 16.0, 25: 2.5},
+        repetition_penalties={33: 2.0, vocab.DRUMS: 0.5},
     )
 
 
@@ -72,11 +74,26 @@ def test_every_way_to_draw_is_read():
         (["--density", "drums many"], "'many'"),
         (["--density", "drums 0"], "'0'"),
         (["--instruments", "piano", "--density", "drums 4"], "drums is not one of"),
+        (["--instruments", "piano", "--repetition_penalty", "drums 4"], "drums is not one of"),
+        (["--repetition_penalty", "much"], "'much' is no number from 0"),
+        (["--repetition_penalty", "piano -1"], "'-1' is no number from 0"),
     ],
 )
 def test_what_cannot_be_granted_is_told(argv, said):
     with pytest.raises(UserError, match=said):
         read_constraints(parse(*argv))
+
+
+@pytest.mark.parametrize(
+    "text, drums, others",
+    [("1.5", None, 1.5), ("1.5, drums 1", 1.0, 1.5), ("drums 1", 1.0, None), ("0", None, None)],
+)
+def test_a_repetition_penalty_is_for_all_but_the_drums_unless_they_are_named(text, drums, others):
+    penalties = read_constraints(
+        parse("--repetition_penalty", text, "--instruments", "piano, drums")
+    ).repetition_penalties
+    assert penalties.get(vocab.DRUMS) == drums
+    assert {penalties.get(program) for program in range(128)} == {others}
 
 
 @pytest.mark.parametrize("text, pitches", [("C4-C4", (60, 60)), ("A0-C8", (21, 108)), ("Cb4-B#4", (59, 72))])

@@ -1,15 +1,18 @@
-"""Wishes about chords, key, registers and density, granted by a model that knows no music."""
+"""Wishes about chords, key, registers, density and repetition, granted by a model that knows no music."""
 
 from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
+from meloformer.generation.draft import Draft
 from meloformer.generation.harmony import chord_pitches, parse_chords, parse_key
 from meloformer.generation.sampling import Sampling
+from meloformer.generation.steering import Steering
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
@@ -97,6 +100,106 @@ def test_bars_have_about_as_many_notes_as_asked_for(model, notes):
     assert abs(np.median(found[found > 0]) - notes) <= 0.25 * notes + 1
 
 
+def steered(bars: list[str], constraints: Constraints) -> np.ndarray:
+    """What is added to the logits after these bars, each of names of tokens."""
+    steering = Steering(constraints)
+    for bar in bars:
+        for number, name in enumerate(["CHORD_N", *bar.split()]):
+            steering.push(vocab.ids_by_name()[name], number == 0)
+    bias = steering.bias()
+    return np.zeros(vocab.VOCAB_SIZE) if bias is None else bias
+
+
+def lowered(bias: np.ndarray) -> dict[str, float]:
+    """By name the T, P, L and V tokens that are held back; all others, which end a group, as "leave"."""
+    leaving = np.array([name[0] not in "TPLV" or name[:2] == "TS" for name in vocab.names()])
+    leaving[vocab.PAD] = True
+    found = {vocab.names()[token]: float(bias[token]) for token in np.flatnonzero(bias * ~leaving)}
+    assert len(set(bias[leaving])) == 1
+    return found | ({"leave": float(bias[vocab.EOS])} if bias[vocab.EOS] else {})
+
+
+RIFF = "INST_0 T_0 P_60 L_24 V_20 T_24 P_64 P_67"
+PENALTY = Constraints(repetition_penalties={0: 1.5})
+
+
+@pytest.mark.parametrize(
+    "bars, expected",
+    [
+        ([RIFF, "INST_0"], {}),  # to begin as the bar before is no copy
+        ([RIFF, "INST_0 T_0"], {"P_60": -1.5}),
+        ([RIFF, "INST_0 T_0 P_60 L_12 V_9"], {"T_24": -1.5}),  # whatever lengths and loudness
+        ([RIFF, "INST_0 T_0 P_60 L_24 V_20 T_24 P_64 P_67"], {"leave": -1.5}),
+        ([RIFF, "INST_0 T_0 P_62"], {}),  # no copy any more
+        ([RIFF, "INST_0 T_0 P_62 L_24 V_20 T_24 P_64"], {}),
+        ([RIFF, RIFF, RIFF, "INST_0 T_0"], {"P_60": -4.5}),
+        ([RIFF, RIFF, "INST_0 T_0 P_61", "INST_0 T_0"], {"P_60": -3.0, "P_61": -1.5}),
+        ([RIFF, "INST_0 T_0 P_60", "INST_0 T_0 P_60"], {"T_24": -1.5, "leave": -1.5}),
+        ([RIFF, *["INST_0 T_6 P_61"] * 4, "INST_0 T_0"], {}),  # five bars ago
+        ([RIFF, *["INST_33 T_6 P_61"] * 4, "INST_0 T_0"], {"P_60": -1.5}),  # where it played last
+        ([RIFF, f"{RIFF} INST_33 T_0"], {}),  # no wish about this one, nor about the end of the bar
+        ([RIFF, RIFF, ""], {}),
+    ],
+)
+def test_what_goes_on_with_a_copy_of_the_last_bars_is_less_likely(bars, expected):
+    assert lowered(steered(bars, PENALTY)) == pytest.approx(expected)
+
+
+def test_a_penalty_adds_to_other_wishes():
+    wishes = Constraints(scale=C_MAJOR, repetition_penalties={0: 1.5})
+    bars = ["INST_0 T_0 P_61", "INST_0 T_0"]
+    plain, both = (steered(bars, each) for each in (Constraints(scale=C_MAJOR), wishes))
+    difference = both - plain
+    assert np.flatnonzero(difference).tolist() == [vocab.P.start + 61] and difference.min() == -1.5
+    assert plain[vocab.P.start + 61] == -4
+
+
+def parroted(constraints: Constraints, prompt: np.ndarray | None = None) -> np.ndarray:
+    """Token ids of a song of 12 new bars by a model that knows one bar and would always play it."""
+    bar = [vocab.ids_by_name()[name] for name in f"INST_drums T_0 P_36 L_24 V_20 T_24 P_38 {RIFF}".split()]
+    draft = Draft(prompt, bars=12, constraints=constraints)
+    while not draft.finished:
+        if draft.append_required():
+            continue
+        ids = np.array(draft.ids)
+        played = ids[np.flatnonzero(vocab.CHORD.mask(ids))[-1] + 1 :] if draft.new_bars else ids[:0]
+        played = played[~(vocab.TS.mask(played) | vocab.BPM.mask(played))].tolist()
+        logits = torch.zeros(vocab.VOCAB_SIZE)
+        logits[bar[len(played)] if played == bar[: len(played)] and played != bar else vocab.CHORD.start] = (
+            14.0
+        )
+        draft.draw(logits)
+    return draft.song()
+
+
+def by_bar(ids: np.ndarray, instrument: int) -> list[tuple[int, ...]]:
+    """The onsets and pitches that an instrument plays in each bar."""
+    scanned = attributes.scan(ids)
+    mine = (scanned.inst == instrument) & (vocab.T.mask(ids) | vocab.P.mask(ids))
+    return [tuple(ids[mine & (scanned.bar == bar)]) for bar in range(scanned.bar.max() + 1)]
+
+
+LOOP = Constraints(signature=vocab.SIGNATURE_INDEX[4, 4], bpm=120, instruments=(0, vocab.DRUMS))
+
+
+def test_a_model_that_plays_the_same_bar_again_and_again_is_led_away():
+    ids = parroted(LOOP)
+    assert len(set(by_bar(ids, 0))) == 1  # without the wish
+    less = replace(LOOP, repetition_penalties={0: 3.0})
+    bars = by_bar(parroted(less), 0)
+    runs = [len(set(bars[number : number + 6])) > 1 for number in range(7)]
+    assert len(bars) == 12 and all(runs) and bars[0] == bars[1]  # once more is well liked
+    assert len(set(by_bar(parroted(less), vocab.DRUMS))) == 1
+    assert len(set(by_bar(parroted(replace(less, repetition_penalties={128: 3.0})), vocab.DRUMS))) > 1
+
+
+def test_the_bars_of_a_prompt_count():
+    prompt = parroted(LOOP)
+    assert by_bar(parroted(LOOP, prompt), 0)[12] == by_bar(prompt, 0)[0]
+    less = replace(LOOP, repetition_penalties={0: 3.0})
+    assert by_bar(parroted(less, prompt), 0)[12] != by_bar(prompt, 0)[0]
+
+
 def random_wishes(random: Random) -> Constraints:
     def perhaps(value, share=0.5):
         return value if random.random() < share else None
@@ -113,6 +216,9 @@ def random_wishes(random: Random) -> Constraints:
         strict_scale=scale is not None and random.random() < 0.5,
         registers={instrument: (low, low + 12) for instrument, low in lows.items()},
         densities={instrument: random.uniform(0.5, 30) for instrument in band if random.random() < 0.5},
+        repetition_penalties={
+            instrument: random.uniform(0, 50) for instrument in band if random.random() < 0.5
+        },
     )
 
 
