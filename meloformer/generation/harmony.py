@@ -1,6 +1,8 @@
-"""Chords and keys as musicians write them: 'C G Am F7', 'A minor'."""
+"""Chords and keys as musicians write them: 'C G Am F7', 'A minor'; and in which key notes are."""
 
 import re
+
+import numpy as np
 
 from ..errors import UserError
 from ..tokens import vocab
@@ -34,6 +36,15 @@ SCALES: dict[str, tuple[int, ...]] = {
     "mixolydian": (0, 2, 4, 5, 7, 9, 10),
     "blues": (0, 3, 5, 6, 7, 10),
     "pentatonic": (0, 2, 4, 7, 9),
+}
+# How well each pitch class, counted from the tonic, fits a key (Krumhansl and Kessler 1982).
+_PROFILES = {
+    "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+    "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
+}
+_TONICS = {  # as they are mostly spelled
+    "major": ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"),
+    "minor": ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"),
 }
 _SCALE_NAMES = {"": "major", "m": "minor", "min": "minor", "maj": "major"} | {name: name for name in SCALES}
 
@@ -83,6 +94,25 @@ def parse_key(text: str) -> tuple[int, ...]:
         raise UserError(f"--key: '{text}' is no note with one of {', '.join(SCALES)}, e.g. 'A minor'")
     tonic = pitch_class(match[1], match[2])
     return tuple(sorted((tonic + step) % 12 for step in SCALES[name]))
+
+
+def key_of(weights: np.ndarray) -> str | None:
+    """The major or minor key that fits music best, e.g. 'A minor'; None if it has less than a triad.
+
+    It is the one whose profile correlates most with the music's (the method of Krumhansl and Schmuckler).
+
+    Args:
+        weights: how often, or how long, each pitch class sounds, [12] from C.
+    """
+    if np.count_nonzero(weights) < 3:
+        return None
+    fits = {}
+    for mode, profile in _PROFILES.items():
+        unit = (profile - np.mean(profile)) / np.std(
+            profile
+        )  # then the sum is the correlation, times a constant
+        fits |= {f"{tonic} {mode}": weights @ np.roll(unit, i) for i, tonic in enumerate(_TONICS[mode])}
+    return max(fits, key=fits.get)
 
 
 def chord_pitches(label: int) -> frozenset[int]:

@@ -10,6 +10,7 @@ from ..midi.general_midi import instrument_name
 from ..stop import StopRequest
 from ..streams import Outlived
 from ..tokens import attributes, vocab
+from .harmony import key_of
 from .outline import Outline
 
 
@@ -21,12 +22,14 @@ class NewMusic:
     notes: number of new notes.
     instruments: names of those that play them, in the order of the INST ids.
     seconds: playing time of the new bars.
+    key: the major or minor key that fits the new notes best; None if they are too few to tell.
     """
 
     bars: int
     notes: int
     instruments: tuple[str, ...]
     seconds: float
+    key: str | None = None
 
     @classmethod
     def of(cls, ids: np.ndarray, begin: int) -> "NewMusic":
@@ -43,6 +46,7 @@ class NewMusic:
     @classmethod
     def among(cls, ids: np.ndarray, new: np.ndarray, new_bars: np.ndarray) -> "NewMusic":
         """The music of some tokens, bool [n], and bars, bool [bars], of a song."""
+        melodic = ids[new & vocab.P.mask(ids) & (attributes.scan(ids).inst != vocab.DRUMS)].astype(int)
         bars, new = attributes.scan_bars(ids), ids[new]
         played = vocab.INSTRUMENTS[np.unique(new[vocab.INST.mask(new)]).astype(int) - vocab.INST.start]
         return cls(
@@ -50,6 +54,7 @@ class NewMusic:
             notes=int(vocab.P.mask(new).sum()),
             instruments=tuple(map(instrument_name, played.tolist())),
             seconds=float(bars.seconds[new_bars].sum()),
+            key=key_of(np.bincount((melodic - vocab.P.start) % 12, minlength=12)),
         )
 
     def __str__(self) -> str:
@@ -57,6 +62,8 @@ class NewMusic:
         *others, last = self.instruments or ("",)
         if last:
             counts[1] += f" by {', '.join(others)} and {last}" if others else f" by {last}"
+        if self.key:
+            counts[1] += f" in {self.key}"
         return ", ".join([*counts, f"{self.seconds:.1f} seconds of music"])
 
 

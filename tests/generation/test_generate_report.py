@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from miditoolkit import Instrument, MidiFile, Note
 
 from meloformer.composer.compose import compose
 from meloformer.generation import report
@@ -43,10 +44,38 @@ def test_the_new_music_is_counted_from_where_it_begins(ids):
             "32 new bars, 1,204 new notes by Drums, Flute and Viola, 70.0 seconds of music",
         ),
         (NewMusic(2, 0, (), 4), "2 new bars, 0 new notes, 4.0 seconds of music"),
+        (
+            NewMusic(2, 9, ("Flute",), 4, "A minor"),
+            "2 new bars, 9 new notes by Flute in A minor, 4.0 seconds of music",
+        ),
     ],
 )
 def test_it_is_told_in_one_line(music, said):
     assert str(music) == said
+
+
+@pytest.mark.parametrize("semitones", [0, 5])
+def test_the_key_is_that_of_the_new_notes_but_for_the_drums(semitones):
+    midi = MidiFile()
+    bars = {"C major": (0, 4, 7, 5, 9, 0), "A minor": (9, 0, 4, 2, 5, 8)}
+    for bar, chords in enumerate(bars.values()):
+        scale = [Note(80, 60 + semitones + pitch, 240 * i, 240 * i + 240) for i, pitch in enumerate(chords)]
+        for note in scale:
+            note.start, note.end = note.start + 1920 * bar, note.end + 1920 * bar
+        midi.instruments.append(Instrument(bar, notes=scale))
+    midi.instruments.append(Instrument(0, True, notes=[Note(80, 42, 60 * i, 60 * i + 60) for i in range(64)]))
+    ids = HIDTokenizer().encode(midi)
+    (_, point), tonic = attributes.cut_points(ids), {0: ("C", "A"), 5: ("F", "D")}[semitones]
+    assert NewMusic.of(ids[:point], 0).key == f"{tonic[0]} major"
+    assert NewMusic.of(ids, int(point)).key == f"{tonic[1]} minor"
+
+
+def test_drums_have_no_key():
+    midi = MidiFile()
+    midi.instruments.append(
+        Instrument(0, True, notes=[Note(80, 36 + i, 60 * i, 60 * i + 60) for i in range(9)])
+    )
+    assert NewMusic.of(HIDTokenizer().encode(midi), 0).key is None
 
 
 def test_nothing_new_is_nothing(ids):
