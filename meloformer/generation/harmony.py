@@ -102,7 +102,7 @@ def key_of(weights: np.ndarray) -> str | None:
     It is the one whose profile correlates most with the music's (the method of Krumhansl and Schmuckler).
 
     Args:
-        weights: how often, or how long, each pitch class sounds, [12] from C.
+        weights: how long each pitch class sounds, in any unit, [12] from C.
     """
     if np.count_nonzero(weights) < 3:
         return None

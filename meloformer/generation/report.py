@@ -46,7 +46,8 @@ class NewMusic:
     @classmethod
     def among(cls, ids: np.ndarray, new: np.ndarray, new_bars: np.ndarray) -> "NewMusic":
         """The music of some tokens, bool [n], and bars, bool [bars], of a song."""
-        melodic = ids[new & vocab.P.mask(ids) & (attributes.scan(ids).inst != vocab.DRUMS)].astype(int)
+        melodic = new & (attributes.scan(ids).inst != vocab.DRUMS)
+        key = key_of(_sounding(ids, np.flatnonzero(melodic & vocab.P.mask(ids))))
         bars, new = attributes.scan_bars(ids), ids[new]
         played = vocab.INSTRUMENTS[np.unique(new[vocab.INST.mask(new)]).astype(int) - vocab.INST.start]
         return cls(
@@ -54,7 +55,7 @@ class NewMusic:
             notes=int(vocab.P.mask(new).sum()),
             instruments=tuple(map(instrument_name, played.tolist())),
             seconds=float(bars.seconds[new_bars].sum()),
-            key=key_of(np.bincount((melodic - vocab.P.start) % 12, minlength=12)),
+            key=key,
         )
 
     def __str__(self) -> str:
@@ -65,6 +66,14 @@ class NewMusic:
         if self.key:
             counts[1] += f" in {self.key}"
         return ", ".join([*counts, f"{self.seconds:.1f} seconds of music"])
+
+
+def _sounding(ids: np.ndarray, notes: np.ndarray) -> np.ndarray:
+    """How long each pitch class sounds, in steps [12], in the notes whose P tokens have these indices."""
+    states_length = vocab.L.mask(np.append(ids, vocab.EOS))
+    length = ids[attributes.last_index(states_length)[notes + states_length[notes + 1]]].astype(int)
+    steps = vocab.LENGTHS[length - vocab.L.start]
+    return np.bincount((ids[notes].astype(int) - vocab.P.start) % 12, steps, 12)
 
 
 def _count(number: int, thing: str) -> str:

@@ -70,6 +70,16 @@ def test_the_key_is_that_of_the_new_notes_but_for_the_drums(semitones):
     assert NewMusic.of(ids, int(point)).key == f"{tonic[1]} minor"
 
 
+def test_long_notes_count_more_for_the_key_than_short_ones():
+    long = [Note(80, pitch, 0, 1920) for pitch in (57, 60, 64)]  # A minor
+    short = [
+        Note(80, pitch, 60 * i, 60 * i + 60) for i, pitch in enumerate((72, 76, 79, 72, 76, 79))
+    ]  # C major
+    midi = MidiFile()
+    midi.instruments += [Instrument(0, notes=long), Instrument(73, notes=short)]
+    assert NewMusic.of(HIDTokenizer().encode(midi), 0).key == "A minor"
+
+
 def test_drums_have_no_key():
     midi = MidiFile()
     midi.instruments.append(
