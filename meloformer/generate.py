@@ -21,6 +21,7 @@ from .generation.outputs import require_outputs
 from .generation.report import NewMusic, Progress, hints, hints_of_given, progress_bar
 from .generation.sound import Synthesizer
 from .kernels import BACKENDS
+from .midi.general_midi import instrument_name
 from .midi.writer import write_midi
 from .model.device import pick_attention, pick_device
 from .model.transformer import DENSE
@@ -185,6 +186,8 @@ def write_songs(
         UserError: of the prompt, the checkpoint, or a file that cannot be written.
     """
     given = None if args.given is None else read_given(args, constraints)
+    if given is not None and given.melody is not None:
+        print(f"{instrument_name(given.melody)} plays the melody of {args.given}", file=sys.stderr)
     prompt = None if args.prompt is None else read_prompt(args.prompt, args.prompt_bars)
     if prompt is not None and constraints.instruments is not None:
         prompt = attributes.with_instruments(prompt, constraints.instruments)

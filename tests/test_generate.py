@@ -4,6 +4,7 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import miditoolkit
 import mido
 import numpy as np
 import pytest
@@ -234,6 +235,19 @@ def test_a_given_song_is_accompanied(checkpoint, tmp_path, given, capsys):
     assert f"4 new bars, {len(after - before)} new notes by " in capsys.readouterr().out
 
 
+def test_the_melody_of_a_given_song_can_be_kept(checkpoint, tmp_path, given, capsys):
+    song = read_midi(given)
+    end = max(note.end for track in song.instruments for note in track.notes)
+    line = [miditoolkit.Note(90, 110 + beat % 3, 480 * beat, 480 * (beat + 1)) for beat in range(end // 480)]
+    song.instruments.append(miditoolkit.Instrument(72, notes=line))
+    song.dump(given)
+    words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--given", str(given)]
+    module.main([*words, "--keep", "Melody, drums", "--add", "sax", "--density", "sax 9", "--chords", "C"])
+    before, after = notes_of(given), notes_of(tmp_path / "x.mid")
+    assert {note for note in before if note[0] in (72, 128)} == {note for note in after if note[0] != 65}
+    assert "Piccolo plays the melody" in capsys.readouterr().err
+
+
 def test_bars_of_a_given_song_are_replaced(checkpoint, tmp_path, given):
     words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--given", str(given)]
     band = sorted({note[0] for note in notes_of(given)})
@@ -253,12 +267,31 @@ def test_bars_of_a_given_song_are_replaced(checkpoint, tmp_path, given):
         (["--replace_bars", "two"], "no range of bars"),
         (["--replace_bars", "2", "--instruments", "sitar"], "Sitar does not play in"),
         (["--add", "sax", "--keep", "sitar"], "--keep: Sitar does not play in"),
+        (["--add", "sax", "--keep", "drums, melodie"], "--keep: 'melodie'"),
     ],
 )
 def test_what_cannot_be_done_to_a_given_song_is_told(tmp_path, given, args, says):
     words = ["--checkpoint", "none", "--output", str(tmp_path / "x.mid"), "--given", str(given)]
     with pytest.raises(UserError, match=says):
         module.main([*words, *args])
+
+
+def test_a_song_without_a_melody_is_told(tmp_path):
+    song = miditoolkit.MidiFile()
+    song.instruments = [miditoolkit.Instrument(0, notes=[miditoolkit.Note(90, p, 0, 480) for p in (60, 64)])]
+    song.dump(tmp_path / "chords.mid")
+    words = [
+        "--checkpoint",
+        "none",
+        "--output",
+        str(tmp_path / "x.mid"),
+        "--given",
+        str(tmp_path / "chords.mid"),
+    ]
+    with pytest.raises(
+        UserError, match=r"^--keep: no instrument of .*chords\.mid is a melody .* of Grand Piano$"
+    ):
+        module.main([*words, "--add", "sax", "--keep", "melody"])
 
 
 def test_flags_of_a_given_song_need_one(tmp_path):
