@@ -51,3 +51,9 @@ def test_the_readme_uses_flags_that_exist(command, capsys):
     for line in lines:
         for flag in re.findall(r"--\w[\w-]*", line):
             assert flag in flags, flag
+
+
+def test_the_page_of_generation_names_flags_that_exist():
+    flags = generate.make_parser().format_help()
+    for flag in set(re.findall(r"--\w+", (ROOT / "docs" / "generation.md").read_text())):
+        assert re.search(rf"{flag}\b", flags), flag

@@ -105,6 +105,6 @@ def test_the_examples_of_the_page_run(run, tmp_path, monkeypatch):
     compose(1, bars=4).dump("prompt.mid")
     text = PAGE.read_text(encoding="utf-8")
     examples = doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)
-    assert len(examples.examples) > 8
+    assert text.count("```python") == 5 and len(examples.examples) > 12
     assert doctest.DocTestRunner().run(examples).failed == 0
     assert (tmp_path / "song.mid").exists()

@@ -16,7 +16,9 @@ from meloformer import generate as module
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.generation import sound
+from meloformer.generation.generator import Song
 from meloformer.generation.sound import FADE_SECONDS, PEAK, Synthesizer
+from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.full_disk import full_disk
 from helpers.untrained import save_untrained
@@ -181,6 +183,15 @@ def test_the_audio_is_as_long_as_the_song_and_as_loud_as_it_may_be(
     assert params.nframes / rate == pytest.approx(seconds + FADE_SECONDS, abs=0.01)
     assert samples.max() == round(PEAK * 32767)
     assert not any(marker.text == "" for marker in song.markers)  # the fade is not the song's
+
+
+def test_a_song_of_the_generator_is_written_with_the_soundfont_named(bare, midirenderer, tmp_path):
+    (tmp_path / "my.sf2").write_bytes(SF2)
+    song = Song(HIDTokenizer().encode(compose(3, bars=2)), seed=0)
+    song.save_wav(tmp_path / "x.wav", tmp_path / "my.sf2")
+    assert read(tmp_path / "x.wav")[1].any()
+    with pytest.raises(UserError, match="needs a SoundFont"):
+        song.save_wav(tmp_path / "y.wav")
 
 
 def test_silence_stays_silent(bare, midirenderer, tmp_path):
