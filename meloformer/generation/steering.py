@@ -4,7 +4,7 @@
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -102,38 +102,45 @@ class Steering:
                 for family in _NOTES:
                     bias[family.start : family.stop] -= min(MOST, PER_NOTE * (1 - missing))
         if penalty and self._copies is not None:
-            for token in self._copies.next():
+            for token, states_more in self._copies.next():
                 bias[_LEAVING if token is None else token] -= penalty
+                if not states_more:  # or what is held back here would come as a length or a loudness
+                    bias[L.start : V.stop] -= penalty
         return bias
 
 
 class _Copies:
     """Which of its last bars an instrument is about to play again.
 
-    Bars are compared by the onsets and pitches of its notes, not by their lengths and loudness.
+    Bars are compared by the onsets and pitches of their notes, not by lengths and loudness. A bar is the list
+    of its T and P tokens, each with the number of L and V tokens that follow it.
     """
 
     def __init__(self):
-        self._played: dict[int, deque[list[int]]] = defaultdict(lambda: deque(maxlen=BARS_BACK))
-        self._group: list[int] = []  # T and P tokens of the bar so far
-        self._alike: list[list[int]] = []  # those of the last bars that begin so
+        self._played: dict[int, deque[list[list[int]]]] = defaultdict(lambda: deque(maxlen=BARS_BACK))
+        self._bar: list[list[int]] = []  # so far
+        self._alike: list[list[list[int]]] = []  # those of the last ones that begin so
 
     def push(self, token: int) -> None:
         if token in INST:
             self._alike = list(self._played[token])
-            self._group = []
-            self._played[token].append(self._group)
+            self._bar = []
+            self._played[token].append(self._bar)
         elif token in CHORD:
-            self._alike, self._group = [], []
+            self._alike, self._bar = [], []
         elif token in T or token in P:
-            at = len(self._group)
-            self._alike = [other for other in self._alike if other[at : at + 1] == [token]]
-            self._group.append(token)
+            at = len(self._bar)
+            self._alike = [other for other in self._alike if at < len(other) and other[at][0] == token]
+            self._bar.append([token, 0])
+        elif token in L or token in V:
+            self._bar[-1][1] += 1
 
-    def next(self) -> list[int | None]:
-        """For each of these bars, with which token it would be played on; None for no further note.
+    def next(self) -> Iterator[tuple[int | None, bool]]:
+        """For each of these bars, with which token it would be played on, None for no further note; and
+        whether it states the length or loudness of a note before that.
 
-        None of them before the bar's first onset: that it begins as others makes no bar a copy.
+        Nothing before the bar's first onset: that it begins as others makes no bar a copy.
         """
-        at = len(self._group)
-        return [other[at] if at < len(other) else None for other in self._alike] if at else []
+        at = len(self._bar)
+        for other in self._alike if at else ():
+            yield other[at][0] if at < len(other) else None, other[at - 1][1] > self._bar[-1][1]
