@@ -4,7 +4,8 @@ A change keeps the number of tokens, which packing reads from the index, and the
 encoding the changed ids gives the same ids. So for each change only values that fit the sample are drawn.
 
 Documents lie back to back, as in `attributes.scan`, and those of a batch are changed in one call: NumPy calls
-for every sample would double the time of the loader. For the same reason, work on every token is in uint16.
+for every sample would double the time of the loader. For the same reason, which values fit is found once per
+sample (`find_room`), most work is on runs of tokens instead of tokens, and the rest in small integer types.
 """
 
 from dataclasses import dataclass
@@ -12,16 +13,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..tokens import attributes, vocab
-from ..tokens.attributes import TokenAttributes
-from ..tokens.vocab import BAND, BPM, CHORD, DRUMS, INST, MAX_BPM, MIN_BPM, P, T, V
-from .splitmix import random_numbers
+from ..tokens.attributes import KIND_P, KIND_V, Runs, TokenAttributes, lengths
+from ..tokens.vocab import BAND, BPM, CHORD, DRUMS, EOS, INST, MAX_BPM, MIN_BPM, VOCAB_SIZE, P, V
+from .splitmix import splitmix64
 
 MAX_SEMITONES = 6  # up; one less down, since -6 and +6 give the same key
 MAX_BINS = vocab.VELOCITY_BINS - 1
 MAX_PERCENT = 50
 
+_IDS = np.arange(VOCAB_SIZE, dtype=np.uint16)
 _LABELS = len(CHORD) - 1  # chord labels without N
-_FOR_BAND = 3  # index in a sample's random stream; the numbers before are for key, velocity and tempo
+# The CHORD tokens but N by semitones up, 0 to 11; a negative number, which counts from the end, turns down.
+_TURNED = np.arange(_LABELS) + len(vocab.QUALITIES) * np.arange(12)[:, None]
+_TURNED = (CHORD.start + 1 + _TURNED % _LABELS).astype(np.uint16)
+# All tempi in BPM by percent (again from the end, if slower), halves rounded up, and their tokens.
+_PERCENTS = np.append(np.arange(MAX_PERCENT + 1), np.arange(-MAX_PERCENT, 0))[:, None]
+_SCALED = (np.arange(MIN_BPM, MAX_BPM + 1) * (100 + _PERCENTS) + 50) // 100
+_TEMPI = (BPM.start - MIN_BPM + _SCALED).astype(np.uint16)
+
+_FOR_BAND = 3  # index in a sample's random numbers; those before are for key, velocity and tempo
+# The random numbers of a sample are the upper halves of its seed times these: a lattice, evenly spread.
+_MULTIPLIERS = splitmix64(np.arange(_FOR_BAND + len(BAND), dtype=np.uint64)) | np.uint64(1)
+_HALF = np.uint64(32)
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,76 @@ def seeds_of_epoch(seed: int, epoch: int, samples: int) -> np.ndarray:
     return np.random.PCG64([seed, epoch, 1]).random_raw(samples)
 
 
+def room_dtype(settings: Augmentation) -> np.dtype:
+    """What is kept of a sample to know which changes fit it: 5 bytes, and one for each percent of tempo.
+
+    low: int8 [2], the least shift of key and of velocity.
+    count: uint8 [3], the number of shifts of key and of velocity from there on, and of percents.
+    percents: int8 [2 * tempo + 1], first the `count` percents that fit.
+    """
+    percents = 2 * settings.tempo + 1
+    return np.dtype([("low", np.int8, (2,)), ("count", np.uint8, (3,)), ("percents", np.int8, (percents,))])
+
+
+def find_room(
+    ids: np.ndarray, starts: np.ndarray, scanned: TokenAttributes, settings: Augmentation
+) -> np.ndarray:
+    """Which changes fit each of the documents; `room_dtype` [D].
+
+    Args:
+        ids, starts, settings: as for `augment`.
+        scanned: `attributes.scan` of the documents.
+    """
+    melodic = (scanned.kind == KIND_P) & (scanned.inst != DRUMS)
+    up = settings.transpose
+    key = _shifts(ids, starts, P, melodic, min(up, MAX_SEMITONES - 1), up)
+    up = settings.velocity
+    velocity = _shifts(ids, starts, V, scanned.kind == KIND_V, up, up)
+    fits = _percents_that_fit(ids, starts, settings.tempo)
+    room = np.empty(len(starts), room_dtype(settings))
+    room["low"] = np.stack((key[0], velocity[0]), axis=1)
+    room["count"] = np.stack((key[1], velocity[1], fits.sum(axis=1)), axis=1)
+    room["percents"] = np.argsort(~fits, axis=1, kind="stable") - settings.tempo
+    return room
+
+
+def _shifts(
+    ids: np.ndarray, starts: np.ndarray, family: vocab.Family, chosen: np.ndarray, down: int, up: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shifts, from `-down` to `up`, that keep a family's values in range: the least, and how many.
+
+    Args:
+        chosen: which tokens, all of the family, are to be shifted; bool [n].
+
+    Returns:
+        For each document, int64 [D] both; all of `-down` to `up` if none of its tokens are chosen.
+    """
+    top = len(family) - 1
+    value = (ids - np.uint16(family.start)).astype(np.uint8)
+    highest = np.maximum.reduceat(value * chosen.view(np.uint8), starts).astype(np.int64)
+    below_top = np.maximum.reduceat((top - value) * chosen.view(np.uint8), starts).astype(np.int64)
+    low = np.maximum(below_top - top, -down)
+    return low, np.minimum(top - highest, up) - low + 1
+
+
+def _percents_that_fit(ids: np.ndarray, starts: np.ndarray, most: int) -> np.ndarray:
+    """Which of the percents from `-most` to `most` fit the tempi of each document; bool [D, percents].
+
+    A tempo is written only where it changes. So a percentage fits if it keeps neighbouring tempi different
+    and all tempi in range.
+    """
+    at = np.flatnonzero(BPM.mask(ids))
+    first = np.searchsorted(at, starts)  # every document states its tempo
+    scaled = _SCALED[np.arange(-most, most + 1)[:, None], ids[at] - BPM.start]  # [percents, tempi]
+    wrong = (scaled < MIN_BPM) | (scaled > MAX_BPM)
+    repeats = scaled[:, 1:] == scaled[:, :-1]
+    repeats[:, first[1:] - 1] = False  # neighbours in two documents
+    wrong[:, 1:] |= repeats
+    return ~np.logical_or.reduceat(wrong, first, axis=1).T
+
+
 def augment(
-    ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray, settings: Augmentation
+    ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray, room: np.ndarray, settings: Augmentation
 ) -> tuple[np.ndarray, TokenAttributes]:
     """Documents with random changes, and the attributes of their tokens.
 
@@ -65,154 +146,83 @@ def augment(
         starts: ascending indices at which the documents begin, int64 [D]; the first is 0.
         seeds: one for each document, uint64 [D], from `seeds_of_epoch`. The changes of a document depend only
             on its seed and ids.
-        settings: how far documents may be changed.
+        room: `find_room` of the documents, [D].
+        settings: how far documents may be changed; those that `room` was found for.
 
     Returns:
         ids: uint16 [n]; documents begin at the same indices as before.
         scanned: `attributes.scan` of them.
     """
-    ids = reorder_bands(ids, starts, seeds) if settings.band_order else ids.copy()
-    scanned = attributes.scan(ids, starts)
-    heads = np.flatnonzero((ids - np.uint16(CHORD.start)) < BPM.stop - CHORD.start)  # CHORD, TS, CUT, BPM
-    for_key, for_velocity, for_tempo = _uniform(seeds, np.arange(_FOR_BAND)[:, None])
+    random = seeds[:, None] * _MULTIPLIERS >> _HALF
+    drawn = (random[:, :_FOR_BAND] * room["count"] >> _HALF).astype(np.int64)  # below the count
+    key, velocity = (drawn[:, :2] + room["low"]).T
+
+    # Structural tokens are few: a table says what each becomes in each document. Notes follow below.
+    runs = attributes.find_runs(ids, starts)
+    cell = np.repeat(np.arange(0, len(starts) * VOCAB_SIZE, VOCAB_SIZE), lengths(runs.first, len(runs.token)))
+    cell += runs.token
+    becomes = np.empty((len(starts), VOCAB_SIZE), np.uint16)
+    becomes[:] = _IDS
     if settings.transpose:
-        _transpose(ids, starts, scanned.inst != DRUMS, heads, for_key, settings.transpose)
-    if settings.velocity:
-        _shift(ids, starts, V, True, for_velocity, settings.velocity, settings.velocity)
+        becomes[:, CHORD.start + 1 : CHORD.stop] = _TURNED[key]
     if settings.tempo:
-        _scale_tempo(ids, starts, heads, for_tempo, settings.tempo)
+        becomes[:, BPM.start : BPM.stop] = _TEMPI[room["percents"][np.arange(len(starts)), drawn[:, 2]]]
+    runs = runs._replace(token=becomes.take(cell))
+    if settings.band_order:
+        place = np.zeros(becomes.shape, np.uint16)
+        # From 1 on, since headers have 0; EOS comes after all.
+        at_random = 1 + (random[:, _FOR_BAND:] >> np.uint64(17))
+        place[:, BAND.start : BAND.stop] = place[:, INST.start : INST.stop] = at_random
+        place[:, EOS] = 0xFFFF
+        ids, runs = _reorder_bands(ids, runs, place.take(cell))
+    else:
+        ids = ids.copy()
+    ids[runs.begin] = runs.token
+
+    scanned = attributes.scan(ids, starts, runs)
+    shift = np.zeros(len(ids), np.int8)
+    if settings.transpose:
+        shift += _by_document((scanned.kind == KIND_P) & (scanned.inst != DRUMS), starts, key)
+    if settings.velocity:
+        shift += _by_document(scanned.kind == KIND_V, starts, velocity)
+    signed = ids.view(np.int16)
+    signed += shift
     return ids, scanned
 
 
-def reorder_bands(ids: np.ndarray, starts: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """The documents with their band lists, and the groups of every bar, in random order.
-
-    T, L and V reset in every group, so groups move unchanged. Arguments are as for `augment`.
-
-    Returns:
-        ids: uint16 [n].
-    """
-    at = np.flatnonzero(ids < T.start)
-    head = ids[at]
-    begins = np.searchsorted(at, starts)  # every document begins with BOS or BAND
-    doc = np.repeat(np.arange(len(starts)), np.diff(begins, append=len(at)))
-
-    listed = np.flatnonzero(BAND.mask(head))
-    band_doc = doc[listed]
-    first = np.searchsorted(band_doc, np.arange(len(starts)))
-    within = np.arange(len(listed)) - first[band_doc]
-    order = np.lexsort((random_numbers(seeds[band_doc], _FOR_BAND + within), band_doc))
-    band_at, band = at[listed], head[listed][order]
-    place = np.zeros(len(starts) * len(BAND), dtype=np.int64)
-    place[band_doc * len(BAND) + band - BAND.start] = 1 + within
-
-    # A document consists of its band list, bar headers, groups and EOS. `whole` marks the parts that keep
-    # their place; the groups between two of these are sorted.
-    is_group = INST.mask(head)
-    whole = CHORD.mask(head) | (head == vocab.EOS)
-    whole[begins] = True
-    part = np.flatnonzero(whole | is_group)
-    key = np.cumsum(whole[part], dtype=np.int64) * (1 + len(BAND))
-    group = np.flatnonzero(is_group[part])
-    of_group = part[group]
-    key[group] += place[doc[of_group] * len(BAND) + head[of_group] - INST.start]
-    order = np.argsort(key, kind="stable")  # fast for nearly sorted keys
-
-    begin = at[part]
-    length = np.diff(begin, append=len(ids))[order]
-    moved = begin[order] - (np.cumsum(length) - length)
-    index = np.repeat(moved, length)
-    index += np.arange(len(ids))
-    out = ids.take(index)
-    out[band_at] = band
+def _by_document(chosen: np.ndarray, starts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` (one for each document, from -128 to 127) where `chosen` (bool [n]), 0 elsewhere; int8 [n]."""
+    out = np.empty(len(chosen), np.int8)
+    bounds = [*starts.tolist(), len(chosen)]
+    for start, stop, value in zip(bounds, bounds[1:], values.tolist()):
+        out[start:stop] = value
+    out *= chosen.view(np.int8)
     return out
 
 
-def _transpose(
-    ids: np.ndarray,
-    starts: np.ndarray,
-    melodic: np.ndarray,
-    heads: np.ndarray,
-    random: np.ndarray,
-    semitones: int,
-) -> None:
-    """Transpose each document except its drums, in place, by a shift that keeps its pitches in range.
+def _reorder_bands(ids: np.ndarray, runs: Runs, place: np.ndarray) -> tuple[np.ndarray, Runs]:
+    """The documents with the band list, and the groups of every bar, in another order.
+
+    T, L and V reset in every group, so groups move unchanged.
 
     Args:
-        melodic: which tokens are not of drums, bool [n].
-        heads: ascending indices that include all CHORD tokens.
-        random: a number in [0, 1) for each document, float64 [D].
-    """
-    shift = _shift(ids, starts, P, melodic, random, min(semitones, MAX_SEMITONES - 1), semitones)
-    chords = heads[(ids[heads] > CHORD.start) & (ids[heads] < CHORD.stop)]  # without N
-    label = ids[chords].astype(np.int64) - CHORD.start - 1
-    label += np.repeat(shift, _counts(chords, starts)) * len(vocab.QUALITIES)
-    ids[chords] = CHORD.start + 1 + label % _LABELS
-
-
-def _shift(
-    ids: np.ndarray,
-    starts: np.ndarray,
-    family: vocab.Family,
-    among: np.ndarray | bool,
-    random: np.ndarray,
-    down: int,
-    up: int,
-) -> np.ndarray:
-    """Add to a family's values in each document, in place, one number from `-down` to `up` that fits all.
-
-    Args:
-        among: which tokens may be shifted, bool [n], or True for all.
-        random: as for `_transpose`.
+        place: uint16 [R], by which the runs of every part are sorted: 0 of headers, the most of EOS, between
+            these that of the instrument. Runs with the same place stay in order.
 
     Returns:
-        The shift of each document, int64 [D].
+        ids: uint16 [n].
+        runs: of these.
     """
-    value = ids - np.uint16(family.start)  # modulo 2^16, so ids below the family become large, too
-    chosen = (value < len(family)) & among
-    top = len(family) - 1
-    value *= chosen
-    high = np.maximum.reduceat(value, starts).astype(np.int64)
-    below_top = np.maximum.reduceat((top - value) * chosen, starts).astype(np.int64)
-    shift = _pick(random, np.maximum(below_top - top, -down), np.minimum(top - high, up))
-    ids += chosen * np.repeat(shift.astype(np.uint16), np.diff(starts, append=len(ids)))
-    return shift
-
-
-def _scale_tempo(
-    ids: np.ndarray, starts: np.ndarray, heads: np.ndarray, random: np.ndarray, percent: int
-) -> None:
-    """Change all tempi of each document, in place, by one percentage, rounded to whole BPM, halves up.
-
-    A tempo is written only where it changes. So a percentage is drawn that keeps neighbouring tempi different
-    and all tempi in range.
-    """
-    at = heads[BPM.mask(ids[heads])]
-    tempi = ids[at].astype(np.int64) - BPM.start + MIN_BPM
-    first = np.searchsorted(at, starts)  # every document states its tempo
-    counts = np.diff(first, append=len(at))
-    percents = np.arange(-percent, percent + 1)
-    scaled = (tempi * (100 + percents[:, None]) + 50) // 100  # [percents, tempi]; exact, being integers
-    wrong = (scaled < MIN_BPM) | (scaled > MAX_BPM)
-    repeats = scaled[:, 1:] == scaled[:, :-1]
-    repeats[:, first[1:] - 1] = False  # neighbours in two documents
-    wrong[:, 1:] |= repeats
-    fits = ~np.logical_or.reduceat(wrong, first, axis=1)  # [percents, D]
-    wanted = _pick(random, 0, fits.sum(axis=0) - 1)  # 0 percent always fits
-    row = (np.cumsum(fits, axis=0) > wanted).argmax(axis=0)
-    ids[at] = scaled[np.repeat(row, counts), np.arange(len(at))] - MIN_BPM + BPM.start
-
-
-def _counts(at: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """How many of the ascending indices `at` lie in each document, int64 [D]."""
-    return np.diff(np.searchsorted(at, starts), append=len(at))
-
-
-def _pick(random: np.ndarray, low: np.ndarray | int, high: np.ndarray) -> np.ndarray:
-    """For each of `random`, in [0, 1), a whole number from low to high, both included; int64."""
-    return low + (random * (high - low + 1)).astype(np.int64)
-
-
-def _uniform(seeds: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The random numbers in [0, 1) at indices `place` of each seed's stream, float64; both broadcast."""
-    return (random_numbers(seeds, place) >> np.uint64(11)) * 2.0**-53
+    # Each key is different, for it ends in the number of the run; sorting is much faster than `argsort`.
+    key = np.repeat(np.arange(len(runs.part)), lengths(runs.part, len(runs.token))) << 40
+    key |= place.astype(np.int64) << 24
+    key |= np.arange(len(key))
+    key.sort()
+    order = key & 0xFFFFFF
+    if (order[1:] > order[:-1]).all():  # a piano alone, for one
+        return ids.copy(), runs
+    old, length = runs.begin[order], runs.length[order]
+    begin = np.cumsum(length) - length
+    index = np.repeat(old - begin, length)
+    index += np.arange(len(ids))
+    return ids.take(index), runs._replace(token=runs.token[order], begin=begin, length=length)

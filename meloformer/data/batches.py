@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..kernels.structure import KIND_RULE, NEAR_BARS, Structure, summary_room
 from ..tokens import attributes, vocab
 from ..tokens.attributes import TokenAttributes
-from .augment import OFF, Augmentation, augment, seeds_of_epoch
+from .augment import OFF, Augmentation, augment, find_room, room_dtype, seeds_of_epoch
 from .packing import find_samples, rows_of_epoch
 from .pairs import Counts, count_documents
 from .shards import ShardSet
@@ -137,8 +137,10 @@ class PackedSongs:
         )
         # The last epoch asked for, in one attribute, since the loader thread reads it too.
         self._epoch = _Epoch(-1, [], 0, np.zeros(0, np.uint64))
-        # The `Counts` of each sample, 0 until it is first read; no pair crosses documents, so they add up.
+        # Found when a sample is first read: its `Counts`, 0 until then, and which changes fit it. No pair
+        # crosses documents, so counts add up.
         self._counts = np.zeros((len(self.samples), len(fields(Counts))), np.int64)
+        self._room = np.zeros(len(self.samples), room_dtype(augmentation))
         self.failure: str | None = None
 
     def rows(self, epoch: int) -> list[np.ndarray]:
@@ -162,29 +164,31 @@ class PackedSongs:
         rows = list(rows)
         of_epoch = self._of(epoch)
         shape = (len(rows), self.max_seq_len)
-        ids = np.full(shape, vocab.PAD, np.int64)
-        targets = np.full(shape, vocab.IGNORE_INDEX, np.int64)
-        doc, bar, inst, kind, onset = (np.full(shape, -1, np.int32) for _ in range(5))
+        ids, targets = (np.empty(shape, np.int64) for _ in range(2))
+        doc, bar, inst, kind, onset = facts = [np.empty(shape, np.int32) for _ in range(5)]
         held = [of_epoch.rows[row] if row < len(of_epoch.rows) else _NO_SAMPLES for row in rows]
         numbers = np.concatenate([_NO_SAMPLES, *held])
         ends = np.cumsum(self.samples.length[numbers])
         tokens, scanned = self._documents(of_epoch, numbers, ends)
-        following = np.append(tokens[1:], np.uint16(vocab.PAD)).astype(np.int64)
-        following[ends - 1] = vocab.IGNORE_INDEX
+        following = np.append(tokens[1:], np.uint16(vocab.PAD))
         stop = 0
         for b, samples in enumerate(held):
             lengths = self.samples.length[samples]
             n = int(lengths.sum())
             start, stop = stop, stop + n
             ids[b, :n], targets[b, :n] = tokens[start:stop], following[start:stop]
-            doc[b, :n] = np.repeat(np.arange(len(samples)), lengths)
+            targets[b, np.cumsum(lengths) - 1] = vocab.IGNORE_INDEX
+            doc[b, :n] = np.repeat(np.arange(len(samples), dtype=np.int32), lengths)
             bar[b, :n], inst[b, :n] = scanned.bar[start:stop], scanned.inst[start:stop]
             kind[b, :n], onset[b, :n] = scanned.kind[start:stop], scanned.onset[start:stop]
+            ids[b, n:], targets[b, n:] = vocab.PAD, vocab.IGNORE_INDEX
+            for fact in facts:
+                fact[b, n:] = -1
         most_bars = max((int(self.samples.bars[samples].sum()) for samples in held), default=0)
         if self.fixed_num_summaries:
             most_bars = of_epoch.most_bars
         structure = Structure.build(
-            *(torch.from_numpy(fact) for fact in (doc, bar, inst, kind, onset)),
+            *(torch.from_numpy(fact) for fact in facts),
             num_summaries=summary_room(most_bars),
             near_bars=self.near_bars,
             kind_rule=self.kind_rule,
@@ -209,17 +213,21 @@ class PackedSongs:
         documents = [self.samples.read(self.shards, int(sample)) for sample in numbers]
         stored = np.concatenate([np.zeros(0, np.uint16), *documents])
         starts = ends - self.samples.length[numbers]
-        if self.augmentation == OFF or not len(numbers):
+        stays = self.augmentation == OFF or not len(numbers)
+        known = self._counts[numbers].any(axis=1).all()
+        if stays or not known:
             ids, scanned = stored, attributes.scan(stored, starts)
-        else:
-            ids, scanned = augment(stored, starts, epoch.seeds[numbers], self.augmentation)
-        assert len(ids) == sum(map(len, documents)), "rows are packed by the lengths of samples"
-        if not self._counts[numbers].any(axis=1).all():
+        if not known:
+            if not stays:
+                self._room[numbers] = find_room(stored, starts, scanned, self.augmentation)
             # As they are stored, for some kind rules count other pairs for each order of the band.
-            counted = attributes.scan(stored, starts) if self.augmentation.band_order else scanned
             self._counts[numbers] = count_documents(
-                starts, *vars(counted).values(), self.near_bars, self.kind_rule
+                starts, *vars(scanned).values(), self.near_bars, self.kind_rule
             )
+        if not stays:
+            seeds, room = epoch.seeds[numbers], self._room[numbers]
+            ids, scanned = augment(stored, starts, seeds, room, self.augmentation)
+        assert len(ids) == sum(map(len, documents)), "rows are packed by the lengths of samples"
         return ids, scanned
 
     def _batch_or_padding(self, epoch: int, rows: list[int]) -> Batch:

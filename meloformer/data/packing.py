@@ -12,9 +12,9 @@ import numpy as np
 from ..tokens import attributes, vocab
 from .shards import ShardSet
 
-PACKING = (
-    3  # version of the packing: raise it when the rows of an epoch change, so that no run resumes with others
-)
+# Version of the packing: raise it when the rows of an epoch, or the random changes of its samples, become
+# others, so that no run resumes with these.
+PACKING = 4
 _BIT_GENERATOR = np.random.PCG64  # explicit, since NumPy's default may change
 _MAX_HEADER = 4  # CHORD, TS, CUT, BPM; the band list before them is read from the song
 _OPEN_ROWS = 256

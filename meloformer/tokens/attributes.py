@@ -6,6 +6,7 @@ by scans over whole arrays.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,12 +18,10 @@ KIND_OF_ID = np.zeros(vocab.VOCAB_SIZE, dtype=np.int32)  # the kind of every id
 for _kind, _family in ((KIND_T, vocab.T), (KIND_P, vocab.P), (KIND_L, vocab.L), (KIND_V, vocab.V)):
     KIND_OF_ID[_family.start : _family.stop] = _kind
 
-# The instrument that a token switches to; -1 leaves the current one in force.
-_SWITCH = np.full(vocab.VOCAB_SIZE, -1, dtype=np.int32)
-_SWITCH[[vocab.PAD, vocab.BOS, vocab.EOS]] = vocab.NO_INSTRUMENT
-# BAND tokens have no instrument either, so they are global keys: every later token attends to them.
-_SWITCH[vocab.BAND.start : vocab.CHORD.stop] = vocab.NO_INSTRUMENT
-_SWITCH[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
+# The instrument of every structural token. BAND tokens have none either, so they are global keys: every later
+# token attends to them.
+_INSTRUMENT = np.full(vocab.VOCAB_SIZE, vocab.NO_INSTRUMENT, dtype=np.int32)
+_INSTRUMENT[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
 
 
 @dataclass(frozen=True)
@@ -46,48 +45,89 @@ def last_index(marks: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(marks, np.arange(len(marks)), 0))
 
 
-def scan(ids: np.ndarray, starts: np.ndarray | None = None) -> TokenAttributes:
+class Runs(NamedTuple):
+    """Documents back to back as R runs: each a structural token and the tokens of notes that follow it.
+
+    token: ids of the structural tokens, uint16 [R].
+    begin: their indices, int64 [R].
+    length: tokens of every run, int64 [R].
+    first: the first run of every document, int64 [D].
+    part: the first run of every part, int64 [D + bars]: the head of a document (BOS, BAND), or a bar.
+    """
+
+    token: np.ndarray
+    begin: np.ndarray
+    length: np.ndarray
+    first: np.ndarray
+    part: np.ndarray
+
+
+def find_runs(ids: np.ndarray, starts: np.ndarray) -> Runs:
+    """The runs of documents that begin at `starts`, as for `scan`; ids is uint16 [n], not empty."""
+    begin = np.flatnonzero(ids - np.uint16(vocab.T.start) >= vocab.V.stop - vocab.T.start)  # modulo 2^16
+    token, first = ids[begin], np.searchsorted(begin, starts)
+    begins_part = vocab.CHORD.mask(token)
+    begins_part[first] = True
+    return Runs(token, begin, lengths(begin, len(ids)), first, np.flatnonzero(begins_part))
+
+
+def lengths(begin: np.ndarray, stop: int) -> np.ndarray:
+    """How long stretches are that begin at `begin`, each up to the next and the last up to `stop`; int64.
+
+    As `np.diff(begin, append=stop)`, which takes longer when there are only a few thousand.
+    """
+    out = np.empty(len(begin), np.int64)
+    np.subtract(begin[1:], begin[:-1], out=out[:-1])
+    out[-1:] = stop - begin[-1:]
+    return out
+
+
+def scan(ids: np.ndarray, starts: np.ndarray | None = None, runs: Runs | None = None) -> TokenAttributes:
     """The attributes of every token of one song, or of a row of songs back to back.
 
     Args:
         ids: token ids [n], any integer dtype.
         starts: ascending indices at which documents begin (the first is 0); None for one document.
             Each document begins with BOS or BAND.
+        runs: `find_runs` of these, for a caller that knows them.
     """
-    ids = np.asarray(ids)
+    ids = np.asarray(ids).astype(np.uint16, copy=False)
     if len(ids) == 0:
         empty = np.zeros(0, dtype=np.int32)
         return TokenAttributes(empty, empty, empty, empty)
     if starts is None:
         starts = np.zeros(1, dtype=np.int64)
-    kind = KIND_OF_ID.take(ids)
-    structural = kind == STRUCTURAL
-    # Bar and instrument are those of the last structural token, and only a few tokens are structural.
-    begins = structural.copy()
-    begins[starts] = True
-    run = np.flatnonzero(begins)
-    of_run = ids[run]
-    run_lengths = np.diff(run, append=len(ids))
-    switch = _SWITCH[of_run]
-    chords = _count_from(np.cumsum(vocab.CHORD.mask(of_run), dtype=np.int32), np.searchsorted(run, starts))
-    note_begins = np.flatnonzero(kind == KIND_T)
-    onsets = _count_from(np.arange(1, len(note_begins) + 1), np.searchsorted(note_begins, starts))
+    if runs is None:
+        runs = find_runs(ids, starts)
+    part = _restarted(len(runs.part), np.searchsorted(runs.part, runs.first))  # 0 for the head
+    kind = _kinds(ids)
+    note = np.flatnonzero(kind == KIND_T)
     onset = np.repeat(
-        np.append(-1, onsets - 1).astype(np.int32), np.diff(note_begins, prepend=0, append=len(ids))
+        np.append(np.int32(-1), _restarted(len(note), np.searchsorted(note, starts))),
+        np.diff(note, prepend=0, append=len(ids)),
     )
-    onset[structural] = -1
+    onset[runs.begin] = -1
     return TokenAttributes(
-        bar=np.repeat(np.maximum(chords - 1, 0), run_lengths),
-        inst=np.repeat(switch[last_index(switch >= 0)], run_lengths),
-        kind=kind,
+        bar=np.repeat(np.maximum(part - 1, 0), lengths(runs.begin[runs.part], len(ids))),
+        inst=np.repeat(_INSTRUMENT.take(runs.token), runs.length),
+        kind=kind.astype(np.int32),
         onset=onset,
     )
 
 
-def _count_from(total: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """`total`, a running count, restarted at each of the ascending indices `first` (up to the length)."""
-    before = np.append(0, total).astype(total.dtype)[first]
-    return total - np.repeat(before, np.diff(first, append=len(total)))
+def _restarted(count: int, first: np.ndarray) -> np.ndarray:
+    """The numbers of `count` things, from 0 again at each of the ascending indices `first`; int32 [count]."""
+    before = np.repeat(first.astype(np.int32), lengths(first, count))
+    return np.arange(count, dtype=np.int32) - before
+
+
+def _kinds(ids: np.ndarray) -> np.ndarray:
+    """`KIND_OF_ID` of ids, uint16 [n], as int8; by comparisons, which are faster than looking up every id."""
+    kind = (ids >= vocab.T.start).view(np.int8)
+    for family in (vocab.P, vocab.L, vocab.V):  # in the order of their ids and of the kinds
+        kind += (ids >= family.start).view(np.int8)
+    kind *= (ids < vocab.V.stop).view(np.int8)
+    return kind
 
 
 @dataclass(frozen=True)

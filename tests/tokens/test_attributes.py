@@ -89,6 +89,12 @@ def test_an_empty_row_has_no_facts():
     assert len(attributes.scan(np.zeros(0, dtype=np.uint16)).bar) == 0
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+def test_every_id_has_its_kind(dtype):
+    ids = np.arange(vocab.VOCAB_SIZE, dtype=dtype)
+    np.testing.assert_array_equal(attributes.scan(ids).kind, attributes.KIND_OF_ID)
+
+
 @pytest.mark.parametrize("make", [example, lambda: compose(3), lambda: compose(8)], ids=["real", "a", "b"])
 def test_a_song_cut_at_any_bar_line_goes_on_the_same(make):
     ids = TOKENIZER.encode(make())
