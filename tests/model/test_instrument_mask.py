@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from meloformer.composer.compose import compose
-from meloformer.data.augment import Augmentation, augment
+from meloformer.data.augment import Augmentation, augment, find_room, seeds_of_epoch
 from meloformer.data.batches import State
 from meloformer.kernels.structure import Structure
 from meloformer.model.instrument_mask import forbidden_instruments
@@ -20,14 +20,17 @@ from helpers.tiny_train import TINY
 from helpers.training import config
 
 
+def in_other_order(song: np.ndarray, seed: int) -> np.ndarray:
+    settings, start = Augmentation(0, 0, 0, True), np.array([0])
+    room = find_room(song, start, attributes.scan(song), settings)
+    return augment(song, start, seeds_of_epoch(seed, 0, 1), room, settings)[0]
+
+
 @pytest.fixture(scope="module")
 def documents() -> list[np.ndarray]:
     """Beginnings and middles of songs, with their bands in random order."""
     songs = [HIDTokenizer().encode(compose(seed)) for seed in range(4)]
-    songs = [
-        augment(song, np.array([0]), np.array([seed], np.uint64), Augmentation(0, 0, 0, True))[0]
-        for seed, song in enumerate(songs)
-    ]
+    songs = [in_other_order(song, seed) for seed, song in enumerate(songs)]
     point = int(attributes.cut_points(songs[0])[2])
     header, skip = attributes.restated(songs[0], point)
     return [songs[1][:1500], np.concatenate((header, songs[0][point + skip :])), *songs[2:]]
