@@ -27,7 +27,7 @@ from benchmarks.songs.structures import pack
 from meloformer import cli
 from meloformer.errors import UserError
 from meloformer.kernels import Structure, ops
-from meloformer.kernels.launch import TABLE, Entry, Launch, Launches, override
+from meloformer.kernels.launch import TABLE, Entry, Gpu, Launch, Launches, launches_on, override
 from meloformer.kernels.plan import Plan
 
 KERNELS = tuple(field.name for field in fields(Launches))
@@ -160,7 +160,7 @@ def write_table(entry: Entry, path: Path = TUNED) -> None:
     """Put `entry` into the generated module `path`, in the place of one for the same GPU and operands."""
 
     def key(e: Entry) -> tuple:
-        return e.capability, e.head_dim, e.itemsize
+        return e.vendor, e.capability, e.head_dim, e.itemsize
 
     entries = sorted([e for e in TABLE if key(e) != key(entry)] + [entry], key=key)
     lines = [f'"""{HEADER}"""', "", "ENTRIES = ("]
@@ -209,13 +209,10 @@ def main(argv: list[str] | None = None) -> None:
         found[kernel], ms = best(results, kernel)
         print(f"{kernel:14} {ms:.3f} ms {found[kernel]}")
     if arguments.write:
-        properties = torch.cuda.get_device_properties(0)
-        capability, itemsize = (properties.major, properties.minor), shape[2].itemsize
-        known = [
-            e for e in TABLE if (e.capability, e.head_dim, e.itemsize) == (capability, shape[1], itemsize)
-        ]
-        launches = replace(known[0].launches if known else Launches(), **found)
-        write_table(Entry(capability, shape[1], itemsize, launches, properties.name, machine["date"]))
+        gpu, itemsize = Gpu.of(torch.device("cuda:0")), shape[2].itemsize
+        launches = replace(launches_on(gpu, shape[1], itemsize), **found)
+        name, date = torch.cuda.get_device_name(0), machine["date"]
+        write_table(Entry(gpu.vendor, gpu.capability, shape[1], itemsize, launches, name, date))
         print(f"wrote {TUNED.name}", file=sys.stderr)
 
 

@@ -52,12 +52,44 @@ class Launches:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What launches are chosen by.
+
+    Attributes:
+        vendor: "nvidia" or "amd", who number capabilities alike (gfx90a of AMD calls itself 9.0, as Hopper).
+        capability: major and minor.
+        program_memory: bytes of shared memory that a program may use.
+        sm_memory, sm_threads, sm_registers: of a multiprocessor, which its programs share.
+    """
+
+    vendor: str
+    capability: tuple[int, int]
+    program_memory: int
+    sm_memory: int
+    sm_threads: int
+    sm_registers: int = 65_536
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Gpu":
+        found = torch.cuda.get_device_properties(device)
+        return cls(
+            "nvidia" if torch.version.hip is None else "amd",
+            (found.major, found.minor),
+            found.shared_memory_per_block_optin,
+            found.shared_memory_per_multiprocessor,
+            found.max_threads_per_multi_processor,
+            found.regs_per_multiprocessor,
+        )
+
+
+@dataclass(frozen=True)
 class Entry:
     """Launches measured on one family of GPUs, for one head_dim and size of the elements in bytes.
 
     `gpu` and `date` (YYYY-MM-DD) say on what and when.
     """
 
+    vendor: str
     capability: tuple[int, int]
     head_dim: int
     itemsize: int
@@ -94,14 +126,16 @@ _override: list[Launches] = []
 
 @cache
 def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
-    if device.type != "cuda":
-        return Launches()
-    properties = torch.cuda.get_device_properties(device)
-    key = (properties.major, properties.minor), head_dim, dtype.itemsize
+    return Launches() if device.type != "cuda" else launches_on(Gpu.of(device), head_dim, dtype.itemsize)
+
+
+def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
+    """As `launches_for`, for elements of `itemsize` bytes."""
     for entry in TABLE:
-        if (entry.capability, entry.head_dim, entry.itemsize) == key:
-            return entry.launches
-    return untuned(head_dim, dtype.itemsize, properties.shared_memory_per_block_optin)
+        if (entry.vendor, entry.capability) == (gpu.vendor, gpu.capability):
+            if (entry.head_dim, entry.itemsize) == (head_dim, itemsize):
+                return entry.launches
+    return untuned(head_dim, itemsize, gpu.program_memory)
 
 
 def untuned(head_dim: int, itemsize: int, shared_memory: int) -> Launches:

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton 3.4 to 3.7.0 miscompile a product on Hopper whose first operand is the transpose of an accumulator:
 # the kernels have none, which the tests check. Older versions lack what the kernels are written in.
 OLDEST_TRITON = (3, 5)
+OLDEST_GPU = (8, 0)  # whose matrix units multiply bfloat16
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -34,6 +35,12 @@ def unavailable(device: torch.device) -> str | None:
         return "it runs on cuda (and, slowly, on cpu if TRITON_INTERPRET=1 is set before triton is imported)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "it is for GPUs of NVIDIA, and this PyTorch is for those of AMD"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST_GPU:
+        oldest, found = (".".join(map(str, number)) for number in (OLDEST_GPU, found))
+        return f"the GPU has compute capability {found}, it takes {oldest} or newer"
     return None
 
 

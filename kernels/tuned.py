@@ -2,6 +2,7 @@
 
 ENTRIES = (
     {
+        "vendor": "nvidia",
         "capability": (9, 0),
         "head_dim": 64,
         "itemsize": 2,

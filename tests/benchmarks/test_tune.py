@@ -60,10 +60,10 @@ class _Noting:
 
 
 def test_the_table_it_writes_can_be_read(tmp_path, monkeypatch):
-    old = Entry((8, 0), 64, 2, Launches.all(Launch(32, 32)), "old GPU", "2026-01-01")
-    same = Entry((9, 0), 64, 2, Launches(), "a GPU", "2026-01-01")
+    old = Entry("nvidia", (8, 0), 64, 2, Launches.all(Launch(32, 32)), "old GPU", "2026-01-01")
+    same = Entry("nvidia", (9, 0), 64, 2, Launches(), "a GPU", "2026-01-01")
     monkeypatch.setattr(tune, "TABLE", (old, same))
-    new = Entry((9, 0), 64, 2, Launches.all(Launch(64, 128, 8, 2, 168)), "a GPU", "2026-02-02")
+    new = Entry("nvidia", (9, 0), 64, 2, Launches.all(Launch(64, 128, 8, 2, 168)), "a GPU", "2026-02-02")
     path = tmp_path / "tuned.py"
     tune.write_table(new, path)
     written = runpy.run_path(str(path))["ENTRIES"]

@@ -38,17 +38,19 @@ def test_sizes_that_no_kernel_takes_are_refused(wrong, message):
 
 def test_entries_say_where_they_come_from():
     assert TABLE
-    keys = [(entry.capability, entry.head_dim, entry.itemsize) for entry in TABLE]
+    keys = [(entry.vendor, entry.capability, entry.head_dim, entry.itemsize) for entry in TABLE]
     assert len(set(keys)) == len(keys)
     assert all(entry.gpu and len(entry.date) == 10 for entry in TABLE)
 
 
 class FakeProperties:
     major, minor, shared_memory_per_block_optin = 9, 0, 227 * KILOBYTE
+    shared_memory_per_multiprocessor, max_threads_per_multi_processor = 228 * KILOBYTE, 2048
+    regs_per_multiprocessor = 65_536
 
 
 def test_the_table_is_asked_first(monkeypatch):
-    entry = Entry((9, 0), 64, 2, Launches.all(Launch(32, 32)), "a GPU", "2026-01-01")
+    entry = Entry("nvidia", (9, 0), 64, 2, Launches.all(Launch(32, 32)), "a GPU", "2026-01-01")
     monkeypatch.setattr(launch, "TABLE", (entry,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeProperties)
     launch._chosen.cache_clear()
@@ -59,6 +61,17 @@ def test_the_table_is_asked_first(monkeypatch):
     with launch.override(Launches()):
         assert launch.launches_for(device, torch.bfloat16, 64) == Launches()
     launch._chosen.cache_clear()
+
+
+def test_a_gpu_of_amd_takes_no_launch_of_hopper(monkeypatch):
+    """gfx90a calls itself 9.0; registers cannot be limited there."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeProperties)
+    for version, capped in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", version)
+        gpu = launch.Gpu.of(torch.device("cuda:0"))
+        assert gpu.capability == (9, 0)
+        found = launch.launches_on(gpu, 64, 2)
+        assert any(getattr(found, name).maxnreg for name in KERNELS) is capped
 
 
 class FakeCompiled:

@@ -8,8 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from meloformer.kernels import make_attention, triton_backend
-from meloformer.kernels import ops as _registers_the_operators  # noqa: F401
+from meloformer.kernels import make_attention, ops, triton_backend
 from meloformer.kernels.launch import TABLE, Launch, Launches, override, untuned
 from meloformer.kernels.plan import Plan
 from meloformer.kernels.structure import KIND_RULE
@@ -182,6 +181,20 @@ def test_any_strides():
         assert torch.equal(a, b)
 
 
+def test_tokens_begin_at_multiples_of_16_bytes():
+    """What `tiles.key_pointers` tells the compiler; a batch or a length of 1 has any stride."""
+    x = torch.zeros(2, 5, 3, 4, 32).transpose(2, 3)[..., 0].mT  # [2, 5, 3, 4] of channels 128 bytes apart
+    assert ops._addressable(x).is_contiguous()
+    usual = torch.zeros(1, 6, 2, 32).transpose(1, 2)
+    odd = torch.zeros(1, 6, 2, 33)[..., 1:].transpose(1, 2)
+    shifted = torch.zeros(1 + 6 * 2 * 32)[1:].view(1, 6, 2, 32).transpose(1, 2)
+    single = torch.zeros(1, 1, 1, 32).as_strided((1, 1, 1, 32), (3, 5, 7, 1))
+    for x, kept in ((usual, True), (odd, False), (shifted, False), (single, True)):
+        found = ops._addressable(x)
+        assert (found is x) is kept and torch.equal(found, x)
+        assert found.data_ptr() % 16 == 0
+
+
 def test_the_output_joins_its_heads_for_free():
     packed = case("rows").structure.to(DEVICE)
     *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
@@ -251,6 +264,13 @@ def test_unavailable_says_why(monkeypatch):
     assert triton_backend.unavailable(cpu) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in triton_backend.unavailable(cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert triton_backend.unavailable(cuda) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5, it takes 8.0 or newer" in triton_backend.unavailable(cuda)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "this PyTorch is for those of AMD" in triton_backend.unavailable(cuda)
     monkeypatch.setattr(triton_backend, "version", lambda name: "3.3.1")
     assert "3.3 is too old, it takes 3.5" in triton_backend.unavailable(cuda)
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
