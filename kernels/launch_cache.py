@@ -103,6 +103,7 @@ class Launcher:
             with torch.cuda.device(first.device):  # Triton launches on the current one
                 self(programs, tensors, numbers, **constants)
             return
+        constants["enable_fp_fusion"] = True  # Triton 3.10 is to round after every multiplication by default
         if self._trusted is False:
             self._kernel[tuple(programs)](*tensors, *numbers, **constants)
             return

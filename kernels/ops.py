@@ -1,9 +1,10 @@
 """The two attention phases as PyTorch operators, with their gradients.
 
 `torch.ops.meloformer.summarize` and `update` work with autograd, once, and with torch.compile. Inputs may
-have any strides; those whose channels are not contiguous, or whose heads span 2^31 elements or more, are
-copied. Results are transposes of contiguous [B, length, H, D], so that merging the heads needs no copy. They
-are bitwise deterministic, gradients included.
+have any strides; those whose channels are not contiguous, whose tokens do not begin at multiples of 16 bytes,
+or whose heads span 2^31 elements or more, are copied. Results are transposes of contiguous
+[B, length, H, D], so that merging the heads needs no copy. They are bitwise deterministic, gradients
+included.
 """
 
 from collections.abc import Callable, Sequence
@@ -222,9 +223,12 @@ def _constants(launch: Launch, dim: int, first: bool) -> dict:
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """`x`, or a copy with contiguous channels and offsets within a head that fit 32 bits."""
+    """`x`, or a copy with contiguous channels, tokens that begin at multiples of 16 bytes, and offsets within
+    a head that fit 32 bits."""
     fits = x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31
-    return x if fits else x.contiguous()
+    steps = [stride * x.element_size() for size, stride in zip(x.shape[:3], x.stride()) if size > 1]
+    aligned = not any(address % 16 for address in (x.data_ptr(), *steps))
+    return x if fits and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _empty_like(x: Tensor) -> Tensor:
