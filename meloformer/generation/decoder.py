@@ -2,13 +2,15 @@
 
 A token costs the products with the weights and attention to the keys it sees; the summary of a bar is
 computed once, when the next bar begins. A prompt goes through the model's own forward pass, which fills the
-caches.
+caches. Tokens that are known several at a time are a block: rows of the same products.
 
-Shape suffixes: R rows (songs that take a step), H heads, D channels of a head, E model width, V vocabulary.
+Shape suffixes: R rows (songs that take a step, or tokens of a block), H heads, D channels of a head, E model
+width, V vocabulary.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +40,19 @@ class _Place(NamedTuple):
     pick: slice | Tensor  # the same rows, to read
     length: int  # keys of the row that sees most
     mask: Tensor | None  # bool [R, 1, 1, length]: which keys each row sees; None: all
+
+
+class _Block(NamedTuple):
+    """What the tokens of a block see, and where their own keys go: in the order of the song."""
+
+    song: int
+    own: slice  # positions
+    bars: int  # summaries, which all of them see
+    positions: Tensor  # int64 [keys], of the tokens that any of them sees
+    mask: Tensor  # bool [R, bars + keys]: who sees which
+
+
+Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Decoder:
@@ -104,11 +119,45 @@ class Decoder:
         """
         facts = [self._readers[song].push(token) for song, token in zip(songs, tokens)]
         for song, token in zip(songs, facts):
-            if not self._dense and token.bar > self._complete[song]:
-                self._summarize(song)
+            self._begin_bar(song, token)
         self.cache.make_room(tokens=1 + max(token.position for token in facts))
         place = self._place_dense(songs, facts) if self._dense else self._place(songs, facts)
+        x_RE, guesses = self._through_layers(facts, partial(self._attend_lists, place))
+        if not self._dense:
+            self._keep(songs, facts, place)
+        return self._logits(x_RE, guesses)
 
+    @torch.inference_mode()
+    def extend(self, song: int, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to a song: what as many calls of `step` do, in one pass for each bar they belong to.
+
+        Args:
+            song: a number below B, of a song that `prefill` began.
+            tokens: their ids, at least one.
+
+        Returns:
+            Logits [VOCAB_SIZE] of the token that follows the last, in the model's dtype, on its device.
+        """
+        facts = [self._readers[song].push(token) for token in tokens]
+        for _, together in groupby(facts, key=lambda token: 0 if self._dense else token.bar):
+            of_bar = list(together)
+            self._begin_bar(song, of_bar[0])
+            self.cache.make_room(tokens=of_bar[-1].position + 1)
+            attend = partial(self._attend_block, self._block(song, of_bar))
+            x_RE, guesses = self._through_layers(of_bar, attend)
+        return self._logits(x_RE[-1:], ChordGuesses(*(guess[-1:] for guess in guesses)))[0]
+
+    def _begin_bar(self, song: int, token: TokenFacts) -> None:
+        if not self._dense and token.bar > self._complete[song]:
+            self._summarize(song)
+
+    def _through_layers(self, facts: list[TokenFacts], attend: Attend) -> tuple[Tensor, ChordGuesses]:
+        """The stream [R, E] after the last layer, and what the output may copy, [R, 1] each.
+
+        Args:
+            attend: of the number of a layer, queries [R, H, D], and the rows' own keys and values
+                [R, 2, H, D], which are not in the cache yet, makes what attention returns, [R, E].
+        """
         columns = [(f.position, f.bar, f.features.onset, *f.guesses, *self._inputs.rows(f)) for f in facts]
         on_device = indices(columns, self._device)
         first_input = 3 + len(ChordGuesses._fields)
@@ -116,11 +165,13 @@ class Decoder:
         x_RE = self._inputs.sum_of(on_device[:, first_input:])
         rotary = self._model.rotary_of_tokens(position, bar, onset)
         for number, layer in enumerate(self._model.layers):
-            x_RE = self._layer(layer, number, x_RE, rotary, place)
-        if not self._dense:
-            self._keep(songs, facts, place)
-        logits = self._model.logits(x_RE[:, None], ChordGuesses(*guesses))
-        return logits[:, 0, : vocab.VOCAB_SIZE]
+            q_RHD, kv_R2HD = self._project(layer.qkv_r, _norm(layer.norm_r, x_RE), rotary)
+            x_RE = torch.addmm(x_RE, attend(number, q_RHD, kv_R2HD), layer.out_r.weight.t())
+            x_RE = _feed_forward(layer, x_RE)
+        return x_RE, ChordGuesses(*guesses)
+
+    def _logits(self, x_RE: Tensor, guesses: ChordGuesses) -> Tensor:
+        return self._model.logits(x_RE[:, None], guesses)[:, 0, : vocab.VOCAB_SIZE]
 
     def _place_dense(self, songs: Sequence[int], facts: list[TokenFacts]) -> _Place:
         return self._places(list(songs), [token.position for token in facts])
@@ -153,15 +204,38 @@ class Decoder:
             mask = mask[:, None, None]
         return _Place(on_device[0], on_device[1], pick, length, mask)
 
-    def _layer(
-        self, layer: Layer | DenseLayer, number: int, x_RE: Tensor, rotary: Rotary, place: _Place
-    ) -> Tensor:
-        q_RHD, kv_R2HD = self._project(layer.qkv_r, _norm(layer.norm_r, x_RE), rotary)
+    def _attend_lists(self, place: _Place, number: int, q_RHD: Tensor, kv_R2HD: Tensor) -> Tensor:
+        """Each row to the list of its song."""
         keys = (self.cache.tokens if self._dense else self.cache.seen)[number]  # [2, rows, H, keys, D]
         keys[:, place.rows, :, place.places] = kv_R2HD if isinstance(place.rows, Tensor) else kv_R2HD[0]
         k, v = (part[:, :, : place.length][place.pick] for part in keys)
-        o = F.scaled_dot_product_attention(q_RHD[:, :, None], k, v, attn_mask=place.mask)
-        return _feed_forward(layer, torch.addmm(x_RE, o.flatten(1), layer.out_r.weight.t()))
+        return F.scaled_dot_product_attention(q_RHD[:, :, None], k, v, attn_mask=place.mask).flatten(1)
+
+    def _block(self, song: int, facts: list[TokenFacts]) -> _Block:
+        """Of tokens of one bar, if there are bars."""
+        if self._dense:
+            bars, seen = 0, [np.arange(token.position + 1) for token in facts]
+        else:
+            bars, seen = facts[0].bar, [self._visible[song].seen_by(token) for token in facts]
+        positions = np.unique(np.concatenate(seen))
+        mask = np.zeros((len(facts), bars + len(positions)), dtype=bool)
+        mask[:, :bars] = True
+        for row, mine in zip(mask, seen):
+            row[bars + np.searchsorted(positions, mine)] = True
+        own = slice(facts[0].position, facts[-1].position + 1)
+        mask = torch.from_numpy(mask).to(self._device)
+        return _Block(song, own, bars, indices(positions, self._device), mask)
+
+    def _attend_block(self, block: _Block, number: int, q_RHD: Tensor, kv_R2HD: Tensor) -> Tensor:
+        """All rows to the keys that one of them sees, masked."""
+        keys = self.cache.tokens[number, :, block.song]  # [2, H, tokens, D]
+        keys[:, :, block.own] = kv_R2HD.permute(1, 2, 0, 3)
+        k_v = keys.index_select(2, block.positions)
+        if block.bars:
+            k_v = torch.cat([self.cache.bars_past[number, :, block.song, :, : block.bars], k_v], dim=2)
+        k, v = k_v[:, None]  # [1, H, keys, D] each
+        o = F.scaled_dot_product_attention(q_RHD.transpose(0, 1)[None], k, v, attn_mask=block.mask)
+        return o[0].transpose(0, 1).flatten(1)
 
     def _project(self, projection: nn.Linear, x_RE: Tensor, rotary: Rotary) -> tuple[Tensor | None, Tensor]:
         """The rotated queries [R, H, D], if there are any, and keys and values [R, 2, H, D]."""

@@ -76,12 +76,13 @@ class Window:
         for window, together in anew.items():
             logits = self._decoder.prefill(together, np.frombuffer(window, dtype=np.int64)).float().cpu()
             found |= dict.fromkeys(together, logits)
-        # Most songs have one new token. The further ones of some go first, so that all end in one step.
-        for left in range(max(map(len, waiting.values()), default=0), 0, -1):
-            turn = [number for number, new in waiting.items() if len(new) >= left]
-            logits = self._decoder.step(turn, [waiting[number][-left] for number in turn])
-            if left == 1:
-                found |= zip(turn, logits.float().cpu())
+        turn = [number for number, new in waiting.items() if len(new) == 1]  # most of them
+        if turn:
+            logits = self._decoder.step(turn, [waiting[number][0] for number in turn])
+            found |= zip(turn, logits.float().cpu())
+        for number, new in waiting.items():
+            if len(new) > 1:
+                found[number] = self._decoder.extend(number, new).float().cpu()
         return [found[number] for number in numbers]
 
     def _begin(self, ids: np.ndarray, again: bool) -> np.ndarray | None:

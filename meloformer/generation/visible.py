@@ -87,6 +87,15 @@ class VisibleKeys:
         self._append(token)
         return KeyList(number, begins, start, np.concatenate((kept, more)), place)
 
+    def seen_by(self, token: TokenFacts) -> np.ndarray:
+        """Append a token, and say which tokens it sees, itself among them: positions [keys], rising."""
+        self._begin(token)
+        visible = self._earlier(token, self._masks[self._list_of_kind[token.kind]])
+        if token.kind != STRUCTURAL:  # a note's token sees its whole onset
+            visible = np.union1d(visible, np.arange(self._onset_start, token.position))
+        self._append(token)
+        return np.append(visible, token.position)
+
     def _begin(self, token: TokenFacts) -> None:
         if token.bar == len(self._bar_starts):
             self._bar_starts.append(token.position)

@@ -1,5 +1,6 @@
 """Decoding from caches against the model's full forward pass, at every position."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -76,9 +77,58 @@ def test_and_in_a_sample_that_begins_later(config):
 @pytest.mark.parametrize("config", [CONFIG, DENSE], ids=ids_of.get)
 def test_float32_agrees_to_four_digits(config):
     model, ids = tiny_model(config, torch.float32), song(4, tokens=200)
-    torch.testing.assert_close(
-        decoded(Decoder(model), ids, 50), full_forward(model, ids)[49:], rtol=0, atol=1e-4
-    )
+    expected = full_forward(model, ids)
+    torch.testing.assert_close(decoded(Decoder(model), ids, 50), expected[49:], rtol=0, atol=1e-4)
+    decoder = Decoder(model)
+    decoder.prefill([0], ids[:50])
+    torch.testing.assert_close(decoder.extend(0, ids[50:].tolist()), expected[-1], rtol=0, atol=1e-4)
+
+
+def parts(begin: int, end: int, random: np.random.Generator) -> Iterator[slice]:
+    """All from `begin` to `end`, in parts of few and of many tokens."""
+    while begin < end:
+        part = slice(begin, min(begin + int(random.geometric(random.choice([0.02, 0.5]))), end))
+        yield part
+        begin = part.stop
+
+
+@pytest.mark.parametrize("config", ids_of, ids=ids_of.get)
+def test_a_block_leaves_what_its_tokens_leave_one_by_one(config):
+    """Blocks of any length, bars ending in them, between single tokens."""
+    model, random = tiny_model(config), np.random.default_rng(0)
+    for seed in (1, 3):
+        ids = song(seed, bars=8, tokens=700)
+        expected, decoder = full_forward(model, ids), Decoder(model)
+        allowed = 1e-10 * expected.abs().max().item()
+        decoder.prefill([0], ids[:20])
+        for part in parts(20, len(ids), random):
+            tokens = ids[part].tolist()
+            got = decoder.step([0], tokens)[0] if len(tokens) == 1 else decoder.extend(0, tokens)
+            torch.testing.assert_close(got, expected[part.stop - 1], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("config", [CONFIG, DENSE], ids=ids_of.get)
+def test_songs_of_a_batch_take_blocks_between_their_steps(config):
+    model, random = tiny_model(config), np.random.default_rng(0)
+    everything = [song(seed, tokens=350) for seed in range(3)]
+    expected = [full_forward(model, ids) for ids in everything]
+    decoder, read = Decoder(model, songs=3), [30, 60, 90]
+    for number, ids in enumerate(everything):
+        decoder.prefill([number], ids[: read[number]])
+    while turn := [number for number, ids in enumerate(everything) if read[number] < len(ids)]:
+        number = int(random.choice(turn))
+        part = next(parts(read[number], len(everything[number]), random))
+        got = {number: decoder.extend(number, everything[number][part].tolist())}
+        read[number] = part.stop
+        turn = [number for number in turn if read[number] < len(everything[number])]
+        if turn:
+            logits = decoder.step(turn, [int(everything[number][read[number]]) for number in turn])
+            for number in turn:
+                read[number] += 1
+            got |= zip(turn, logits)
+        for number, logits in got.items():
+            allowed = 1e-10 * expected[number].abs().max().item()
+            torch.testing.assert_close(logits, expected[number][read[number] - 1], rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("config", [CONFIG, OF_RULES[0], DENSE], ids=ids_of.get)

@@ -7,6 +7,7 @@ import pytest
 
 from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
+from meloformer.generation.decoder import Decoder
 from meloformer.generation.draft import OutlinedDraft
 from meloformer.generation.harmony import parse_chords
 from meloformer.generation.loop import write
@@ -129,3 +130,23 @@ def test_a_song_that_tokens_would_round_stays_as_it_is(model, song):
 def test_bars_that_there_are_not_are_refused(song, bars):
     with pytest.raises(ValueError, match="there are no bars"):
         Outline.of(song, NEW, bars)
+
+
+def test_what_stays_costs_a_pass_a_bar_and_not_one_a_token(model, song, monkeypatch):
+    passes, prefills = [], []
+    through_layers, prefill = Decoder._through_layers, Decoder.prefill
+    monkeypatch.setattr(
+        Decoder,
+        "_through_layers",
+        lambda self, facts, attend: (passes.append(len(facts)), through_layers(self, facts, attend))[1],
+    )
+    monkeypatch.setattr(
+        Decoder, "prefill", lambda self, songs, ids: (prefills.append(len(ids)), prefill(self, songs, ids))[1]
+    )
+    outline = Outline.of(song, NEW)
+    ids = written(model, outline)
+    given = sum(len(bar.tokens) for bar in outline.bars)
+    new = len(ids) - given - len(outline.header) - 1  # of which EOS is the last
+    assert new > 20 and given > 20 * len(outline.bars)  # or there was nothing to see
+    assert len(prefills) == 1 and sum(passes) + sum(prefills) == len(ids) - 1
+    assert len(passes) <= new + 2 * len(outline.bars)

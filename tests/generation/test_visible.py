@@ -29,9 +29,11 @@ def test_a_token_reads_what_it_sees_and_nothing_else(songs, near_bars, kind_rule
         ids = ids[:1500]
         summaries, tokens = visible_by_rule(ids, near_bars, kind_rule)
         reader, visible = TokenReader(), VisibleKeys(near_bars, kind_rule)
+        in_blocks = VisibleKeys(near_bars, kind_rule)
         lists = [np.empty(len(ids) + summaries.shape[1], dtype=np.int64) for _ in range(visible.lists)]
         for position, token in enumerate(ids.tolist()):
-            keys = visible.keys_of(reader.push(token))
+            facts = reader.push(token)
+            keys = visible.keys_of(facts)
             keys_list = lists[keys.number]
             if keys.begins:
                 bars = np.flatnonzero(summaries[position])
@@ -42,6 +44,10 @@ def test_a_token_reads_what_it_sees_and_nothing_else(songs, near_bars, kind_rule
             seen = np.sort(keys_list[: keys.place + 1])
             expected = [-1 - np.flatnonzero(summaries[position])[::-1], np.flatnonzero(tokens[position])]
             np.testing.assert_array_equal(seen, np.concatenate(expected), f"token {position}")
+            if position % 7:
+                in_blocks.push(facts)
+            else:
+                np.testing.assert_array_equal(in_blocks.seen_by(facts), expected[1], f"token {position}")
 
 
 @pytest.mark.parametrize("kind_rule", KIND_RULES)
