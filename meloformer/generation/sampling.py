@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..tokens import vocab
@@ -46,22 +47,37 @@ class Sampling:
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         """One token id from logits [V] (float32 on CPU; -inf for ids that must not be drawn)."""
+        ids, weights = self.distribution(logits.numpy())
+        sums = weights.cumsum()
+        drawn = float(torch.rand((), generator=generator, dtype=torch.float64)) * sums[-1]
+        # Rounded, the product may be the whole sum.
+        return int(ids[min(np.searchsorted(sums, drawn, side="right"), len(ids) - 1)])
+
+    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids that may be drawn, rising, and how likely they are: float64, above 0, of any sum.
+
+        Args:
+            logits: [V], -inf for ids that must not be drawn; one at least is finite.
+        """
+        ids = np.flatnonzero(logits != -np.inf)  # few, as a rule: all that follows is of these alone
+        logits = logits[ids].astype(np.float64)
         if self.temperature == 0:
-            return int(logits.argmax())
-        logits = logits.double()
+            return ids[[logits.argmax()]], np.ones(1)
         scaled = (logits - logits.max()) / self.temperature
         for kind, temperature in self.kind_temperatures.items():
             for family in KINDS[kind]:
-                among = slice(family.start, family.stop)
-                scaled[among] = _redistributed(scaled[among], logits[among], temperature)
-        probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True)
-        left_out = probabilities < self.min_p * probabilities[0]
-        if self.top_k is not None:
-            left_out[self.top_k :] = True
-        sum_before = probabilities.cumsum(0) - probabilities
-        left_out |= sum_before >= self.top_p  # never the first one: top_p is above 0
-        probabilities[left_out] = 0
-        return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+                among = slice(*np.searchsorted(ids, (family.start, family.stop)))
+                if among.start < among.stop:
+                    scaled[among] = _redistributed(scaled[among], logits[among], temperature)
+        weights = np.exp(scaled - scaled.max())
+        kept = (weights > 0) & (weights >= self.min_p)
+        if self.top_k is not None or self.top_p < 1:
+            order = np.argsort(-weights, kind="stable")
+            sum_before = weights[order].cumsum() - weights[order]
+            left_out = sum_before >= self.top_p * weights.sum()  # never the first: top_p is above 0
+            left_out[self.top_k or len(ids) :] = True
+            kept[order[left_out]] = False
+        return ids[kept], weights[kept]
 
 
 # Drawn like the model says, a part often enters late or pauses for bars on end, which one that is left out by
@@ -69,11 +85,12 @@ class Sampling:
 DEFAULT_SAMPLING = Sampling(min_p=0.01, kind_temperatures={"instrument": 0.5})
 
 
-def _redistributed(scaled: torch.Tensor, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _redistributed(scaled: np.ndarray, logits: np.ndarray, temperature: float) -> np.ndarray:
     """Scaled logits of the same sum of exponentials as `scaled`, distributed by logits / temperature."""
-    together = scaled.logsumexp(0)
-    if together == -torch.inf:  # none of them may come
-        return scaled
+    together = np.logaddexp.reduce(scaled)
     if temperature == 0:
-        return torch.full_like(scaled, -torch.inf).index_fill_(0, logits.argmax(), together)
-    return together + torch.log_softmax((logits - logits.max()) / temperature, 0)
+        alone = np.full_like(scaled, -np.inf)
+        alone[logits.argmax()] = together
+        return alone
+    within = (logits - logits.max()) / temperature
+    return together + within - np.logaddexp.reduce(within)

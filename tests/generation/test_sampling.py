@@ -50,6 +50,37 @@ def test_draws_follow_the_probabilities():
     np.testing.assert_allclose(drawn, [0.1, 0.2, 0.7], atol=0.03)
 
 
+def by_definition(sampling: Sampling, logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities [V], over the whole vocabulary and without `kind_temperatures`."""
+    probabilities, order = torch.softmax(logits.double() / sampling.temperature, 0).sort(descending=True)
+    left_out = probabilities < sampling.min_p * probabilities[0]
+    if sampling.top_p < 1:
+        left_out |= probabilities.cumsum(0) - probabilities >= sampling.top_p
+    left_out[len(logits) if sampling.top_k is None else sampling.top_k :] = True
+    probabilities[left_out] = 0
+    return torch.zeros_like(probabilities).scatter(0, order, probabilities / probabilities.sum())
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_what_may_not_come_changes_nothing_for_the_rest(temperature):
+    generator = torch.Generator().manual_seed(1)
+    for kept in (2, 30, vocab.VOCAB_SIZE):
+        logits = 3 * torch.randn(vocab.VOCAB_SIZE, generator=generator)
+        logits[torch.randperm(vocab.VOCAB_SIZE, generator=generator)[kept:]] = -torch.inf
+        for limits in (
+            {},
+            {"top_k": 7},
+            {"top_p": 0.8},
+            {"min_p": 0.05},
+            {"top_k": 9, "top_p": 0.9, "min_p": 0.02},
+        ):
+            sampling = Sampling(temperature, **limits)
+            ids, weights = sampling.distribution(logits.numpy())
+            got = np.zeros(vocab.VOCAB_SIZE)
+            got[ids] = weights / weights.sum()
+            np.testing.assert_allclose(got, by_definition(sampling, logits), rtol=1e-9, err_msg=str(sampling))
+
+
 def two_families() -> torch.Tensor:
     """Logits that give pitches 60 and 64 0.1 and 0.3, lengths 0 and 1 0.4 and 0.2."""
     logits = torch.full((vocab.VOCAB_SIZE,), -torch.inf)
