@@ -10,33 +10,40 @@ width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import Structure
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
-from ..kernels.rope import apply_rope
 from ..model.device import pick_attention
-from ..model.inputs import ChordGuesses
-from ..model.layers import DenseLayer, Layer, RMSNorm, Rotary
 from ..model.token_reader import TokenFacts, TokenReader
 from ..model.transformer import MeloFormer
 from ..tokens import attributes, vocab
 from .cache import KeyValueCache, indices
+from .rows import RowModel
 from .visible import VisibleKeys
 
 
 class _Place(NamedTuple):
-    """Where the keys of each row of a step are, and where its own key goes: Python ints if it is one row."""
+    """The list of the only song of a step, in each layer."""
 
-    rows: int | Tensor
-    places: int | Tensor
+    own: Tensor  # [L, 2, H, D], where its new token's keys and values go
+    own_of_layer: tuple[Tensor, ...]  # [2, H, D] each
+    keys: tuple[Tensor, ...]  # [1, H, keys, D] each
+    values: tuple[Tensor, ...]
+
+
+class _Places(NamedTuple):
+    """The lists of the songs of a step."""
+
+    rows: Tensor  # of the cache
+    places: Tensor  # where the new tokens' keys go
     pick: slice | Tensor  # the same rows, to read
     length: int  # keys of the row that sees most
     mask: Tensor | None  # bool [R, 1, 1, length]: which keys each row sees; None: all
@@ -52,7 +59,7 @@ class _Block(NamedTuple):
     mask: Tensor  # bool [R, bars + keys]: who sees which
 
 
-Attend = Callable[[int, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor], Tensor]
 
 
 class Decoder:
@@ -74,7 +81,7 @@ class Decoder:
         self._readers: list[TokenReader | None] = [None] * songs
         self._visible = [self._no_keys() for _ in range(songs)]
         self._complete = [0] * songs  # bars whose summary is in the cache
-        self._inputs = _Inputs(model)
+        self._rows = RowModel(model)
         self._lists = self._visible[0].lists
         self.cache = KeyValueCache(model.config, songs, self._lists, dtype, self._device)
 
@@ -121,11 +128,20 @@ class Decoder:
         for song, token in zip(songs, facts):
             self._begin_bar(song, token)
         self.cache.make_room(tokens=1 + max(token.position for token in facts))
-        place = self._place_dense(songs, facts) if self._dense else self._place(songs, facts)
-        x_RE, guesses = self._through_layers(facts, partial(self._attend_lists, place))
-        if not self._dense:
-            self._keep(songs, facts, place)
-        return self._logits(x_RE, guesses)
+        rows, places = self._lists_of(songs, facts)
+        if len(songs) == 1:
+            place = self._place(rows[0], places[0])
+            x_RE, guesses = self._through_layers(facts, partial(self._attend_list, place))
+            if not self._dense:  # a copy in the order of the song
+                self.cache.tokens[:, :, songs[0], :, facts[0].position] = place.own
+        else:
+            placed = self._places(rows, places)
+            x_RE, guesses = self._through_layers(facts, partial(self._attend_lists, placed))
+            if not self._dense:
+                song, position = indices([songs, [token.position for token in facts]], self._device)
+                own = self.cache.seen[:, :, placed.rows, :, placed.places]
+                self.cache.tokens[:, :, song, :, position] = own
+        return self._rows.logits(x_RE, guesses)
 
     @torch.inference_mode()
     def extend(self, song: int, tokens: Sequence[int]) -> Tensor:
@@ -145,39 +161,28 @@ class Decoder:
             self.cache.make_room(tokens=of_bar[-1].position + 1)
             attend = partial(self._attend_block, self._block(song, of_bar))
             x_RE, guesses = self._through_layers(of_bar, attend)
-        return self._logits(x_RE[-1:], ChordGuesses(*(guess[-1:] for guess in guesses)))[0]
+        return self._rows.logits(x_RE[-1:], guesses[-1:])[0]
 
     def _begin_bar(self, song: int, token: TokenFacts) -> None:
         if not self._dense and token.bar > self._complete[song]:
             self._summarize(song)
 
-    def _through_layers(self, facts: list[TokenFacts], attend: Attend) -> tuple[Tensor, ChordGuesses]:
-        """The stream [R, E] after the last layer, and what the output may copy, [R, 1] each.
+    def _through_layers(self, facts: list[TokenFacts], attend: Attend) -> tuple[Tensor, Tensor]:
+        """The stream [R, E] after the last layer, and what the output may copy, [R, 6].
 
         Args:
-            attend: of the number of a layer, queries [R, H, D], and the rows' own keys and values
-                [R, 2, H, D], which are not in the cache yet, makes what attention returns, [R, E].
+            attend: makes of the number of a layer, and the rows' own queries, keys and values [R, 3, H, D],
+                of which none are in the cache yet, what attention returns, [R, E].
         """
-        columns = [(f.position, f.bar, f.features.onset, *f.guesses, *self._inputs.rows(f)) for f in facts]
-        on_device = indices(columns, self._device)
-        first_input = 3 + len(ChordGuesses._fields)
-        position, bar, onset, *guesses = on_device[:, None, :first_input].unbind(-1)  # [R, 1] each
-        x_RE = self._inputs.sum_of(on_device[:, first_input:])
-        rotary = self._model.rotary_of_tokens(position, bar, onset)
-        for number, layer in enumerate(self._model.layers):
-            q_RHD, kv_R2HD = self._project(layer.qkv_r, _norm(layer.norm_r, x_RE), rotary)
-            x_RE = torch.addmm(x_RE, attend(number, q_RHD, kv_R2HD), layer.out_r.weight.t())
-            x_RE = _feed_forward(layer, x_RE)
-        return x_RE, ChordGuesses(*guesses)
+        x_RE, turn, guesses = self._rows.rows(facts)
+        for number, layer in enumerate(self._rows.layers):
+            x_RE = layer.finish(x_RE, attend(number, layer.project(x_RE, turn)))
+        return x_RE, guesses
 
-    def _logits(self, x_RE: Tensor, guesses: ChordGuesses) -> Tensor:
-        return self._model.logits(x_RE[:, None], guesses)[:, 0, : vocab.VOCAB_SIZE]
-
-    def _place_dense(self, songs: Sequence[int], facts: list[TokenFacts]) -> _Place:
-        return self._places(list(songs), [token.position for token in facts])
-
-    def _place(self, songs: Sequence[int], facts: list[TokenFacts]) -> _Place:
-        """Completes the lists of keys, but for the tokens' own."""
+    def _lists_of(self, songs: Sequence[int], facts: list[TokenFacts]) -> tuple[list[int], list[int]]:
+        """Rows of the cache, and places of the tokens' own keys there; completes the lists but for these."""
+        if self._dense:
+            return list(songs), [token.position for token in facts]
         lists = [self._visible[song].keys_of(token) for song, token in zip(songs, facts)]
         self.cache.make_room(seen=1 + max(keys.place for keys in lists))
         cache, rows = self.cache, []
@@ -189,12 +194,22 @@ class Decoder:
             if count := len(keys.tokens):
                 copied = cache.tokens[:, :, song].index_select(3, indices(keys.tokens, self._device))
                 cache.seen[:, :, row, :, keys.start : keys.start + count] = copied
-        return self._places(rows, [keys.place for keys in lists])
+        return rows, [keys.place for keys in lists]
 
-    def _places(self, rows: list[int], places: list[int]) -> _Place:
+    def _place(self, row: int, place: int) -> _Place:
+        keys = self.cache.tokens if self._dense else self.cache.seen
+        seen = keys[:, :, row, :, : place + 1]  # [L, 2, H, keys, D]
+        own = seen[:, :, :, place]
+        return _Place(own, own.unbind(0), seen[:, :1].unbind(0), seen[:, 1:].unbind(0))
+
+    def _attend_list(self, place: _Place, number: int, qkv_1PHD: Tensor) -> Tensor:
+        """One row to the list of its song."""
+        place.own_of_layer[number].copy_(qkv_1PHD[0, 1:])
+        q = qkv_1PHD[:, :1].transpose(1, 2)  # [1, H, 1, D]
+        return F.scaled_dot_product_attention(q, place.keys[number], place.values[number]).flatten(1)
+
+    def _places(self, rows: list[int], places: list[int]) -> _Places:
         length = max(places) + 1
-        if len(rows) == 1:
-            return _Place(rows[0], places[0], slice(rows[0], rows[0] + 1), length, None)
         on_device = indices([rows, places], self._device)
         adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
         pick = slice(rows[0], rows[-1] + 1) if adjacent else on_device[0]
@@ -202,14 +217,14 @@ class Decoder:
         if min(places) + 1 < length:
             mask = torch.arange(length, device=self._device) <= on_device[1, :, None]
             mask = mask[:, None, None]
-        return _Place(on_device[0], on_device[1], pick, length, mask)
+        return _Places(on_device[0], on_device[1], pick, length, mask)
 
-    def _attend_lists(self, place: _Place, number: int, q_RHD: Tensor, kv_R2HD: Tensor) -> Tensor:
+    def _attend_lists(self, placed: _Places, number: int, qkv_RPHD: Tensor) -> Tensor:
         """Each row to the list of its song."""
         keys = (self.cache.tokens if self._dense else self.cache.seen)[number]  # [2, rows, H, keys, D]
-        keys[:, place.rows, :, place.places] = kv_R2HD if isinstance(place.rows, Tensor) else kv_R2HD[0]
-        k, v = (part[:, :, : place.length][place.pick] for part in keys)
-        return F.scaled_dot_product_attention(q_RHD[:, :, None], k, v, attn_mask=place.mask).flatten(1)
+        keys[:, placed.rows, :, placed.places] = qkv_RPHD[:, 1:]
+        k, v = (part[:, :, : placed.length][placed.pick] for part in keys)
+        return F.scaled_dot_product_attention(qkv_RPHD[:, 0, :, None], k, v, attn_mask=placed.mask).flatten(1)
 
     def _block(self, song: int, facts: list[TokenFacts]) -> _Block:
         """Of tokens of one bar, if there are bars."""
@@ -226,52 +241,34 @@ class Decoder:
         mask = torch.from_numpy(mask).to(self._device)
         return _Block(song, own, bars, indices(positions, self._device), mask)
 
-    def _attend_block(self, block: _Block, number: int, q_RHD: Tensor, kv_R2HD: Tensor) -> Tensor:
+    def _attend_block(self, block: _Block, number: int, qkv_RPHD: Tensor) -> Tensor:
         """All rows to the keys that one of them sees, masked."""
+        q, *own = qkv_RPHD.permute(1, 2, 0, 3)  # [H, R, D] each
         keys = self.cache.tokens[number, :, block.song]  # [2, H, tokens, D]
-        keys[:, :, block.own] = kv_R2HD.permute(1, 2, 0, 3)
+        for part, rows in zip(keys, own):
+            part[:, block.own] = rows
         k_v = keys.index_select(2, block.positions)
         if block.bars:
             k_v = torch.cat([self.cache.bars_past[number, :, block.song, :, : block.bars], k_v], dim=2)
         k, v = k_v[:, None]  # [1, H, keys, D] each
-        o = F.scaled_dot_product_attention(q_RHD.transpose(0, 1)[None], k, v, attn_mask=block.mask)
+        o = F.scaled_dot_product_attention(q[None], k, v, attn_mask=block.mask)
         return o[0].transpose(0, 1).flatten(1)
-
-    def _project(self, projection: nn.Linear, x_RE: Tensor, rotary: Rotary) -> tuple[Tensor | None, Tensor]:
-        """The rotated queries [R, H, D], if there are any, and keys and values [R, 2, H, D]."""
-        heads, dim = self._model.config.heads, self._model.config.head_dim
-        x_RPHD = F.linear(x_RE, projection.weight).view(len(x_RE), -1, heads, dim)
-        x_RPHD[:, :-1] = apply_rope(x_RPHD[:, :-1], rotary.cos_BND[:, :, None], rotary.sin_BND[:, :, None])
-        return (x_RPHD[:, 0] if x_RPHD.shape[1] == 3 else None), x_RPHD[:, -2:]
-
-    def _keep(self, songs: Sequence[int], facts: list[TokenFacts], place: _Place) -> None:
-        """Copy the tokens' own keys and values from the lists into the order of the song."""
-        cache = self.cache
-        own = cache.seen[:, :, place.rows, :, place.places]
-        if len(songs) == 1:
-            cache.tokens[:, :, songs[0], :, facts[0].position] = own
-        else:
-            song, position = indices([songs, [token.position for token in facts]], self._device)
-            cache.tokens[:, :, song, :, position] = own
 
     def _summarize(self, song: int) -> None:
         """Compute the summary of a song's last complete bar: the summary stream of `Layer.forward`."""
-        model, cache, bar = self._model, self.cache, self._complete[song]
+        cache, bar = self.cache, self._complete[song]
         tokens = self._visible[song].bar_of(bar)
         cache.make_room(bars=bar + 1)
-        last = indices([[tokens.stop - 1], [bar]], self._device)
-        rotary = model.rotary_of_summaries(last[:1], last[1:])
-        x_1E = model.summary_embedding[None]
-        for number, layer in enumerate(model.layers):
-            q_1HD, kv_12HD = self._project(layer.qkv_s, _norm(layer.norm_s, x_1E), rotary)
+        x_1E, turn = self._rows.summary(tokens.stop - 1, bar)
+        for number, layer in enumerate(self._rows.summary_layers):
+            qkv_PHD = layer.project(x_1E, turn)[0]
             own = cache.bars_own[number, :, song]  # [2, H, bars, D]
-            own[:, :, bar] = kv_12HD[0]
+            own[:, :, bar] = qkv_PHD[1:]
             of_tokens = cache.tokens[number, :, song, :, tokens]
             k, v = torch.cat([own[:, :, : bar + 1], of_tokens], dim=2)[:, None]
-            o_1E = F.scaled_dot_product_attention(q_1HD[:, :, None], k, v).flatten(1)
-            cache.bars_past[number, :, song, :, bar] = self._project(layer.kv2, o_1E, rotary)[1][0]
-            if layer.out_s is not None:
-                x_1E = _feed_forward(layer, torch.addmm(x_1E, o_1E, layer.out_s.weight.t()))
+            o_1E = F.scaled_dot_product_attention(qkv_PHD[None, 0, :, None], k, v).flatten(1)
+            cache.bars_past[number, :, song, :, bar] = layer.project_again(o_1E, turn)[0]
+            x_1E = layer.finish(x_1E, o_1E)
         self._complete[song] = bar + 1
 
 
@@ -296,25 +293,6 @@ def padded_batch(model: MeloFormer, ids: np.ndarray) -> tuple[Tensor, Structure]
         kind_rule=model.config.kind_rule,
     )
     return padded(ids, vocab.PAD).to(model.device), structure.to(model.device)
-
-
-class _Inputs:
-    """`MeloFormer.embed` as one lookup: all tables below each other."""
-
-    def __init__(self, model: MeloFormer):
-        tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
-        self._table = torch.cat([table.weight.detach() for table in tables])
-        *self._first, _ = accumulate((len(table.weight) for table in tables), initial=0)
-        self._features = tuple(model.feature_embeddings)
-
-    def rows(self, token: TokenFacts) -> list[int]:
-        """Those of the joint table that are added up for a token."""
-        values = (token.token, token.inst, *(getattr(token.features, name) for name in self._features))
-        return [first + value for first, value in zip(self._first, values)]
-
-    def sum_of(self, rows: Tensor) -> Tensor:
-        """[R, E], what the first layer reads, from such rows [R, tables]."""
-        return F.embedding(rows, self._table).sum(dim=1)
 
 
 class _Recording:
@@ -351,12 +329,3 @@ class _Recording:
         for song in self._songs:
             for part, values in zip(into[self._layer], (k, v)):
                 part[song, :, :length] = values[0, :, :length]
-
-
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
-
-
-def _feed_forward(layer: Layer | DenseLayer, x: Tensor) -> Tensor:
-    gate, up = F.linear(_norm(layer.norm_ffn, x), layer.ffn.gate_up.weight).chunk(2, dim=-1)
-    return torch.addmm(x, F.silu(gate).mul_(up), layer.ffn.down.weight.t())

@@ -30,12 +30,15 @@ class Rotary:
         """`clocks`: (position [B, N], how many pairs of channels it rotates, base of their frequencies)."""
         angles = []
         for position_BN, pairs, theta in clocks:
-            frequency = theta ** (
-                -torch.arange(pairs, device=position_BN.device, dtype=torch.float32) / pairs
-            )
+            frequency = frequencies(pairs, theta, position_BN.device)
             angles.append(position_BN[..., None].float() * frequency)
         angle_BND = torch.cat([*angles, *angles], dim=-1)
         self.cos_BND, self.sin_BND = angle_BND.cos().to(dtype), angle_BND.sin().to(dtype)
+
+
+def frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
+    """By how much each of these pairs of channels turns at a position further: float32 [pairs], radians."""
+    return theta ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
 
 
 class Embedding(nn.Embedding):
