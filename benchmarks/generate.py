@@ -4,6 +4,9 @@ Models have random weights. So that bars are as long as in songs, the tokens of 
 prompt whatever the model draws; all else is as in generation: the grammar, draws, one token at a time.
 """
 
+from meloformer import idle_threads  # noqa: F401
+
+# isort: split
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import cli
+from . import cli, idle_threads  # noqa: F401
 from .errors import MidiError, UserError
 from .generation.arguments import add_wishes, read_constraints, read_sampling
 from .generation.as_json import BarStream, write_tokens
