@@ -64,6 +64,14 @@ def recompute(model: MeloFormer, drafts: list[Draft]) -> Iterator[int]:
             yield number
 
 
+def memory_per_song(model: MeloFormer, ids: list[int]) -> int:
+    """Bytes of the caches of a song that is so far."""
+    decoder = Decoder(model)
+    decoder.prefill([0], np.array(ids[:-1]))
+    decoder.step([0], ids[-1:])
+    return sum(tensor.nbytes for tensor in vars(decoder.cache).values())
+
+
 def measure(
     model: MeloFormer, method: str, context: int, batch: int, tokens: int
 ) -> dict[str, float | int | str]:
@@ -89,12 +97,22 @@ def measure(
         "first_token_s": first,
         "tokens_per_s": count / wall,
         "tokens_per_cpu_s": count / cpu,
+        "cache_bytes": 0 if method == "recompute" else memory_per_song(model, drafts[0].ids),
     }
 
 
 def page(result: dict) -> str:
     """The figures as a Markdown page."""
-    head = ["size", "method", "prompt", "songs", "first token, s", "tokens/s", "tokens per CPU second"]
+    head = [
+        "size",
+        "method",
+        "prompt",
+        "songs",
+        "first token, s",
+        "tokens/s",
+        "tokens per CPU second",
+        "MB a song",
+    ]
     rows = [
         [
             row["size"],
@@ -104,6 +122,7 @@ def page(result: dict) -> str:
             f"{row['first_token_s']:.2f}",
             f"{row['tokens_per_s']:,.1f}",
             f"{row['tokens_per_cpu_s']:,.1f}",
+            f"{row['cache_bytes'] / 1e6:,.1f}" if row["cache_bytes"] else "",
         ]
         for row in result["rows"]
     ]
@@ -114,7 +133,8 @@ def page(result: dict) -> str:
         "the second on, over all songs of the batch; the first token includes reading the prompts. Weights "
         "are random, and the tokens of composed songs follow whatever is drawn, so that bars have the length "
         f"of songs. {result['threads']} CPU threads. CPU seconds are those of all threads: on a machine that "
-        "other work shares they say more than the time that passed.\n\n"
+        "other work shares they say more than the time that passed. The last column is the memory of the "
+        "caches of one song, with the room they have to grow.\n\n"
         f"Made by `python -m benchmarks.generate` on {provenance(result['machine'])}.\n"
     )
 

@@ -23,6 +23,8 @@ def test_the_page_has_a_row_for_each_case(tmp_path, monkeypatch, capsys):
         *(("dense", 1, 12), ("dense", 2, 24)),
     ]
     assert all(400 < row["prompt"] <= 600 and row["tokens_per_cpu_s"] > 0 for row in rows)
+    sizes = {row["method"]: row["cache_bytes"] for row in rows}
+    assert 0 == sizes["recompute"] < sizes["dense"] < sizes["cache"]
     page = (tmp_path / "speed.md").read_text()
     assert page.count("| tiny | ") == 6 and page in capsys.readouterr().out
 
