@@ -45,23 +45,31 @@ class RunLog:
         wandb: str | None = None,
     ):
         self._boards: list[tuple[Callable[[dict, int], None], Callable[[], None]]] = []
-        if tensorboard:
-            self._boards.append(_tensorboard(folder, last_step))
-        if wandb is not None:
-            self._boards.append(_wandb(folder, settings, wandb))
         path = folder / LOG
         kept, damaged = _lines_until(path, last_step, repeated)
+        if tensorboard:
+            # It can forget whole steps only: the records that stay of the last one are shown again.
+            again = [json.loads(line) for line in kept] if repeated else []
+            again = [record for record in again if record["step"] == last_step]
+            self._boards.append(_tensorboard(folder, last_step if repeated else last_step + 1))
+            for record in again:
+                self._show(record)
+        if wandb is not None:
+            self._boards.append(_wandb(folder, settings, wandb))
         if damaged:
             with (folder / DAMAGED).open("ab") as file:
                 file.write(damaged)
             count = damaged.count(b"\n")
             print(f"{path}: {count} damaged line(s) moved to {folder / DAMAGED}", file=sys.stderr)
-        write_atomic(path, kept)
+        write_atomic(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self._show(record)
+
+    def _show(self, record: dict) -> None:
         values = {
             name: value
             for name, value in record.items()
@@ -93,8 +101,8 @@ def read_log(path: Path) -> list[dict]:
     return [record for record in map(_record, lines) if record is not None]
 
 
-def _lines_until(path: Path, last_step: int, repeated: tuple[str, ...]) -> tuple[bytes, bytes]:
-    """The lines of steps up to `last_step`, and the damaged ones; without what will be repeated."""
+def _lines_until(path: Path, last_step: int, repeated: tuple[str, ...]) -> tuple[list[bytes], bytes]:
+    """The lines of steps up to `last_step`, without what will be repeated; and the damaged ones."""
     kept, damaged = [], []
     if path.exists():
         *lines, last = path.read_bytes().split(b"\n")
@@ -106,7 +114,7 @@ def _lines_until(path: Path, last_step: int, repeated: tuple[str, ...]) -> tuple
                 record["step"] == last_step and record.keys().isdisjoint(repeated)
             ):
                 kept.append(line + b"\n")
-    return b"".join(kept), b"".join(damaged)
+    return kept, b"".join(damaged)
 
 
 def _record(line: bytes) -> dict | None:
@@ -132,9 +140,9 @@ def _import(module: str, flag: str, package: str):
         raise UserError(f"--{flag} needs a package that is not installed: pip install {package}") from None
 
 
-def _tensorboard(folder: Path, last_step: int):
+def _tensorboard(folder: Path, purge_step: int):
     module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard")
-    writer = module.SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
+    writer = module.SummaryWriter(folder / "tensorboard", purge_step=purge_step)
 
     def log(values: dict, step: int) -> None:
         for name, value in values.items():

@@ -87,7 +87,9 @@ def test_a_board_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch, 
         RunLog(tmp_path, 0, {}, **{board: "project"})
 
 
-def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
+@pytest.fixture
+def shown(monkeypatch) -> list:
+    """What TensorBoard is told."""
     written = []
 
     class Writer:
@@ -101,10 +103,25 @@ def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
             written.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    return written
+
+
+def test_tensorboard_gets_the_numbers(tmp_path, shown):
     log = RunLog(tmp_path, 4, {}, tensorboard=True)
     log.write({"step": 5, "epoch": 0, "loss": None, "lr": 0.5})
     log.close()
-    assert written == [(tmp_path / "tensorboard", 5), ("lr", 0.5, 5), "closed"]
+    assert shown == [(tmp_path / "tensorboard", 5), ("lr", 0.5, 5), "closed"]
+
+
+def test_tensorboard_forgets_what_will_be_done_again(tmp_path, shown):
+    """It drops all that was shown from a step on, also of other records of the same step."""
+    log = RunLog(tmp_path, 0, {})
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.5 * step})
+        log.write({"step": step, "val_loss": 2.0})
+    log.close()
+    RunLog(tmp_path, 2, {}, repeated=("val_loss",), tensorboard=True).close()
+    assert shown == [(tmp_path / "tensorboard", 2), ("loss", 1.0, 2), "closed"]
 
 
 def test_a_resumed_run_goes_on_with_its_own_curves_on_wandb(tmp_path, monkeypatch):
