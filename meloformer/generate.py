@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     with StopRequest("will keep the complete bars and stop; Ctrl-C stops without keeping them") as request:
         inputs = {"--prompt": args.prompt, "--given": args.given, "--soundfont": args.soundfont}
+        if synthesizer is not None:  # it may have been found by itself
+            inputs["the SoundFont"] = str(synthesizer.soundfont)
         require_outputs(outputs, inputs, args.overwrite)
         return write_songs(args, constraints, synthesizer, request)
 

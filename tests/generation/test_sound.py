@@ -263,6 +263,13 @@ def test_audio_is_an_output_as_others_are(words, tmp_path, no_work, monkeypatch,
     assert (tmp_path / "old.wav").read_bytes() == SF2
 
 
+def test_a_soundfont_that_was_found_is_not_replaced(words, tmp_path, no_work):
+    font = tmp_path / "fonts" / "a.sf2"
+    with pytest.raises(UserError, match="is the same file as the SoundFont"):
+        module.main([*words, "--output", str(font), "--overwrite"])
+    assert font.read_bytes() == SF2
+
+
 def test_a_soundfont_is_of_use_for_audio_only(tmp_path, no_work):
     with pytest.raises(UserError, match="--soundfont needs --wav"):
         module.main(["--checkpoint", "c", "--output", str(tmp_path / "x.mid"), "--soundfont", "a.sf2"])
