@@ -165,13 +165,19 @@ class Synthesizer:
         seconds, tempo = _seconds(midi, end)
         if seconds > MAX_SECONDS:
             raise UserError(f"a song of {seconds / 3600:.1f} hours is too long to be rendered as audio")
-        # A marker is silent, and files last until their last event.
+        # A marker is silent, and files last until their last event. That of a given song may be hours later.
         fade = round(FADE_SECONDS * tempo / 60 * midi.ticks_per_beat)
-        longer = copy.copy(midi)
-        longer.markers = [*midi.markers, miditoolkit.Marker("", end + fade)]
+        sounding = copy.copy(midi)
+        for name in ("tempo_changes", "time_signature_changes", "markers"):
+            setattr(sounding, name, [event for event in getattr(midi, name) if event.time < end])
+        sounding.markers.append(miditoolkit.Marker("", end + fade))
         try:
-            samples, rate = self.renderer.render(midi_bytes(longer), self.soundfont)
-        except Exception as error:  # each renderer has errors of its own
+            samples, rate = self.renderer.render(midi_bytes(sounding), self.soundfont)
+            if len(samples) < seconds * rate:  # as fluidsynth leaves it when the temporary folder is full
+                raise RuntimeError("the audio ends before the song")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # each renderer has errors of its own; a panic of Rust is no Exception
             raise UserError(
                 f"{self.renderer.name} cannot render a song with the SoundFont {self.soundfont}: "
                 f"{error or type(error).__name__}"

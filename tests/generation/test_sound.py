@@ -1,5 +1,6 @@
 """Songs as audio, by stand-ins for synthesizers, which tests do not require, and what is said without one."""
 
+import dataclasses
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import wave
 from importlib.util import find_spec
 
 import miditoolkit
+import mido
 import numpy as np
 import pytest
 
@@ -207,6 +209,44 @@ def test_a_song_of_many_hours_is_refused_in_a_line(bare, midirenderer, tmp_path)
     song.instruments[0].notes[-1].end = 480 * 1000
     with pytest.raises(UserError, match=r"a song of 4\.2 hours is too long"):
         Synthesizer.find().write_wav(song, tmp_path / "x.wav")
+    assert not (tmp_path / "x.wav").exists()
+
+
+def test_what_a_given_song_has_after_its_last_note_is_not_rendered(tmp_path):
+    song = compose(3, bars=2, signature=(4, 4), tempo=120)
+    late = song.max_tick + 10_000_000  # three hours
+    song.tempo_changes.append(miditoolkit.TempoChange(100, late))
+    song.time_signature_changes.append(miditoolkit.TimeSignature(3, 4, late))
+    song.markers.append(miditoolkit.Marker("end", late))
+    rendered = []
+
+    def render(midi, soundfont):
+        rendered.append(mido.MidiFile(file=io.BytesIO(midi)))
+        return np.ones((44100 * 10, 2), np.int16), 44100
+
+    watched = dataclasses.replace(sound.RENDERERS[0], render=render)
+    Synthesizer(watched, tmp_path / "a.sf2").write_wav(song, tmp_path / "x.wav")
+    end = max(note.end for track in song.instruments for note in track.notes)
+    assert rendered[0].length == pytest.approx(end / 960 + FADE_SECONDS, abs=0.01)
+    assert song.markers[-1].text == "end"
+
+
+@pytest.mark.parametrize("what", ["too short", "panic"])
+def test_what_a_synthesizer_fails_at_is_one_line(bare, midirenderer, tmp_path, what):
+    """A full temporary folder leaves fluidsynth's file short; midirenderer panics at some damaged fonts."""
+
+    class Panic(BaseException):
+        """As of Rust: no Exception."""
+
+    def render(midi, soundfont):
+        if what == "panic":
+            raise Panic("index out of bounds")
+        return np.zeros((100, 2), np.int16), 44100
+
+    failing = Synthesizer(dataclasses.replace(sound.RENDERERS[0], render=render), tmp_path / "a.sf2")
+    says = "index out of bounds" if what == "panic" else "the audio ends before the song"
+    with pytest.raises(UserError, match=says):
+        failing.write_wav(compose(3, bars=2), tmp_path / "x.wav")
     assert not (tmp_path / "x.wav").exists()
 
 
