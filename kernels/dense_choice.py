@@ -25,11 +25,12 @@ def fastest_way(
 ) -> tuple[str | None, dict[str, float | str]]:
     """The fastest of `MEASURED` and, for each, its milliseconds of a step or why it cannot run.
 
-    FlashAttention-3 stays activated in PyTorch if it is the fastest. (None, {}) off CUDA and in float32,
-    where nothing is to choose; ("flash", {}) if PyTorch must be deterministic, since times are not.
+    "each", which runs anywhere, if none of them does. FlashAttention-3 stays activated in PyTorch if it is
+    the fastest. (None, {}) off CUDA and in float32, where nothing is to choose; ("flash", {}) if PyTorch must
+    be deterministic, since times are not.
 
     Args:
-        structure: of a batch, on the CPU.
+        structure: of a batch. If it is on CUDA, this synchronizes.
         layers: how often a batch is attended to.
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
@@ -39,7 +40,7 @@ def fastest_way(
     found = measured(
         structure, heads, head_dim, dtype, device, layers, lambda: torch.cuda.synchronize(device)
     )
-    fastest = choose(found)
+    fastest = choose(found) or "each"
     if fastest == "fa3":
         _activate_fa3()
     return fastest, found
@@ -114,7 +115,8 @@ def lengthened(structure: Structure, by: int) -> Structure:
         lengths = torch.unique_consecutive(row, return_counts=True)[1]
         lengths[:-1] += by
         ends = lengths.cumsum(0).clamp(max=len(row))
-        docs.append(torch.arange(len(ends)).repeat_interleave(ends.diff(prepend=ends.new_zeros(1))))
+        numbers = torch.arange(len(ends), device=row.device)
+        docs.append(numbers.repeat_interleave(ends.diff(prepend=ends.new_zeros(1))))
     return replace(structure, doc=torch.stack(docs))
 
 

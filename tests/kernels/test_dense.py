@@ -185,6 +185,18 @@ class TestChoice:
         for document in range(3):  # of the first row
             assert len({lengths[document] for lengths in trials}) == len(trials)
 
+    def test_what_runs_anywhere_is_taken_if_nothing_else_can(self, monkeypatch):
+        failed = dict.fromkeys(dense_choice.MEASURED, "RuntimeError: this GPU is too old")
+        monkeypatch.setattr(dense_choice, "measured", lambda *_: failed)
+        question = structure([[song(Random(1), 2)]]), 2, 32, torch.bfloat16, torch.device("cuda"), 2
+        assert dense_choice.fastest_way(*question) == ("each", failed)
+
+    def test_new_lengths_are_where_the_structure_is(self):
+        """Which is on the GPU when a resumed run begins with the validation that it was killed in."""
+        packed = structure([[song(Random(1), 2), song(Random(2), 3)]])
+        with torch.device("meta"):  # where tensors are made that do not follow another one
+            assert dense_choice.lengthened(packed, 1).doc.device == packed.doc.device
+
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     def test_on_a_gpu(self):
