@@ -12,7 +12,7 @@ warning. On AMD all are: there, Triton also tells tensors of 2 GB and more apart
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from threading import get_ident
+from threading import Lock, get_ident
 
 import torch
 import triton
@@ -23,6 +23,7 @@ _FOR_PROFILERS = slice(6, 9)
 _MAX_KNOWN = 1024  # launches remembered for one kernel
 _ALIGNED = 16  # bytes
 _ON_AMD = torch.version.hip is not None
+_recording = Lock()
 
 
 def _compiled(kernel) -> bool:
@@ -39,18 +40,19 @@ def _passed_by_triton(compiled, launch: Callable[[], object]) -> list | None:
     """The arguments that `launch` calls `compiled` with, which is not run; None if none are seen."""
     if not hasattr(compiled, "_run"):
         return None
-    calls, own, me = [], compiled.run, get_ident()
+    with _recording:  # of two threads, the second would put back what the first one had put there
+        calls, own, me = [], compiled.run, get_ident()
 
-    def record(*arguments):
-        if get_ident() != me:
-            return own(*arguments)
-        calls.append(list(arguments))
+        def record(*arguments):
+            if get_ident() != me:
+                return own(*arguments)
+            calls.append(list(arguments))
 
-    compiled._run = record
-    try:
-        launch()
-    finally:
-        compiled._run = own
+        compiled._run = record
+        try:
+            launch()
+        finally:
+            compiled._run = own
     return calls[0] if len(calls) == 1 else None
 
 
@@ -118,9 +120,12 @@ class Launcher:
             if known is None or misaligned % _ALIGNED:  # interpreted, or not the usual case
                 return
             if self._trusted is None:
-                call = self._call(known, programs, first, pointers, numbers, constants)
                 launch = partial(self._kernel[tuple(programs)], *tensors, *numbers, **constants)
-                self._trusted = _same_call(call, _passed_by_triton(known, launch))
+                try:
+                    call = self._call(known, programs, first, pointers, numbers, constants)
+                    self._trusted = _same_call(call, _passed_by_triton(known, launch))
+                except AttributeError:  # of what is private to Triton
+                    self._trusted = False
                 if not self._trusted:
                     _warn_of_another_call(triton.__version__)
                     return

@@ -1,5 +1,7 @@
 """How the kernels are launched: by the table, or safely on GPUs that nobody measured."""
 
+from threading import Event, Thread
+
 import pytest
 import torch
 
@@ -192,6 +194,37 @@ class TestLauncher:
             launch((5,), (x,), (2,), N=16)
         launch((5,), (x,), (2,), N=16)
         assert len(kernel.launches) == len(kernel.compiled.calls) == 2
+
+    def test_it_gives_way_if_triton_has_renamed_what_is_private(self, kernel, monkeypatch):
+        monkeypatch.delattr(FakeCompiled, "packed_metadata")
+        launch, x = self.launcher(kernel, compared=False), torch.zeros(64)
+        with pytest.warns(UserWarning, match="unknown here"):
+            launch((5,), (x,), (2,), N=16)
+        launch((5,), (x,), (2,), N=16)
+        assert len(kernel.launches) == len(kernel.compiled.calls) == 2
+
+    def test_two_threads_that_compare_at_once_leave_the_kernel_as_it_was(self, kernel):
+        compiled, first_is_done = kernel.compiled, Event()
+        own = compiled.run
+
+        def launch_of_second():
+            first_is_done.wait(60)
+            compiled.run("second")
+
+        def compare_second():
+            found.append(launch_cache._passed_by_triton(compiled, launch_of_second))
+
+        def launch_of_first():
+            second.start()
+            second.join(0.1)  # it has got as far as it can
+            compiled.run("first")
+
+        found, second = [], Thread(target=compare_second)
+        found.append(launch_cache._passed_by_triton(compiled, launch_of_first))
+        first_is_done.set()
+        second.join()
+        assert compiled.run is own and not compiled.calls
+        assert found == [["first"], ["second"]]
 
     def test_amd_is_left_to_triton(self, kernel, monkeypatch):
         monkeypatch.setattr(launch_cache, "_ON_AMD", True)
