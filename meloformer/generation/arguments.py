@@ -195,13 +195,15 @@ def parse_each(flag: str, text: str | None, parse: Callable[[str, str], Value]) 
 
 def _parse_penalties(text: str | None) -> tuple[float, dict[int, float]]:
     """'1, drums 0.5' -> the penalty of all but the drums, 0 without one, and those of instruments named."""
-    flag, everyone, named = "--repetition_penalty", 0.0, []
+    flag, everyone, named = "--repetition_penalty", None, []
     for entry in () if text is None else text.split(","):
         if " " in entry.strip():
             named.append(entry)
-        else:
+        elif everyone is None:
             everyone = _parse_penalty(flag, entry)
-    return everyone, parse_each(flag, ",".join(named) or None, _parse_penalty)
+        else:
+            raise UserError(f"{flag}: '{text}' has two numbers for all; decimals are written as 1.5")
+    return everyone or 0.0, parse_each(flag, ",".join(named) or None, _parse_penalty)
 
 
 def _parse_penalty(flag: str, text: str) -> float:

@@ -77,6 +77,7 @@ def test_every_way_to_draw_is_read():
         (["--instruments", "piano", "--repetition_penalty", "drums 4"], "drums is not one of"),
         (["--repetition_penalty", "much"], "'much' is no number from 0"),
         (["--repetition_penalty", "piano -1"], "'-1' is no number from 0"),
+        (["--repetition_penalty", "1,5"], "'1,5' has two numbers for all"),
     ],
 )
 def test_what_cannot_be_granted_is_told(argv, said):
