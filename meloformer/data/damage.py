@@ -39,7 +39,13 @@ _AT_ONCE = 1 << 16  # tokens: enough for array operations, and few enough for th
 
 
 def find_damaged(
-    shards: ShardSet, part: int = 0, parts: int = 1, *, threads: int = 1, shown: bool = False
+    shards: ShardSet,
+    part: int = 0,
+    parts: int = 1,
+    *,
+    marked: bool | None = None,
+    threads: int = 1,
+    shown: bool = False,
 ) -> np.ndarray:
     """Those songs in training and validation whose tokens are not what preprocess wrote: int64, ascending.
 
@@ -51,6 +57,8 @@ def find_damaged(
 
     Args:
         part, parts: check only the given one of so many parts of the songs, or of the shards, in turn.
+        marked: what `is_checked` said. Processes that share the parts must agree on it, or songs are left
+            unchecked between their parts; and a preprocess may write the mark meanwhile. None asks.
         threads: so many work at once; most of the time is spent in hashing and NumPy, which run in parallel.
         shown: show a progress bar if it takes more than a few seconds.
 
@@ -58,7 +66,7 @@ def find_damaged(
         UserError: a file was changed after it was opened.
     """
     used = np.flatnonzero(shards.division != LEFT_OUT)
-    if is_checked(shards):
+    if is_checked(shards) if marked is None else marked:
         whole = shards.by_shard()
         numbers = range(part, len(whole), parts)
         tokens = [int(shards.lengths[whole[number]].sum()) for number in numbers]
@@ -88,8 +96,9 @@ def _parallel(
 
 def is_checked(shards: ShardSet) -> bool:
     """Whether the folder is marked: the songs that its manifest describes were found whole."""
+    path = shards.folder / CHECKED
     try:
-        return read_json(shards.folder / CHECKED) == _mark(shards)
+        return path.is_file() and read_json(path) == _mark(shards)  # a pipe would never end
     except UserError:  # there is none, or it is damaged: then they are checked again
         return False
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data.batches import PackedSongs
-from ..data.damage import find_damaged, song_problem
+from ..data.damage import find_damaged, is_checked, song_problem
 from ..data.shards import ShardSet
 from ..errors import UserError
 from .distributed import Job
@@ -35,12 +35,12 @@ def open_songs(folder: str, job: Job, *, strict: bool) -> ShardSet:
     """
     shards = ShardSet(folder)
     threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // job.local_world))
+    marked = not job.any(not is_checked(shards))
+    found = find_damaged(
+        shards, job.local_rank, job.local_world, marked=marked, threads=threads, shown=job.is_rank0
+    )
     damaged = torch.zeros(len(shards), device=job.device)
-    damaged[
-        torch.from_numpy(
-            find_damaged(shards, job.local_rank, job.local_world, threads=threads, shown=job.is_rank0)
-        )
-    ] = 1
+    damaged[torch.from_numpy(found)] = 1
     songs = np.flatnonzero(job.sum(damaged).cpu().numpy())
     shards.leave_out(songs)
     if not len(songs):

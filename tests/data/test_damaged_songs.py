@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from meloformer.data.damage import check_once, find_damaged, is_checked, song_pr
 from meloformer.data.shards import LEFT_OUT, ShardSet, ShardWriter, content_digest
 from meloformer.errors import UserError
 from meloformer.tokens import vocab
+from meloformer.training.songs import open_songs
 
 from helpers.folders import write_folder
 
@@ -197,7 +199,30 @@ def test_a_folder_with_damaged_songs_gets_no_mark(folder):
     assert not is_checked(ShardSet(folder))
 
 
-@pytest.mark.parametrize("change", ["manifest", "mark", "version"])
+def test_processes_that_share_the_songs_share_them_alike(folder, monkeypatch):
+    """A preprocess may mark the folder after one of them has looked for the mark and before another does."""
+    monkeypatch.setattr(damage, "_AT_ONCE", 500)  # so that there are several groups
+    for module in ("meloformer.data.damage", "meloformer.training.songs"):
+        marks = iter([False, True])
+        monkeypatch.setattr(f"{module}.is_checked", lambda shards, marks=marks: next(marks))
+    songs = ShardSet(folder)
+    for song in range(len(songs)):
+        overwrite(folder, song, 5, [65535])
+    found = set()
+    for rank in range(2):
+        job = SimpleNamespace(
+            device="cpu",
+            local_rank=rank,
+            local_world=2,
+            is_rank0=rank == 0,
+            any=lambda flag: True,  # as one of them has not found it
+            sum=lambda damaged: damaged,
+        )
+        found.update(open_songs(folder, job, strict=False).damaged.tolist())
+    assert found == set(np.flatnonzero(songs.division != LEFT_OUT).tolist())
+
+
+@pytest.mark.parametrize("change", ["manifest", "mark", "version", "pipe"])
 def test_a_mark_that_does_not_fit_is_of_no_use(folder, monkeypatch, change):
     check_once(ShardSet(folder), threads=1)
     if change == "manifest":
@@ -205,6 +230,9 @@ def test_a_mark_that_does_not_fit_is_of_no_use(folder, monkeypatch, change):
         (folder / "manifest.json").write_text(json.dumps({**manifest, "note": "of another program"}))
     elif change == "mark":
         (folder / damage.CHECKED).write_bytes(b"{")
+    elif change == "pipe":
+        (folder / damage.CHECKED).unlink()
+        os.mkfifo(folder / damage.CHECKED)
     else:
         monkeypatch.setattr(damage, "_CHECKS", damage._CHECKS + 1)
     assert not is_checked(ShardSet(folder))
