@@ -1,7 +1,7 @@
-"""How the update kernels are launched: as measured on this GPU, or by what fits its shared memory."""
+"""How the update kernels are launched: as measured on this GPU, or by how many programs fit it at once."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -107,7 +107,7 @@ TABLE = tuple(read_entry(**entry) for entry in ENTRIES)
 
 
 def launches_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
-    """The launches of `TABLE` for this GPU; without an entry, those that fit its shared memory."""
+    """The launches of `TABLE` for this GPU; without an entry, those that suit its size."""
     return _override[-1] if _override else _chosen(device, dtype, head_dim)
 
 
@@ -135,35 +135,61 @@ def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
         if (entry.vendor, entry.capability) == (gpu.vendor, gpu.capability):
             if (entry.head_dim, entry.itemsize) == (head_dim, itemsize):
                 return entry.launches
-    return untuned(head_dim, itemsize, gpu.program_memory)
+    return untuned(gpu, head_dim, itemsize)
 
 
-def untuned(head_dim: int, itemsize: int, shared_memory: int) -> Launches:
-    """Launches for a GPU that was never measured.
+def untuned(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
+    """Launches for a GPU that was never measured: as many programs at once as run without spilling much.
 
     Args:
+        gpu: where.
         head_dim: channels per head.
         itemsize: bytes of an element.
-        shared_memory: bytes a program may use.
     """
-    forward = _fitting(head_dim, itemsize, shared_memory, resident=1)
-    backward = _fitting(head_dim, itemsize, shared_memory, resident=2)
-    return Launches(forward, forward, backward, backward, backward, backward)
+    choose = _without_matrix_units if itemsize == 4 else _by_occupancy
+    forward, dq, dkv = (choose(gpu, head_dim, kernel) for kernel in _RESIDENT)
+    return Launches(forward, forward, dq, dq, dkv, dkv)
 
 
-def _fitting(head_dim: int, itemsize: int, limit: int, resident: int) -> Launch:
-    """The largest tile whose operands fit: `resident` of block_m x D, and two of block_n x D per stage.
+_RESIDENT = {"forward": 1, "dq": 2, "dkv": 2}  # tiles of block_m x D that a program keeps
+# The fewest registers of a thread with which the compiler spills little, of 4 warps (at 128 channels, of 8):
+# `tests/kernels/test_builds.py` compiles for each architecture.
+_LEAST_REGISTERS = {
+    32: {"forward": 128, "dq": 128, "dkv": 192},
+    64: {"forward": 168, "dq": 168, "dkv": 255},
+    128: {"forward": 128, "dq": 128, "dkv": 255},
+}
+_MOST_REGISTERS = 255
+_RESERVED = 2 * 1024  # bytes of a program, for masks, statistics, and what the driver takes
+_WARP = 32
 
-    In float32, whose products use no matrix units, the operands live in registers: more warps hold them.
-    """
-    launch = Launch(num_warps=16 if itemsize == 4 else 4)
-    vector = head_dim * itemsize
-    for block_m, stages in ((64, 3), (64, 2), (64, 1), (32, 2), (32, 1), (16, 1)):
+
+def _by_occupancy(gpu: Gpu, head_dim: int, kernel: str) -> Launch:
+    """In half precision: two stages, and a limit of registers where it lets more programs run at once."""
+    # Hopper and its successor for servers multiply from shared memory, which then holds both stages; the
+    # others load a stage into registers first. Four warps of theirs make one product of 64 rows.
+    from_memory = gpu.vendor == "nvidia" and gpu.capability[0] in (9, 10)
+    warps = 4 if head_dim < 128 or (from_memory and kernel != "dkv") else 8
+    least = _MOST_REGISTERS if warps == 4 and head_dim == 128 else _LEAST_REGISTERS[head_dim][kernel]
+    vector, threads, stages = 2 * head_dim, warps * _WARP, 2
+    for block_m, block_n in ((64, 64), (32, 32), (16, 32)):
+        buffers = stages if from_memory else stages - 1
+        memory = (_RESIDENT[kernel] * block_m + 2 * buffers * block_n) * vector + _RESERVED
+        if warps > 4 and not from_memory:  # P and dS pass from warp to warp
+            memory += 2 * block_m * block_n
+        if memory <= gpu.program_memory:
+            break
+    programs = min(gpu.sm_memory // memory, gpu.sm_threads // threads, gpu.sm_registers // (least * threads))
+    limit = gpu.sm_registers // (max(programs, 1) * threads) // 8 * 8
+    capped = gpu.vendor == "nvidia" and limit < _MOST_REGISTERS
+    return Launch(block_m, block_n, warps, stages, limit if capped else None)
+
+
+def _without_matrix_units(gpu: Gpu, head_dim: int, kernel: str) -> Launch:
+    """In float32, whose operands live in registers: many warps hold them."""
+    for block_m in (64, 32, 16):
         block_n = max(block_m, 32)
-        if (resident * block_m + 2 * stages * block_n) * vector + _RESERVED <= limit:
-            stages = 1 if itemsize == 4 else stages
-            return replace(launch, block_m=block_m, block_n=block_n, num_stages=stages)
-    return replace(launch, block_m=16, block_n=32, num_stages=1)
-
-
-_RESERVED = 8 * 1024  # bytes for masks, statistics and conversions of layout
+        operands = (_RESIDENT[kernel] * block_m + 2 * block_n) * 4 * head_dim
+        if operands + 4 * _RESERVED <= gpu.program_memory:
+            break
+    return Launch(block_m, block_n, num_warps=16, num_stages=1)

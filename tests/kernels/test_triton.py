@@ -34,6 +34,7 @@ from helpers.attention_cases import (
     song,
     structure,
 )
+from helpers.fake_gpu import gpu_of
 from helpers.plan_cases import DEVICE, PlanOfMasks
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")]
@@ -79,7 +80,8 @@ LAUNCHES = {
     "small": Launches.all(Launch(16, 32)),
     "half": Launches.all(Launch(32, 64)),
     "wide": Launches.all(Launch(64, 128)),
-    "untuned": untuned(32, 4, shared_memory=99 * 1024),
+    "untuned, half": untuned(gpu_of(120), 32, 2),
+    "untuned": untuned(gpu_of(86), 32, 4),
     **{f"{e.gpu} {e.head_dim} x {e.itemsize}": e.launches for e in TABLE},
 }
 

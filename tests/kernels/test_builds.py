@@ -1,0 +1,66 @@
+"""Kernels as the compiler builds them, for GPUs that are not there: see `helpers.fake_gpu`.
+
+That they build at all, that the shared memory they take is there, and that the launch cache calls them as
+Triton does, is asked of each build by the helper.
+"""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from helpers.fake_gpu import GPUS, builds, programs_at_once
+
+LOCAL = ("forward_local", "dq_local", "dkv_local")
+SAME_INST = ("forward_same_inst", "dq_same_inst", "dkv_same_inst")
+UPDATE = 2 * ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+# Bytes that a thread may spill, loads and stores together, in half precision.
+MOST_SPILLS = 208
+MOST_SPILLS_OF_A_PLAN = {"look_kernel": 1024, "bits_kernel": 64}  # once per batch; the others spill nothing
+# Of the update kernels, at once on a multiprocessor.
+LEAST_PROGRAMS = {32: 2, 64: 2, 128: 1}
+
+
+def test_the_gathered_keys_are_copied_asynchronously_and_products_are_fused():
+    """In both passes alike, though the first chooses among two streams; with Triton told to round after
+    every multiplication, as 3.10 is to do by default."""
+    ((near, far),) = builds((90, "bfloat16", 32, ("forward_local", "forward_same_inst")), fp_fusion=False)
+    for build in (near, far):
+        assert build["cp_async"] >= 20 and build["fma"] >= 90 and build["wgmma"] > 0, build
+        assert build["spills"] <= MOST_SPILLS and programs_at_once(build, 90) == 4, build
+    assert near["cp_async"] == far["cp_async"]
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_attention_with_the_launches_chosen_for_an_architecture(dim, dtype, arch):
+    (found,) = builds((arch, dtype, dim, (*LOCAL, *SAME_INST, "summarize")), fp_fusion=False)
+    update, others = found[: len(UPDATE)], found[len(UPDATE) :]
+    assert [build["kernel"] for build in update] == [*UPDATE]
+    assert len(others) == 3
+    for build in found:
+        assert build["spills"] <= MOST_SPILLS, build
+    for build in update:
+        assert programs_at_once(build, arch) >= LEAST_PROGRAMS[dim], build
+        assert build["fma"] >= 30 and (build["wgmma"] > 0) == (arch == 90), build
+    for near, far in zip(update[:3], update[3:]):
+        assert near["cp_async"] == far["cp_async"] >= 20, (near, far)
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("arch", GPUS)
+def test_what_is_around_the_attention(arch):
+    """Norms, RoPE, SwiGLU, the bars and the plan."""
+    (found,) = builds((arch, "bfloat16", 64, ("around",)))
+    assert len(found) >= 14
+    for build in found:
+        assert build["spills"] <= MOST_SPILLS_OF_A_PLAN.get(build["kernel"], 0), build
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("arch", [86, 90])
+def test_float32(arch):
+    """With the largest operands: they fit registers and shared memory, or Triton would have refused."""
+    (found,) = builds((arch, "float32", 128, (*LOCAL, "summarize")))
+    assert len(found) == 6
