@@ -75,7 +75,7 @@ def make_parser() -> cli.Parser:
     add(
         "--overwrite",
         action="store_true",
-        help="replace the output files if they exist; files that are read are never replaced",
+        help="replace the output files if they exist; prompt, given song and SoundFont are never replaced",
     )
     add("--prompt", help="a MIDI file to continue")
     add("--prompt_bars", type=cli.positive_int, help="use only the first N bars of the prompt", metavar="N")
