@@ -113,7 +113,8 @@ def check_once(shards: ShardSet, threads: int) -> None:
         return
     damaged = find_damaged(shards, threads=threads, shown=True).tolist()
     if damaged:
-        raise UserError(f"{shards.name(damaged[0])} {song_problem(shards, damaged[0])}")
+        said = f"{shards.name(damaged[0])} {song_problem(shards, damaged[0])}"
+        raise UserError(f"{said}; preprocess, run again, says how to mend it; training would leave it out")
     write_json(shards.folder / CHECKED, _mark(shards))
 
 
