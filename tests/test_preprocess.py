@@ -35,6 +35,7 @@ def test_songs_are_the_tokens_of_their_files(corpus, processed):
         assert songs.bars[i] == np.count_nonzero(vocab.CHORD.mask(songs[i]))
     assert read_json(processed / shards.TOKENIZER) == json.loads(json.dumps(HIDTokenizer().to_json()))
     assert len(damage.verify(processed)) == KEPT
+    assert damage.is_checked(songs)
 
 
 def test_first_of_equal_files_wins(corpus, processed):
@@ -61,7 +62,8 @@ def test_failed_tsv_has_one_line_per_file(corpus, processed):
     assert {row[1].decode() for row in rows} <= set(build.ALL_REASONS)
 
 
-def test_table(corpus, processed, capsys):
+def test_table(corpus, processed, capsys, monkeypatch):
+    monkeypatch.setattr(damage, "write_json", lambda *_: pytest.fail("a finished folder may be read-only"))
     preprocess.main(command(corpus, processed))
     out = capsys.readouterr().out
     assert "is finished already" in out

@@ -192,6 +192,17 @@ def test_only_songs_of_changed_shards_of_a_marked_folder_are_checked(folder, cou
     assert sorted(song for part in range(2) for song in find_damaged(songs, part, 2)) == [3, 23]
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_songs_that_are_left_out_are_not_looked_at(folder, marked):
+    if marked:
+        check_once(ShardSet(folder), threads=1)
+    for song in (3, 4):
+        overwrite(folder, song, 5, [65535])
+    songs = ShardSet(folder)
+    songs.division[4] = LEFT_OUT
+    assert find_damaged(songs).tolist() == [3]
+
+
 def test_a_folder_with_damaged_songs_gets_no_mark(folder):
     overwrite(folder, 3, 5, [65535])
     with pytest.raises(UserError, match=r"shard-00000\.bin: song 3 is no song: .* says how to mend it"):
