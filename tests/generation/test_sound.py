@@ -41,7 +41,8 @@ def render_wave_from(soundfont, midi):
     return buffer.getvalue()
 """
 FLUIDSYNTH = """#!{python}
-import sys, wave
+import os, sys, wave
+assert os.getsid(0) == os.getpid()  # in a session of its own: the Ctrl-C that ends a song does not reach it
 words = sys.argv[1:]
 rate, target, soundfont, song = words[words.index("-r") + 1], words[words.index("-F") + 1], *words[-2:]
 assert open(song, "rb").read(4) == b"MThd"
