@@ -213,7 +213,7 @@ def _head(path: Path) -> bytes:
 
 def installed_soundfonts() -> Iterator[Path]:
     """SoundFonts in the usual folders, whole General MIDI sets first."""
-    folders = [Path(folder).expanduser() for folder in FOLDERS]
+    folders = [Path(os.path.expanduser(folder)) for folder in FOLDERS]  # Path's raises without a home
     for name in NAMES:
         for folder in folders:
             yield from (path for path in sorted(folder.glob(name)) if is_soundfont(path))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import pwd
 import stat
 import sys
 import wave
@@ -163,6 +164,15 @@ def test_whole_sets_of_instruments_are_preferred(bare, midirenderer, monkeypatch
     monkeypatch.setenv("SOUNDFONT", str(bare / "a.sf2"))
     assert Synthesizer.find().soundfont.name == "a.sf2"
     assert Synthesizer.find(bare / "TimGM6mb.sf2").soundfont.name == "TimGM6mb.sf2"
+
+
+def test_a_user_without_a_home_has_the_other_folders(bare, midirenderer, monkeypatch):
+    """As in a container that runs by a number which no user has."""
+    (bare / "a.sf2").write_bytes(SF2)
+    monkeypatch.setattr(sound, "FOLDERS", ("~/sounds", str(bare)))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    assert Synthesizer.find().soundfont == bare / "a.sf2"
 
 
 def read(path) -> tuple[wave._wave_params, np.ndarray]:
