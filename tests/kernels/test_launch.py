@@ -220,6 +220,16 @@ class TestLauncher:
         launch((5,), (x,), (2,), N=16)
         assert len(kernel.launches) == len(kernel.compiled.calls) == 2
 
+    def test_what_another_thread_launches_meanwhile_is_run(self, kernel):
+        def launch():
+            other = Thread(target=lambda: kernel.compiled.run("of the other"))
+            other.start()
+            other.join()
+            kernel.compiled.run("compared")
+
+        assert launch_cache._passed_by_triton(kernel.compiled, launch) == ["compared"]
+        assert kernel.compiled.calls == [("of the other",)]
+
     def test_two_threads_that_compare_at_once_leave_the_kernel_as_it_was(self, kernel):
         compiled, first_is_done = kernel.compiled, Event()
         own = compiled.run
