@@ -1,13 +1,14 @@
 """One song while it is being written: what may come next, and where it may end. It knows no model."""
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..tokens import vocab
-from ..tokens.grammar import check
+from ..tokens.grammar import GrammarState, check
 from .constraints import Constraints
 from .outline import Outline
 from .sampling import Sampling
@@ -16,6 +17,28 @@ from .steering import Steering
 DEFAULT_MAX_TOKENS = 24576  # few songs are longer
 PLAIN_SAMPLING = Sampling()
 UNCONSTRAINED = Constraints()
+
+
+class DraftState(NamedTuple):
+    """What decides how a draft goes on. Numbers are -1 for what there is not.
+
+    Attributes:
+        bars, max_tokens, constraints, sampling, seed: as for `Draft`.
+        instrument, notes: as of `Steering`.
+        has_note: whether there is one in the song.
+    """
+
+    grammar: GrammarState
+    bars: int
+    max_tokens: int
+    new_bars: int
+    new_tokens: int
+    has_note: bool
+    instrument: int
+    notes: int
+    constraints: Constraints
+    sampling: Sampling
+    seed: int
 
 
 class Draft:
@@ -109,13 +132,41 @@ class Draft:
             allowed[vocab.EOS] = False
         if last_bar and not self._has_note:
             allowed[vocab.CHORD.start : vocab.CHORD.stop] = False
-        token = self._drawn_from(logits)
-        if token == vocab.EOS or (token in vocab.CHORD and last_bar):
+        return self.take(self._drawn_from(logits))
+
+    def take(self, token: int) -> bool:
+        """Append a token that was drawn or required, or end the song: by EOS, or the bar after the last one.
+
+        Returns:
+            Whether it was appended.
+
+        Raises:
+            ValueError: the grammar does not allow it here.
+        """
+        ends = token in vocab.CHORD and self.new_bars == self._bars and self._grammar.bar_ends
+        if token == vocab.EOS or ends:
             self.complete = self.bar_line = len(self.ids)
             self._ended = True
             return False
         self._append(token)
         return True
+
+    def state(self) -> DraftState:
+        """For whoever carries on in its place, and lets it `take` the tokens."""
+        instrument = self._steering.instrument
+        return DraftState(
+            grammar=self._grammar.state(),
+            bars=-1 if self._bars is None else self._bars,
+            max_tokens=self._max_tokens,
+            new_bars=self.new_bars,
+            new_tokens=self.new_tokens,
+            has_note=self._has_note,
+            instrument=-1 if instrument is None else instrument,
+            notes=self._steering.notes,
+            constraints=self._constraints,
+            sampling=self._sampling,
+            seed=self._random.initial_seed(),
+        )
 
     def _drawn_from(self, logits: Tensor) -> int:
         bias = self._steering.bias()

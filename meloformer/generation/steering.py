@@ -35,14 +35,18 @@ class Steering:
 
     Args:
         heard: the tokens before the new bars.
+
+    Attributes:
+        instrument: of the group of notes that is written; None between groups, and before the first new one.
+        notes: how many notes that group has so far.
     """
 
     def __init__(self, constraints: Constraints, heard: Iterable[int] = ()):
         self._wishes = constraints
         self._bars = 0  # new bars begun
-        self._instrument: int | None = None
+        self.instrument: int | None = None
         self._pitches: np.ndarray | None = None  # those that the instrument may play
-        self._notes = 0  # of the group so far
+        self.notes = 0  # of the group so far
         # What a scale that is no bound adds to the logits of chords, and of pitches but for the drums.
         self._of_chords = np.zeros(vocab.VOCAB_SIZE, dtype=np.float32)
         self._of_pitches = self._of_chords.copy()
@@ -59,12 +63,12 @@ class Steering:
         """`begins_bar`: whether the token begins a new bar, and not a further part of a long one."""
         self._bars += begins_bar
         if token in INST:
-            self._instrument, self._notes = int(vocab.INSTRUMENTS[token - INST.start]), 0
-            self._pitches = self._wishes.pitches(self._instrument)
+            self.instrument, self.notes = int(vocab.INSTRUMENTS[token - INST.start]), 0
+            self._pitches = self._wishes.pitches(self.instrument)
         elif token in CHORD:
-            self._instrument = self._pitches = None
+            self.instrument = self._pitches = None
         elif token in P:
-            self._notes += 1
+            self.notes += 1
         if self._copies is not None:
             self._copies.push(token)
 
@@ -87,15 +91,15 @@ class Steering:
     def bias(self) -> np.ndarray | None:
         """What to add to the logits of the next token, float32 [VOCAB_SIZE]; None for nothing."""
         wishes = self._wishes
-        density = wishes.densities.get(self._instrument)
-        penalty = wishes.repetition_penalties.get(self._instrument, 0.0)
+        density = wishes.densities.get(self.instrument)
+        penalty = wishes.repetition_penalties.get(self.instrument, 0.0)
         if density is None and not penalty and (wishes.scale is None or wishes.strict_scale):
             return None
         bias = self._of_chords.copy()
-        if self._instrument not in (None, vocab.DRUMS):
+        if self.instrument not in (None, vocab.DRUMS):
             bias += self._of_pitches
         if density is not None:
-            missing = density - self._notes
+            missing = density - self.notes
             if missing > 0:
                 bias[_LEAVING] -= min(MOST, PER_NOTE * missing)
             else:

@@ -15,6 +15,8 @@ of the INST ids.
 A fragment of a song may begin at any bar, with the band list but without BOS, and end after any token.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from . import vocab
@@ -28,6 +30,41 @@ def _all_but(family: vocab.Family, index: int | None) -> Ranges:
     if index is None:
         return [(family.start, family.stop)]
     return [(family.start, family.start + index), (family.start + index + 1, family.stop)]
+
+
+class GrammarState(NamedTuple):
+    """What decides which tokens may come next, as integers; -1 for what there is not.
+
+    Attributes:
+        after: index into `vocab.FAMILIES` of the previous token's family.
+        first_bar: whether the current bar is the song's first.
+        signature: index into `vocab.SIGNATURES`.
+        part: which part of a long bar the current one is.
+        bar_steps: its length.
+        cut, after_cut: whether a CUT shortens the current bar, and whether one did the bar before.
+        bpm: value of the BPM token in force.
+        group: place of the group's instrument in the band list.
+        onset, pitch, length, velocity: values of the last T, P, L and V of the group; no pitch after a T.
+        band: ranks of the instruments listed so far.
+    """
+
+    after: int
+    first_bar: int
+    signature: int
+    part: int
+    bar_steps: int
+    cut: int
+    after_cut: int
+    bpm: int
+    group: int
+    onset: int
+    pitch: int
+    length: int
+    velocity: int
+    band: tuple[int, ...]
+
+
+_NUMBER = {family.name: number for number, family in enumerate(vocab.FAMILIES)}
 
 
 class Grammar:
@@ -152,6 +189,27 @@ class Grammar:
             self._part = (self._part + 1) % -(-nominal // vocab.MAX_BAR_STEPS)
             rest = nominal - self._part * vocab.MAX_BAR_STEPS
             self._bar_steps = min(rest, vocab.MAX_BAR_STEPS)
+
+    def state(self) -> GrammarState:
+        def known(value: int | None) -> int:
+            return -1 if value is None else value
+
+        return GrammarState(
+            after=_NUMBER.get(self._after, -1),
+            first_bar=int(self._first_bar),
+            signature=known(self._signature),
+            part=self._part,
+            bar_steps=self._bar_steps,
+            cut=int(self._cut),
+            after_cut=int(self._after_cut),
+            bpm=known(self._bpm),
+            group=self._group,
+            onset=self._onset,
+            pitch=self._pitch,
+            length=known(self._length),
+            velocity=known(self._velocity),
+            band=tuple(self._band),
+        )
 
     @property
     def lists_band(self) -> bool:
