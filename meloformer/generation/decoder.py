@@ -109,7 +109,7 @@ class Decoder:
         self.cache.make_room(tokens=len(ids), bars=0 if self._dense else facts[-1].bar + 1)
         batch, structure = padded_batch(self._model, ids)
         attention = self._model.attention_for(structure, self._attention)
-        recording = _Recording(attention, self.cache, songs, len(ids), facts[-1].bar)
+        recording = Recording(attention, self.cache, songs, len(ids), facts[-1].bar)
         logits = self._model(batch, structure, recording)
         return logits[0, len(ids) - 1, : vocab.VOCAB_SIZE]
 
@@ -295,7 +295,7 @@ def padded_batch(model: MeloFormer, ids: np.ndarray) -> tuple[Tensor, Structure]
     return padded(ids, vocab.PAD).to(model.device), structure.to(model.device)
 
 
-class _Recording:
+class Recording:
     """An attention that also writes the keys and values of a single song into the cache."""
 
     def __init__(

@@ -1,0 +1,140 @@
+"""One step of all slots: each reads its last token and draws the next one, wholly on the model's device."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...model.device import pick_attention
+from ...model.transformer import MeloFormer
+from ...tokens import vocab
+from ..decoder import Recording, padded_batch
+from ..draft import DraftState
+from . import tables as t
+from .cache import SlotCache
+from .draft import SlotDraft
+from .forward import PlainForward
+from .reader import SlotReader
+from .sampling import SlotSampling
+from .tables import Slots, Tables, advance, read
+
+BLOCK = 32  # steps of which the tokens are kept until they are read
+_NOTHING = -1
+
+
+class Step(Slots):
+    """Songs of S slots. Calling it is a step: it never waits for the device, and shapes never change.
+
+    A slot without a song, or whose song is finished or full, does nothing.
+
+    Args:
+        model: in eval mode. Its weights must not change meanwhile.
+        slots: S.
+        room: how many tokens of a song the model sees; a song that has more is *full*.
+        bars: the same of bars.
+        attention: the backend of the full passes over prompts.
+        forward: makes the model's part of the step, see `PlainForward`.
+        queue: how many tokens can be laid down that come next, whatever is drawn.
+
+    Raises:
+        UserError: the backend cannot be used, see `pick_attention`.
+
+    Attributes:
+        pending: the last token of each song, which the model has not read.
+        complete: bars whose summary is in the cache.
+        full: 1 for songs that must begin anew with fewer tokens.
+        drawn: int64 [S, BLOCK], the tokens of the last steps, -1 where there was none; a step writes to the
+            column after the one before, the first one after the last.
+    """
+
+    def __init__(
+        self,
+        model: MeloFormer,
+        slots: int,
+        room: int,
+        bars: int,
+        attention: str = "auto",
+        forward: Callable = PlainForward,
+        queue: int = 0,
+    ):
+        device, config = model.device, model.config
+        super().__init__(("pending", "complete", "full", "queued", "next"), slots, device)
+        self._model, self._attention = model, pick_attention(attention, device, config)
+        self._tables = Tables(device)
+        self.reader = SlotReader(slots, self._tables, room, bars, device)
+        self.draft = SlotDraft(slots, self._tables, device)
+        self.sampling = SlotSampling(slots, self._tables, device)
+        self.cache = SlotCache(config, slots, room, bars, model.token_embedding.weight.dtype, device)
+        self._forward = forward(model, self.cache, self.reader)
+        self._queue = torch.zeros((slots, queue + 1), dtype=torch.int64, device=device)
+        self.drawn = torch.full((slots, BLOCK), _NOTHING, dtype=torch.int64, device=device)
+        self._column = torch.zeros((1,), dtype=torch.int64, device=device)
+        self.all.zero_()
+
+    @torch.inference_mode()
+    def begin(self, slot: int, state: DraftState, ids: np.ndarray, queue: Sequence[int] = ()) -> None:
+        """Put a song into a slot.
+
+        Args:
+            state: how it goes on.
+            ids: [n], 0 < n <= room, of at most as many bars as there is room for: the tokens of it that the
+                model sees, the beginning of a document.
+            queue: the tokens that come next.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        seen = ids[:-1]
+        self.reader.load(slot, seen)
+        complete = 0
+        if len(seen):
+            complete = max(int(vocab.CHORD.mask(seen).sum()) - 1, 0)
+            batch, structure = padded_batch(self._model, seen)
+            attention = self._model.attention_for(structure, self._attention)
+            self._model(batch, structure, Recording(attention, self.cache, [slot], len(seen), complete))
+        self._forward.begin(slot)
+        self.draft.load(slot, state)
+        self.sampling.load(slot, state.sampling, state.seed)
+        self._queue[slot, : len(queue)] = torch.tensor(
+            list(queue), dtype=torch.int64, device=self._queue.device
+        )
+        self.put(slot, pending=ids[-1], complete=complete, full=0, queued=len(queue), next=0)
+
+    def rewind(self) -> None:
+        """Let the next step write to the first column of `drawn`."""
+        self._column.zero_()
+
+    def end(self, slot: int) -> None:
+        """Take the song out of a slot."""
+        self.draft.active[slot] = 0
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        draft, reader, token = self.draft, self.reader, self.pending
+        ready = (draft.active > 0) & (self.full == 0)
+        summarizes = torch.zeros_like(ready)
+        if not self._model.config.dense:
+            begins_bar = self._tables.family[token] == t.CHORD
+            summarizes = ready & begins_bar & (self.complete < reader.bars)
+        reads = ready & ~summarizes
+        facts = reader.push(token, reads)
+        bar = torch.where(summarizes, self.complete, facts.bar)
+        drawn = self._draw(self._forward(facts, reads, summarizes, bar))
+        self._take(drawn, reads)
+        advance(self.complete, summarizes, self.complete + 1)
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        logits = logits.float() + self.draft.bias()
+        allowed = self.draft.allowed()
+        drawn = self.sampling.draw(logits.masked_fill(~allowed, -torch.inf), self.draft.new_tokens)
+        return torch.where(self.next < self.queued, read(self._queue, self.next), drawn)
+
+    def _take(self, drawn: Tensor, reads: Tensor) -> None:
+        reader = self.reader
+        advance(self.next, reads & (self.next < self.queued), self.next + 1)
+        appended = self.draft.take(drawn, reads)
+        advance(self.pending, appended, drawn)
+        begins_bar = self._tables.family[drawn] == t.CHORD
+        full = (reader.position + 1 >= reader.room) | begins_bar & (reader.bars >= reader.bar_room)
+        advance(self.full, appended & full, 1)
+        self.drawn.index_copy_(1, self._column, torch.where(reads, drawn, _NOTHING)[:, None])
+        self._column.copy_((self._column + 1) % BLOCK)
