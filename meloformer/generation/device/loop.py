@@ -1,0 +1,182 @@
+"""The generation loop where songs are written on the device: the host reads tokens every `BLOCK` steps."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...model.transformer import MeloFormer
+from ...tokens import vocab
+from ..draft import Draft
+from ..loop import context
+from ..sampling import Sampling
+from .draft import MAX_CHORDS, fits
+from .forward import PlainForward
+from .step import BLOCK, Step
+
+MAX_SLOTS = 64
+TOKENS_A_BAR, LEAST_BARS = 16, 128  # places for summaries: songs have four times as many tokens in a bar
+_ROOM = 256  # rooms are multiples
+
+
+def why_not(draft: Draft) -> str | None:
+    """Why a draft must be written by `generation.loop`, in words, if it must."""
+    if type(draft) is not Draft:
+        return "songs of which something is given"
+    state = draft.state()
+    if not fits(state.constraints):
+        return f"progressions of more than {MAX_CHORDS} chords"
+    if type(state.sampling) is not Sampling:
+        return "draws of another kind"
+    return None
+
+
+class _Stay(NamedTuple):
+    """A song in a slot, from one beginning of it to the next."""
+
+    number: int  # of the draft
+    begun: int  # which beginning this is, of all
+
+
+class _Block(NamedTuple):
+    """What the steps of a block drew, which may be on its way, and who was in which slot meanwhile."""
+
+    tokens: Tensor  # [S, BLOCK], on CPU
+    full: Tensor  # [S]
+    stays: dict[int, _Stay]
+    arrived: torch.cuda.Event | None
+
+
+class Slots:
+    """Songs take slots as they become free.
+
+    Args:
+        model: in eval mode, on the device where songs are written.
+        drafts: which `why_not` says nothing against.
+        max_context: the most tokens that the model sees at once.
+        attention: name of the backend for passes over whole prompts, or "auto".
+        slots: how many songs are written side by side at most.
+        graphs: whether a step is recorded as a CUDA graph.
+        forward: see `Step`.
+        queues: by draft the tokens that come next whatever is drawn, for measurements.
+    """
+
+    def __init__(
+        self,
+        model: MeloFormer,
+        drafts: Sequence[Draft],
+        max_context: int,
+        attention: str = "auto",
+        slots: int = MAX_SLOTS,
+        graphs: bool = True,
+        forward: Callable = PlainForward,
+        queues: Sequence[Sequence[int]] = (),
+    ):
+        self._drafts, self._queues = drafts, queues
+        longest = max(len(draft.ids) + draft.state().max_tokens for draft in drafts)
+        room = -(-min(max_context, longest + 1) // _ROOM) * _ROOM
+        self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
+        queue = max(map(len, queues), default=0)
+        self.step = Step(
+            model, min(slots, len(drafts)), room, self._bars, attention, forward=forward, queue=queue
+        )
+        self._run: Callable[[], None] = Graph(self.step) if graphs else self.step
+        self._cuda = model.device.type == "cuda"
+        self._waiting = deque(range(len(drafts)))
+        self._stays: dict[int, _Stay] = {}  # by slot
+        self._begun = 0
+
+    def write(self) -> Iterator[int]:
+        """As `generation.loop.write`; tokens come `BLOCK` steps at a time."""
+        self._fill()
+        block = self._launch()
+        while block.stays or self._waiting:
+            following = self._launch()  # the device goes on while the host looks at what came
+            if block.arrived is not None:
+                block.arrived.synchronize()
+            for slot, stay in block.stays.items():
+                draft = self._drafts[stay.number]
+                for token in block.tokens[slot].tolist():
+                    if token >= 0 and not draft.finished and draft.take(token):
+                        yield stay.number
+                if self._stays.get(slot) == stay:  # and has not begun anew since the block was launched
+                    self._look_at(slot, stay.number, full=bool(block.full[slot]))
+            self._fill()
+            block = following
+
+    def _launch(self) -> _Block:
+        for _ in range(BLOCK):
+            self._run()
+        arrived, step = None, self.step
+        tokens, full = (x.to("cpu", copy=True, non_blocking=self._cuda) for x in (step.drawn, step.full))
+        if self._cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Block(tokens, full, dict(self._stays), arrived)
+
+    def _look_at(self, slot: int, number: int, full: bool) -> None:
+        """After the tokens of a block: begin anew what is full, and end what is finished."""
+        draft = self._drafts[number]
+        if not draft.finished and full:
+            self._begin(slot, number, self._window(np.array(draft.ids), again=True))
+        if draft.finished:
+            self.step.end(slot)
+            del self._stays[slot]
+
+    def _fill(self) -> None:
+        free = [slot for slot in range(len(self.step.pending)) if slot not in self._stays]
+        while free and self._waiting:
+            number = self._waiting.popleft()
+            draft = self._drafts[number]
+            if draft.finished:
+                continue
+            self._begin(free[0], number, self._window(np.array(draft.ids), again=False))
+            if not draft.finished:
+                free.pop(0)
+
+    def _begin(self, slot: int, number: int, window: np.ndarray | None) -> None:
+        draft = self._drafts[number]
+        if window is None:
+            draft.end()
+            return
+        queue = self._queues[number][draft.new_tokens :] if self._queues else ()
+        self.step.begin(slot, draft.state(), window, queue)
+        self._begun += 1
+        self._stays[slot] = _Stay(number, self._begun)
+
+    def _window(self, ids: np.ndarray, again: bool) -> np.ndarray | None:
+        """What the model sees of a song: see `generation.loop.Window`. None if its last bar is too long."""
+        limits = [self._room * 3 // 4] if again else []
+        for limit in (*limits, self._room):
+            while (window := context(ids, limit)) is not None:
+                bars = int(vocab.CHORD.mask(window).sum())
+                if bars <= self._bars - (self._bars // 4 if again else 0):
+                    return window
+                limit = len(window) * 3 // 4
+        return None
+
+
+class Graph:
+    """A step as a CUDA graph: the kernels of one call, launched by one call of the host.
+
+    Args:
+        step: none of its slots has a song, so that steps change nothing.
+    """
+
+    def __init__(self, step: Step):
+        side = torch.cuda.Stream(step.all.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what is made at the first calls alone must not be recorded
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            step()
+        step.rewind()
+
+    def __call__(self) -> None:
+        self._graph.replay()

@@ -1,0 +1,135 @@
+"""Songs that are written in slots: the same as by the loop of the host, whoever else is written."""
+
+import numpy as np
+import pytest
+import torch
+
+from meloformer.composer.compose import compose
+from meloformer.generation.constraints import Constraints
+from meloformer.generation.device.loop import Slots, why_not
+from meloformer.generation.draft import Draft, OutlinedDraft
+from meloformer.generation.loop import write
+from meloformer.generation.outline import Outline
+from meloformer.generation.sampling import Sampling
+from meloformer.tokens import attributes, vocab
+from meloformer.tokens.grammar import check
+from meloformer.tokens.tokenizer import HIDTokenizer
+
+from helpers.untrained import untrained
+
+GREEDY = Sampling(temperature=0)
+WILD = Sampling(temperature=3.0, top_k=400, kind_temperatures={"instrument": 0.5})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return untrained()
+
+
+def in_slots(model, drafts: list[Draft], max_context: int = 512, **options) -> list[int]:
+    """Writes the drafts; returns the number of the draft after every token."""
+    return list(Slots(model, drafts, max_context, graphs=False, **options).write())
+
+
+def by_host(model, drafts: list[Draft], max_context: int = 512) -> None:
+    for _ in write(model, drafts, max_context, "auto"):
+        pass
+
+
+def wishes() -> list[dict]:
+    return [
+        {"max_tokens": 20},
+        {"bars": 1, "max_tokens": 50, "constraints": Constraints(signature=74, bpm=93, instruments=(33,))},
+        {"max_tokens": 45, "constraints": Constraints(chords=(vocab.CHORD.start + 3, vocab.CHORD.start + 9))},
+        {"max_tokens": 30, "constraints": Constraints(scale=(0, 2, 4, 5, 7, 9, 11))},
+    ]
+
+
+def test_songs_are_those_of_the_host(model):
+    """The likeliest tokens; more songs than slots, of which one ends while others go on."""
+    mine, its = ([Draft(sampling=GREEDY, **one) for one in wishes()] for _ in range(2))
+    turns = in_slots(model, mine, slots=3)
+    by_host(model, its)
+    for number, (one, other) in enumerate(zip(mine, its)):
+        assert one.ids == other.ids and one.complete == other.complete
+        assert np.array_equal(one.song(), other.song())
+        assert turns.count(number) == one.new_tokens
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(model):
+    def drafts(seeds) -> list[Draft]:
+        return [Draft(seed=seed, max_tokens=28, bars=4, sampling=WILD) for seed in seeds]
+
+    together, alone = drafts((5, 6, 5)), drafts((6,))
+    in_slots(model, together, slots=2)
+    in_slots(model, alone)
+    assert together[0].ids == together[2].ids != together[1].ids == alone[0].ids
+    for draft in together:
+        check(draft.song())
+
+
+def test_as_many_bars_as_asked_for(model):
+    drafts = [Draft(bars=bars, max_tokens=3000, seed=bars, sampling=WILD) for bars in (1, 2)]
+    in_slots(model, drafts)
+    for draft, bars in zip(drafts, (1, 2)):
+        check(draft.song())
+        assert draft.finished and len(attributes.cut_points(draft.song())) == bars
+
+
+def test_a_song_longer_than_its_window_goes_on(model):
+    """By the windows that the loop of the host has, too."""
+    ids = HIDTokenizer().encode(compose(1, bars=6))
+    prompt = ids[: np.flatnonzero(vocab.CHORD.mask(ids))[3]]
+
+    def draft() -> Draft:
+        return Draft(prompt, max_tokens=60, sampling=GREEDY)
+
+    assert 220 < len(prompt) < 256 < len(prompt) + 60
+    mine, its = draft(), draft()
+    slots = Slots(model, [mine], 256, graphs=False)
+    windows, begin = [], slots.step.begin
+    slots.step.begin = lambda slot, state, ids, queue: (
+        windows.append(len(ids)) or begin(slot, state, ids, queue)
+    )
+    list(slots.write())
+    by_host(model, [its], 256)
+    assert mine.ids == its.ids
+    assert windows[0] == len(prompt) and len(windows) == 2 and windows[1] <= 192
+
+
+def test_whoever_is_stopped_costs_nothing_more(model):
+    drafts = [Draft(seed=seed, max_tokens=300, sampling=WILD) for seed in range(2)]
+    counts = [0, 0]
+    for number in Slots(model, drafts, 512, graphs=False, slots=1).write():
+        counts[number] += 1
+        if counts[number] == 20:
+            drafts[number].stop()
+    assert counts == [20, 20]
+    assert all(draft.finished for draft in drafts)
+
+
+def test_why_a_draft_is_left_to_the_host():
+    assert why_not(Draft()) is None
+    header = (vocab.BOS, vocab.BAND.start)
+    assert "given" in why_not(OutlinedDraft(Outline(header, (), (vocab.DRUMS,), 0, 0, 0)))
+    many = Constraints(chords=(vocab.CHORD.start,) * 1000)
+    assert "chords" in why_not(Draft(constraints=many))
+    assert "draws" in why_not(Draft(sampling=object()))
+
+
+@pytest.mark.gpu
+class TestGraphs:
+    """A step recorded as a CUDA graph against the same step launched kernel by kernel."""
+
+    def songs(self, model, graphs: bool, **options) -> list[list[int]]:
+        sampling = Sampling(top_p=0.95, kind_temperatures={"instrument": 0.5})
+        drafts = [Draft(seed=seed, max_tokens=200 + 40 * seed, sampling=sampling) for seed in range(5)]
+        list(Slots(model, drafts, 512, graphs=graphs, slots=3, **options).write())
+        for draft in drafts:
+            check(draft.song())
+        return [draft.ids for draft in drafts]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_songs_are_those_of_eager_steps(self, dtype):
+        model = untrained().to("cuda", dtype)
+        assert self.songs(model, True) == self.songs(model, False) == self.songs(model, True)
