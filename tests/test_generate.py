@@ -59,6 +59,7 @@ def test_the_command_writes_a_song_and_its_picture(checkpoint, tmp_path, capsys)
         (["--time_signature", "4/5"], "--time_signature"),
         (["--instruments", "violine"], "did you mean violin"),
         (["--prompt_bars", "2"], "needs --prompt"),
+        (["--graphs", "--device", "cpu"], "needs a GPU"),
         (["--picture", "roll.gif"], "end in .png"),
         (["--prompt", "none.mid"], "--prompt none.mid: unreadable: No such file"),
         (["--checkpoint", "nowhere"], "nowhere"),

@@ -1,6 +1,7 @@
 """Generating songs from a program: load a checkpoint once, then ask for songs or for bars as they come."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..model.transformer import MeloFormer
 from ..tokens import attributes, vocab
 from ..tokens.tokenizer import HIDTokenizer
 from .constraints import Constraints
+from .device.loop import cannot_write, require_gpu, write_on_device
 from .draft import DEFAULT_MAX_TOKENS, UNCONSTRAINED, Draft
 from .load import load_model
 from .loop import MAX_CONTEXT, write
@@ -82,29 +84,48 @@ class Generator:
         max_context: the most tokens that it sees at once, best those of the rows it was trained on. A longer
             song goes on with a window of whole bars.
         attention: name of the backend for passes over whole prompts, or "auto".
+        graphs: write by CUDA graphs, many tokens between two looks of the host: for a model on a GPU. What is
+            drawn differs from what is drawn without.
 
     Raises:
-        UserError: the backend cannot be used.
+        UserError: the backend cannot be used, or there is no GPU for `graphs`.
     """
 
-    def __init__(self, model: MeloFormer, max_context: int = MAX_CONTEXT, attention: str = "auto"):
-        self.model, self.max_context = model, max_context
+    def __init__(
+        self,
+        model: MeloFormer,
+        max_context: int = MAX_CONTEXT,
+        attention: str = "auto",
+        graphs: bool = False,
+    ):
+        if graphs:
+            require_gpu(model.device)
+        self.model, self.max_context, self._graphs = model, max_context, graphs
         self._attention = pick_attention(attention, model.device, model.config)
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, device: str | torch.device = "auto", attention: str = "auto"
+        cls,
+        folder: str | os.PathLike,
+        device: str | torch.device = "auto",
+        attention: str = "auto",
+        graphs: bool = False,
     ) -> "Generator":
         """From a checkpoint, an export, or the output folder of a training run.
 
         Args:
             device: auto, cpu, cuda or cuda:N; auto is a GPU if there is one.
             attention: see `Generator`.
+            graphs: see `Generator`; the weights are rounded to bfloat16.
 
         Raises:
             UserError: there is no such checkpoint, it is damaged, or device or attention cannot be used.
         """
-        return cls(*load_model(Path(folder), pick_device(str(device))), attention=attention)
+        model, max_context = load_model(Path(folder), pick_device(str(device)))
+        if graphs:
+            require_gpu(model.device)
+            model = model.to(torch.bfloat16)
+        return cls(model, max_context, attention, graphs)
 
     def generate(
         self,
@@ -135,7 +156,7 @@ class Generator:
             MidiError: the prompt is a MIDI file that cannot become a song.
         """
         drafts = self._drafts(constraints, prompt, num, seed, bars, max_tokens, sampling)
-        for _ in write(self.model, drafts, self.max_context, self._attention):
+        for _ in self._write(drafts):
             pass
         return [Song(draft.song(), seed + number) for number, draft in enumerate(drafts)]
 
@@ -158,6 +179,14 @@ class Generator:
         drafts = self._drafts(constraints, prompt, num, seed, bars, max_tokens, sampling)
         return self._bars(drafts)
 
+    def _write(self, drafts: list[Draft]) -> Iterator[int]:
+        if self._graphs:
+            reason = cannot_write(drafts)
+            if reason is None:
+                return write_on_device(self.model, drafts, self.max_context, self._attention)
+            warnings.warn(f"songs are written {reason}", stacklevel=3)
+        return write(self.model, drafts, self.max_context, self._attention)
+
     def _bars(self, drafts: list[Draft]) -> Iterator[Bar]:
         begins, counts = [draft.begin for draft in drafts], [0] * len(drafts)
         open_drafts = dict(enumerate(drafts))
@@ -177,7 +206,7 @@ class Generator:
             for number in [number for number, draft in open_drafts.items() if draft.finished]:
                 yield from completed(number, open_drafts.pop(number).complete)
 
-        with closing(write(self.model, drafts, self.max_context, self._attention)) as turns:
+        with closing(self._write(drafts)) as turns:
             for number in turns:
                 if drafts[number].bar_line > begins[number] and number in open_drafts:
                     yield from completed(number, drafts[number].bar_line)

@@ -29,6 +29,27 @@ def test_the_page_has_a_row_for_each_case(tmp_path, monkeypatch, capsys):
     assert page.count("| tiny | ") == 6 and page in capsys.readouterr().out
 
 
+def test_songs_by_graphs_are_counted_from_the_second_block_on(monkeypatch):
+    """The steps of a graph, one after the other, on the CPU."""
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    monkeypatch.setattr(module, "require_gpu", lambda device: None)
+    results = []
+    monkeypatch.setattr(module.folder_report, "publish", lambda result, page, path: results.append(result))
+    module.main("--sizes tiny --methods graphs --contexts 600 --tokens 96 --device cpu".split())
+    (row,) = results[0]["rows"]
+    assert (row["method"], row["batch"], row["tokens"]) == ("graphs", 1, 32) and row["tokens_per_s"] > 0
+
+
+def test_graphs_need_a_gpu_and_some_blocks(monkeypatch):
+    for args, says in (
+        (["--device", "cpu"], "needs a GPU"),
+        (["--device", "cpu", "--tokens", "64"], "--tokens"),
+    ):
+        with pytest.raises(UserError, match=says):
+            module.main(["--methods", "graphs", *args])
+        monkeypatch.setattr(module, "require_gpu", lambda device: None)
+
+
 def test_a_composed_song_follows_its_prompt():
     draft = module.draft(1, 700, 30)
     begin = len(draft.ids)

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from meloformer.composer.compose import compose
+from meloformer.errors import UserError
+from meloformer.generation import generator
 from meloformer.generation.constraints import Constraints
 from meloformer.generation.device.loop import Slots, why_not
 from meloformer.generation.draft import Draft, OutlinedDraft
+from meloformer.generation.generator import Generator
 from meloformer.generation.loop import write
 from meloformer.generation.outline import Outline
 from meloformer.generation.sampling import Sampling
@@ -115,6 +118,19 @@ def test_why_a_draft_is_left_to_the_host():
     many = Constraints(chords=(vocab.CHORD.start,) * 1000)
     assert "chords" in why_not(Draft(constraints=many))
     assert "draws" in why_not(Draft(sampling=object()))
+
+
+def test_a_generator_writes_in_slots_if_asked(model, monkeypatch):
+    with pytest.raises(UserError, match="needs a GPU"):
+        Generator(model, graphs=True)
+    monkeypatch.setattr(generator, "require_gpu", lambda device: None)
+    graphs = Generator(model, 512, graphs=True)
+    (song,) = graphs.generate(seed=5, max_tokens=20, sampling=WILD)
+    draft = Draft(seed=5, max_tokens=20, sampling=WILD)
+    in_slots(model, [draft])
+    assert np.array_equal(song.ids, draft.song())
+    with pytest.warns(UserWarning, match="without CUDA graphs, which cannot yet write progressions of more"):
+        graphs.generate(Constraints(chords=(vocab.CHORD.start,) * 300), max_tokens=20)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ...model.transformer import MeloFormer
 from ...tokens import vocab
 from ..draft import Draft
@@ -32,6 +33,25 @@ def why_not(draft: Draft) -> str | None:
     if type(state.sampling) is not Sampling:
         return "draws of another kind"
     return None
+
+
+def require_gpu(device: torch.device) -> None:
+    """Raises UserError if steps cannot be recorded as CUDA graphs there."""
+    if device.type != "cuda":
+        raise UserError(f"--graphs: needs a GPU, and the model is on {device}")
+
+
+def cannot_write(drafts: Sequence[Draft]) -> str | None:
+    """Why not all of these drafts can be written in slots: a sentence, or None if they can."""
+    reasons = [reason for reason in map(why_not, drafts) if reason is not None]
+    return f"without CUDA graphs, which cannot yet write {reasons[0]}" if reasons else None
+
+
+def write_on_device(
+    model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str
+) -> Iterator[int]:
+    """As `generation.loop.write`, of drafts that `cannot_write` says nothing against."""
+    yield from Slots(model, drafts, max_context, attention).write()
 
 
 class _Stay(NamedTuple):
@@ -59,7 +79,7 @@ class Slots:
         max_context: the most tokens that the model sees at once.
         attention: name of the backend for passes over whole prompts, or "auto".
         slots: how many songs are written side by side at most.
-        graphs: whether a step is recorded as a CUDA graph.
+        graphs: whether a step is recorded as a CUDA graph; None: on a GPU.
         forward: see `Step`.
         queues: by draft the tokens that come next whatever is drawn, for measurements.
     """
@@ -71,7 +91,7 @@ class Slots:
         max_context: int,
         attention: str = "auto",
         slots: int = MAX_SLOTS,
-        graphs: bool = True,
+        graphs: bool | None = None,
         forward: Callable = PlainForward,
         queues: Sequence[Sequence[int]] = (),
     ):
@@ -83,8 +103,9 @@ class Slots:
         self.step = Step(
             model, min(slots, len(drafts)), room, self._bars, attention, forward=forward, queue=queue
         )
-        self._run: Callable[[], None] = Graph(self.step) if graphs else self.step
         self._cuda = model.device.type == "cuda"
+        graphs = self._cuda if graphs is None else graphs
+        self._run: Callable[[], None] = Graph(self.step) if graphs else self.step
         self._waiting = deque(range(len(drafts)))
         self._stays: dict[int, _Stay] = {}  # by slot
         self._begun = 0
