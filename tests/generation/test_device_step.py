@@ -138,6 +138,23 @@ def test_a_song_that_is_full_waits():
         assert torch.equal(step.reader.all, full) and step.drawn.eq(-1).any()
 
 
+def test_steps_of_empty_slots_change_nothing_of_songs():
+    """As when a graph is recorded; one of the slots stays empty."""
+    model, ids = tiny_model(CONFIG), song(7, 20)
+    before, fresh = Step(model, 2, ROOM, BARS, queue=ROOM), Step(model, 2, ROOM, BARS, queue=ROOM)
+    for _ in range(3):
+        before()
+    before.rewind()
+    for step in (before, fresh):
+        begin(step, 1, ids, 1)
+        for _ in range(len(ids) - 1):
+            step()
+    assert torch.equal(before.drawn, fresh.drawn)
+    assert before.drawn[1, : len(ids) - 1].tolist() == ids[1:].tolist()
+    for part in ("reader", "draft", "sampling"):
+        assert torch.equal(getattr(before, part).all, getattr(fresh, part).all)
+
+
 def drawn(model, drafts: list[Draft], slots: list[int], steps: int) -> list[list[int]]:
     step = Step(model, max(slots) + 1, ROOM, BARS)
     for slot, draft in zip(slots, drafts):

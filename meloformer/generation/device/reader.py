@@ -52,6 +52,9 @@ class SlotReader(Slots):
     def __init__(self, slots: int, tables: Tables, room: int, bars: int, device: torch.device):
         super().__init__(_NAMES, slots, device)
         self._tables, self.room, self.bar_room = tables, room, bars
+        # An empty slot takes part in every step: what it looks up must exist.
+        for name in _NAMES:
+            getattr(self, name).fill_(-1 if name in ("position", "head") else 0)
 
         def history() -> Tensor:
             return torch.zeros((slots, room + 1), dtype=torch.int32, device=device)

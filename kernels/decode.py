@@ -1,0 +1,187 @@
+"""A decoding step's layers as five Triton kernels each, on tensors that stay where they are.
+
+Shape suffixes: S rows, one for each song, E model width, H heads, D channels of a head, P places of a song's
+keys (`decode_attention`), F inner width of the feed-forward network, V columns of the head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import decode_attention as attention
+from . import decode_products as products
+from .launch_cache import Launcher
+
+MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
+_MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
+_PROGRAMS = 256  # of attention: as many parts of the lists of keys as make about so many
+_COLUMNS = 16  # of a result that a program takes
+_HEAD_COLUMNS = 16
+
+_list, _attend = Launcher(attention.list_kernel), Launcher(attention.attend_kernel)
+_project, _attended = Launcher(products.project_kernel), Launcher(products.attended_kernel)
+_gate, _down, _head = (
+    Launcher(kernel) for kernel in (products.gate_kernel, products.down_kernel, products.head_kernel)
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one layer, in one dtype: gains [E]; matrices as `torch.nn.Linear` has them, contiguous.
+
+    `out_s` may be that of another layer where nobody reads the summary stream afterwards.
+    """
+
+    norm_r: Tensor
+    norm_s: Tensor
+    qkv_r: Tensor
+    qkv_s: Tensor
+    out_r: Tensor
+    out_s: Tensor
+    kv2: Tensor
+    norm_ffn: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Rows:
+    """What every layer of a step reads of its rows, and room for what passes between its kernels.
+
+    Args:
+        slots: S.
+        heads, dim: H, and D: a power of two, 32 or more.
+        hidden: F.
+        room, bars: of the songs' places, see `decode_attention`.
+
+    Attributes:
+        mode: int64 [S], READS or SUMMARIZES, or 0 for a row without a song.
+        place, past: int64 [S], where its keys and values go, and those that tokens will see of its summary.
+        cos, sin: [S, D / 2] in the dtype of the weights.
+        x: [S, E], the stream.
+        list: int32 [S, P], the visible places of each song; count: how many there are, int64 [S].
+        group: int64 [S], what the list was made for; -1 makes it anew.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        heads: int,
+        dim: int,
+        hidden: int,
+        room: int,
+        bars: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        if dim < 32 or dim & (dim - 1):
+            raise ValueError(f"heads must have a power of two of channels, 32 or more, got {dim}")
+
+        def integers() -> Tensor:
+            return torch.full((slots,), -1, dtype=torch.int64, device=device)
+
+        def numbers(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros((slots, *shape), dtype=dtype, device=device)
+
+        self.slots, self.heads, self.dim, self.hidden = slots, heads, dim, hidden
+        self.room, self.bars, self.places = room, bars, room + 2 * bars + 1
+        self.splits = max(1, min(32, triton.next_power_of_2(_PROGRAMS // (slots * heads) + 1) // 2))
+        self.mode, self.place, self.past, self.count, self.group = (integers() for _ in range(5))
+        self.list = numbers(self.places, dtype=torch.int32)
+        self.cos, self.sin = numbers(dim // 2), numbers(dim // 2)
+        self.x, self._q, self._hidden = numbers(heads * dim), numbers(heads * dim), numbers(hidden)
+        parts = heads * self.splits
+        self._o = numbers(parts, dim, dtype=torch.float32)
+        self._peak, self._sum = (numbers(parts, dtype=torch.float32) for _ in range(2))
+        self._rows = min(_MAX_ROWS, max(_MIN_ROWS, triton.next_power_of_2(slots)))
+        self._tiles = triton.cdiv(slots, self._rows)
+
+    def find_places(
+        self,
+        bar_of: Tensor,
+        inst_of: Tensor,
+        kind_of: Tensor,
+        position: Tensor,
+        bar: Tensor,
+        inst: Tensor,
+        near_bars: tuple[int, ...],
+    ) -> None:
+        """Bring `list` and `count` up to date: the bar rule of `structure.regular_sees`, and `summary_sees`.
+
+        Args:
+            bar_of, inst_of, kind_of: int32 [S, room + 1], of all tokens of each song.
+            position, bar, inst: int64 [S], of the last token; for rows that summarize the bar that they do.
+            near_bars: distances, at most `MAX_NEAR_BAR`.
+        """
+        tensors = bar_of, inst_of, kind_of, self.mode, position, bar, inst, self.group, self.list, self.count
+        near = sum(1 << distance for distance in near_bars)
+        _list((self.slots,), tensors, (self.room, self.bars), NEAR=near, BLOCK=2048, num_warps=8)
+
+    def layer(self, weights: Weights, keys: Tensor, eps: float) -> None:
+        """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows."""
+        w, heads, half = weights, self.heads, self.dim // 2
+        width = heads * self.dim
+        pairs = min(16, half)
+        blocks = heads * half // pairs
+        _project(
+            (3 * blocks, self._tiles),
+            (
+                *(self.x, w.norm_r, w.norm_s, w.qkv_r, w.qkv_s, self.cos, self.sin, self.mode, self.place),
+                *(self._q, keys),
+            ),
+            (self.slots, self.places, eps),
+            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=_block(width), num_warps=4,
+        )  # fmt: skip
+        parts = self._o, self._peak, self._sum
+        _attend(
+            (self.slots, heads, self.splits),
+            (self._q, keys, self.list, self.count, *parts),
+            (self.slots, self.places, self.dim**-0.5),
+            HEADS=heads, DIM=self.dim, SPLITS=self.splits, BLOCK=32, num_warps=4,
+        )  # fmt: skip
+        _attended(
+            (3 * blocks, self._tiles),
+            (*parts, w.out_r, w.out_s, w.kv2, self.cos, self.sin, self.mode, self.past, self.x, keys),
+            (self.slots, self.places),
+            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, SPLITS=self.splits, num_warps=4,
+        )  # fmt: skip
+        columns, rows = _COLUMNS, self._rows
+        _gate(
+            (triton.cdiv(self.hidden, columns), self._tiles),
+            (self.x, w.norm_ffn, w.gate_up, self._hidden),
+            (self.slots, eps),
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=_block(width), num_warps=4,
+        )  # fmt: skip
+        _down(
+            (triton.cdiv(width, columns), self._tiles),
+            (self._hidden, w.down, self.x),
+            (self.slots,),
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=_block(self.hidden),
+            num_warps=4,
+        )  # fmt: skip
+
+    def logits(self, gain: Tensor, weight: Tensor, gates: Tensor, guesses: Tensor, eps: float) -> Tensor:
+        """Of the stream `x`, float32 [S, V].
+
+        Args:
+            gain: [E], of the last norm.
+            weight: [V, E].
+            gates: [G, E], G of 0 to 16.
+            guesses: int64 [S, G]; a column above 0 gets the product with its gate added.
+        """
+        out = self.x.new_empty((self.slots, len(weight)), dtype=torch.float32)
+        width, columns = self.heads * self.dim, _HEAD_COLUMNS
+        _head(
+            (triton.cdiv(len(weight), columns), self._tiles),
+            (self.x, gain, weight, gates, guesses, out),
+            (self.slots, len(weight), eps),
+            WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns, BLOCK=_block(width),
+            num_warps=4,
+        )  # fmt: skip
+        return out
+
+
+def _block(width: int) -> int:
+    """Channels that a program loads at once: enough bytes on their way to hide how long memory takes."""
+    return min(256, triton.next_power_of_2(width))

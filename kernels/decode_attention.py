@@ -1,0 +1,121 @@
+"""The Triton kernels by which a decoding step finds the places that a song's next token sees, and reads them.
+
+A song's tokens and summaries lie along one axis of places: `room` tokens, the summaries of `bars` bars as
+other summaries see them, the same as tokens see them, and one that no song has. Which are visible changes
+little from token to token: all tokens of an instrument in a bar see the same, and one another. So each song
+has a list of places: it is made anew where such a group begins, and otherwise gets one place more.
+"""
+
+import triton
+import triton.language as tl
+
+from .decode_products import READS, SUMMARIZES
+from .structure import NO_INSTRUMENT, Kind
+
+_READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
+_NO_INSTRUMENT, _STRUCTURAL = tl.constexpr(NO_INSTRUMENT), tl.constexpr(int(Kind.STRUCTURAL))
+
+
+@triton.jit
+def _append(list_ptr, count, place, seen):
+    """Stores those of `place` [BLOCK] that are `seen` behind `count` others; returns how many these are."""
+    here = seen.to(tl.int32)
+    tl.store(list_ptr + count + tl.cumsum(here, 0) - here, place, mask=seen)
+    return count + tl.sum(here, 0)
+
+
+@triton.jit
+def list_kernel(
+    bar_ptr, inst_ptr, kind_ptr, mode_ptr, position_ptr, own_bar_ptr, own_inst_ptr, group_ptr, list_ptr,
+    count_ptr, room, bars, NEAR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Brings list [S, places] and count [S] up to date for what each song reads or summarizes.
+
+    bar, inst, kind: int32 [S, room + 1] of the tokens. mode, position, own_bar, own_inst: int64 [S], of the
+    song's last token; own_bar is the bar that is summarized. group: int64 [S], what the list was made for.
+    Bit d of NEAR: whether a token sees all of the bar d bars before.
+    """
+    s = tl.program_id(0)
+    mode = tl.load(mode_ptr + s)
+    places = room + 2 * bars + 1
+    list_ptr += s.to(tl.int64) * places
+    history = s.to(tl.int64) * (room + 1)
+    position, bar, inst = tl.load(position_ptr + s), tl.load(own_bar_ptr + s), tl.load(own_inst_ptr + s)
+    if mode == _READS:
+        group = bar * (_NO_INSTRUMENT + 1) + inst
+        if tl.load(group_ptr + s) == group:
+            count = tl.load(count_ptr + s)
+            tl.store(list_ptr + count, position.to(tl.int32))
+            tl.store(count_ptr + s, count + 1)
+        else:
+            count = tl.zeros([], tl.int32)
+            for first in range(0, bar, BLOCK):
+                number = first + tl.arange(0, BLOCK)
+                count = _append(list_ptr, count, room + bars + number, number < bar)
+            for first in range(0, position + 1, BLOCK):
+                at = first + tl.arange(0, BLOCK)
+                read = at <= position
+                of_bar = tl.load(bar_ptr + history + at, mask=read, other=0)
+                of_inst = tl.load(inst_ptr + history + at, mask=read, other=0)
+                kind = tl.load(kind_ptr + history + at, mask=read, other=0)
+                seen = (of_inst == inst) | (of_inst == _NO_INSTRUMENT) & (kind == _STRUCTURAL)
+                distance = (bar - of_bar).to(tl.int32)
+                near = (NEAR >> tl.minimum(distance, 31)) & 1
+                seen = seen | (near == 1) & (distance < 31)
+                count = _append(list_ptr, count, at, seen & read)
+            tl.store(count_ptr + s, count)
+            tl.store(group_ptr + s, group)
+    elif mode == _SUMMARIZES:
+        count = tl.zeros([], tl.int32)
+        for first in range(0, bar + 1, BLOCK):
+            number = first + tl.arange(0, BLOCK)
+            count = _append(list_ptr, count, room + number, number <= bar)
+        for first in range(0, position + 1, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            of_bar = tl.load(bar_ptr + history + at, mask=at <= position, other=-1)
+            count = _append(list_ptr, count, at, of_bar == bar)
+        tl.store(count_ptr + s, count)
+        tl.store(group_ptr + s, tl.full([], -1, tl.int64))
+    else:
+        tl.store(count_ptr + s, tl.zeros([], tl.int32))
+        tl.store(group_ptr + s, tl.full([], -1, tl.int64))
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, keys_ptr, list_ptr, count_ptr, o_ptr, peak_ptr, sum_ptr, slots, places, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Attention of q [S, HEADS, DIM] to the places of each song's list, in SPLITS parts of the list.
+
+    keys: [2, slots, places, HEADS, DIM] of a layer. Of each part: o [S, HEADS, SPLITS, DIM], the sum of the
+    values times exp(score - peak), and peak and sum [S, HEADS, SPLITS], the greatest score (-inf for an empty
+    part) and the sum of these weights; float32.
+    """
+    s, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    channel = tl.arange(0, DIM)
+    count = tl.load(count_ptr + s)
+    part = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK) * BLOCK
+    begin, end = split * part, tl.minimum(split * part + part, count)
+    q = tl.load(q_ptr + (s * HEADS + head) * DIM + channel).to(tl.float32) * scale  # [DIM]
+    values_ptr = keys_ptr + tl.full([], 1, tl.int64) * slots * places * HEADS * DIM
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    o = tl.zeros([DIM], tl.float32)
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        mask = at < end
+        place = tl.load(list_ptr + s * places + at, mask=mask, other=0)
+        offs = ((s * places + place) * HEADS + head)[:, None] * DIM + channel[None, :]  # [BLOCK, DIM]
+        k = tl.load(keys_ptr + offs, mask=mask[:, None], other=0).to(tl.float32)
+        v = tl.load(values_ptr + offs, mask=mask[:, None], other=0).to(tl.float32)
+        score = tl.where(mask, tl.sum(k * q[None, :], 1), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 0))
+        weight, kept = tl.exp(score - new_peak), tl.exp(peak - new_peak)
+        total = total * kept + tl.sum(weight, 0)
+        o = o * kept + tl.sum(v * weight[:, None], 0)
+        peak = new_peak
+    at = (s * HEADS + head) * SPLITS + split
+    tl.store(o_ptr + at * DIM + channel, o)
+    tl.store(peak_ptr + at, peak)
+    tl.store(sum_ptr + at, total)

@@ -1,0 +1,274 @@
+"""The Triton kernels of a decoding step that read weights: one row for each song, in float32 inside.
+
+A row either goes on with a song (mode READS) or computes a summary (mode SUMMARIZES), by weights of its own
+where the two streams have such; rows of other modes are computed as if they read, and written where nothing
+is kept. A program takes a few columns of the result for ROWS rows, so that each weight is read once for them;
+weights of a stream that none of its rows belongs to are not read.
+
+Tiles: R rows, C columns of the result, K channels of the input. PAIRS pairs of channels are rotated by RoPE.
+"""
+
+import triton
+import triton.language as tl
+
+READS, SUMMARIZES = 1, 2
+_READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
+
+
+@triton.jit
+def _rstd(x_ptr, row, row_mask, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[R, 1], what rows of x [rows, WIDTH] are multiplied with to be normed."""
+    squares = tl.zeros([row.shape[0]], tl.float32)
+    for first in tl.static_range(0, WIDTH, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        mask = row_mask[:, None] & (k < WIDTH)[None, :]
+        x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0).to(tl.float32)
+        squares += tl.sum(x * x, 1)
+    return (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
+
+
+@triton.jit
+def _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH: tl.constexpr, NORMS: tl.constexpr):
+    """[R, K] of x, normed if NORMS, in x's dtype."""
+    mask = row_mask[:, None] & (k < WIDTH)[None, :]
+    x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0)
+    if NORMS:
+        gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
+        x = (x.to(tl.float32) * rstd * gain[None, :]).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _add_product(total, x, w_ptr, column, column_mask, k, WIDTH: tl.constexpr):
+    """total [R, C] + x [R, K] times the transpose of rows `column` of w [columns, WIDTH]."""
+    mask = column_mask[:, None] & (k < WIDTH)[None, :]
+    w = tl.load(w_ptr + column.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0)
+    return tl.dot(x, tl.trans(w), total, input_precision="ieee")
+
+
+@triton.jit
+def _modes(mode_ptr, row, rows):
+    """Modes [R] of the rows, and whether any reads, and any summarizes."""
+    mode = tl.load(mode_ptr + row, mask=row < rows, other=0)
+    some_summarize = tl.max((mode == _SUMMARIZES).to(tl.int32), 0) > 0
+    some_read = tl.max((mode != _SUMMARIZES).to(tl.int32), 0) > 0
+    return mode, some_read, some_summarize
+
+
+@triton.jit
+def _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF: tl.constexpr):
+    """Both halves of the channels, [R, PAIRS] each, rotated by the angles of the rows [rows, HALF]."""
+    offs = row[:, None] * HALF + pair[None, :]
+    mask = row_mask[:, None] & (pair < HALF)[None, :]
+    cos = tl.load(cos_ptr + offs, mask=mask, other=0).to(tl.float32)
+    sin = tl.load(sin_ptr + offs, mask=mask, other=0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _store_key(keys_ptr, part, row, place, head, channel, mask, value, slots, places, HEADS, DIM):
+    """value [R, C] to the keys (part 0) or values (part 1) of a layer, [2, slots, places, HEADS, DIM]."""
+    at = ((part * slots + row).to(tl.int64) * places + place) * HEADS + head  # [R]
+    tl.store(keys_ptr + at[:, None] * DIM + channel[None, :], value.to(keys_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def project_kernel(
+    x_ptr, gain_r_ptr, gain_s_ptr, w_r_ptr, w_s_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, q_ptr, keys_ptr,
+    rows, places, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm, QKV and RoPE of x [rows, E]: queries to q [rows, HEADS, D], keys and values to place [rows]."""
+    DIM: tl.constexpr = 2 * HALF
+    WIDTH: tl.constexpr = HEADS * DIM
+    BLOCKS: tl.constexpr = HALF // PAIRS
+    head, part = tl.program_id(0) // BLOCKS % HEADS, tl.program_id(0) // BLOCKS // HEADS
+    pair = tl.program_id(0) % BLOCKS * PAIRS + tl.arange(0, PAIRS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    column = part * WIDTH + head * DIM + pair
+    ok = pair < HALF
+    mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
+    rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
+    first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
+    if some_read:
+        for start in range(0, WIDTH, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            x = _tile(x_ptr, gain_r_ptr, rstd, row, row_mask, k, WIDTH, True)
+            first = _add_product(first, x, w_r_ptr, column, ok, k, WIDTH)
+            second = _add_product(second, x, w_r_ptr, column + HALF, ok, k, WIDTH)
+    if some_summarize:
+        first_s, second_s = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            x = _tile(x_ptr, gain_s_ptr, rstd, row, row_mask, k, WIDTH, True)
+            first_s = _add_product(first_s, x, w_s_ptr, column, ok, k, WIDTH)
+            second_s = _add_product(second_s, x, w_s_ptr, column + HALF, ok, k, WIDTH)
+        summarizes = (mode == _SUMMARIZES)[:, None]
+        first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
+    if part < 2:
+        first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
+    mask = row_mask[:, None] & ok[None, :]
+    if part == 0:
+        offs = (row * HEADS + head)[:, None] * DIM + pair[None, :]
+        tl.store(q_ptr + offs, first.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(q_ptr + offs + HALF, second.to(q_ptr.dtype.element_ty), mask=mask)
+    else:
+        place = tl.load(place_ptr + row, mask=row_mask, other=0)
+        _store_key(keys_ptr, part - 1, row, place, head, pair, mask, first, rows, places, HEADS, DIM)
+        _store_key(keys_ptr, part - 1, row, place, head, pair + HALF, mask, second, rows, places, HEADS, DIM)
+
+
+@triton.jit
+def _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """[R, DIM] of one head, from what each split of the keys gave: see `decode_attention`."""
+    at = (row * HEADS + head) * SPLITS
+    peak = tl.full([row.shape[0]], float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        peak = tl.maximum(peak, tl.load(peak_ptr + at + split, mask=row_mask, other=0))
+    peak = tl.where(peak == float("-inf"), 0, peak)
+    total = tl.zeros([row.shape[0]], tl.float32)
+    o = tl.zeros([row.shape[0], DIM], tl.float32)
+    channel = tl.arange(0, DIM)
+    for split in tl.static_range(SPLITS):
+        weight = tl.exp(tl.load(peak_ptr + at + split, mask=row_mask, other=0) - peak)
+        total += weight * tl.load(sum_ptr + at + split, mask=row_mask, other=0)
+        ptrs = o_ptr + (at + split)[:, None] * DIM + channel[None, :]
+        o += weight[:, None] * tl.load(ptrs, mask=row_mask[:, None], other=0)
+    return o / tl.where(total > 0, total, 1)[:, None]
+
+
+@triton.jit
+def attended_kernel(
+    o_ptr, peak_ptr, sum_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr,
+    keys_ptr, rows, places,
+    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits, adds the output projection to x [rows, E], and writes what tokens see of summaries.
+
+    The first E / (2 PAIRS) programs take the projection, the others keys and values of summaries, which go to
+    place [rows]; these end at once where no row summarizes.
+    """
+    DIM: tl.constexpr = 2 * HALF
+    WIDTH: tl.constexpr = HEADS * DIM
+    BLOCKS: tl.constexpr = HALF // PAIRS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
+    block, part = tl.program_id(0) % (HEADS * BLOCKS), tl.program_id(0) // (HEADS * BLOCKS)
+    own_head = block // BLOCKS
+    pair = block % BLOCKS * PAIRS + tl.arange(0, PAIRS)
+    column = own_head * DIM + pair
+    ok = pair < HALF
+    mask = row_mask[:, None] & ok[None, :]
+    first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
+    channel = tl.arange(0, DIM)
+    dtype = w_r_ptr.dtype.element_ty
+    if part == 0:
+        if some_read:
+            for head in range(HEADS):
+                o = _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM, SPLITS).to(dtype)
+                k = head * DIM + channel
+                first = _add_product(first, o, w_r_ptr, column, ok, k, WIDTH)
+                second = _add_product(second, o, w_r_ptr, column + HALF, ok, k, WIDTH)
+        if some_summarize:
+            first_s, second_s = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
+            for head in range(HEADS):
+                o = _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM, SPLITS).to(dtype)
+                k = head * DIM + channel
+                first_s = _add_product(first_s, o, w_s_ptr, column, ok, k, WIDTH)
+                second_s = _add_product(second_s, o, w_s_ptr, column + HALF, ok, k, WIDTH)
+            summarizes = (mode == _SUMMARIZES)[:, None]
+            first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
+        ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
+        first += tl.load(ptrs, mask=mask, other=0).to(tl.float32)
+        second += tl.load(ptrs + HALF, mask=mask, other=0).to(tl.float32)
+        tl.store(ptrs, first.to(x_ptr.dtype.element_ty), mask=mask)
+        tl.store(ptrs + HALF, second.to(x_ptr.dtype.element_ty), mask=mask)
+    if (part > 0) & some_summarize:
+        column += (part - 1) * WIDTH
+        for head in range(HEADS):
+            o = _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM, SPLITS).to(dtype)
+            k = head * DIM + channel
+            first = _add_product(first, o, w_kv_ptr, column, ok, k, WIDTH)
+            second = _add_product(second, o, w_kv_ptr, column + HALF, ok, k, WIDTH)
+        if part == 1:
+            first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
+        place = tl.load(place_ptr + row, mask=row_mask, other=0)
+        mask = mask & (mode == _SUMMARIZES)[:, None]
+        _store_key(keys_ptr, part - 1, row, place, own_head, pair, mask, first, rows, places, HEADS, DIM)
+        _store_key(
+            keys_ptr, part - 1, row, place, own_head, pair + HALF, mask, second, rows, places, HEADS, DIM
+        )
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr, gain_ptr, w_ptr, out_ptr, rows, eps,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [rows, HIDDEN]: silu of the gate times the rest, of the norm of x [rows, WIDTH]."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask, ok = row < rows, column < HIDDEN
+    rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
+    gate, up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH, True)
+        gate = _add_product(gate, x, w_ptr, column, ok, k, WIDTH)
+        up = _add_product(up, x, w_ptr, column + HIDDEN, ok, k, WIDTH)
+    out = gate * tl.sigmoid(gate) * up
+    mask = row_mask[:, None] & ok[None, :]
+    tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def down_kernel(
+    hidden_ptr, w_ptr, x_ptr, rows,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds hidden [rows, HIDDEN] times the transpose of w [WIDTH, HIDDEN] to x [rows, WIDTH]."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask, ok = row < rows, column < WIDTH
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        hidden = _tile(hidden_ptr, w_ptr, total, row, row_mask, k, HIDDEN, False)
+        total = _add_product(total, hidden, w_ptr, column, ok, k, HIDDEN)
+    mask = row_mask[:, None] & ok[None, :]
+    ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
+    total += tl.load(ptrs, mask=mask, other=0).to(tl.float32)
+    tl.store(ptrs, total.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_kernel(
+    x_ptr, gain_ptr, w_ptr, gates_ptr, guess_ptr, out_ptr, rows, columns, eps,
+    WIDTH: tl.constexpr, GUESSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits, float32 [rows, columns], of the norm of x [rows, WIDTH]. Those of the columns guess
+    [rows, GUESSES], where these are above 0, get the product with gates [GUESSES, WIDTH] added."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask, ok = row < rows, column < columns
+    number = tl.arange(0, 16)
+    rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
+    total, gates = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, 16], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH, True)
+        total = _add_product(total, x, w_ptr, column, ok, k, WIDTH)
+        if GUESSES:
+            gates = _add_product(gates, x, gates_ptr, number, number < GUESSES, k, WIDTH)
+    for i in tl.static_range(GUESSES):
+        guess = tl.load(guess_ptr + row * GUESSES + i, mask=row_mask, other=0)
+        gate = tl.sum(tl.where((number == i)[None, :], gates, 0), 1)
+        here = (guess[:, None] == column[None, :]) & (guess > 0)[:, None]
+        total += tl.where(here, gate[:, None], 0)
+    mask = row_mask[:, None] & ok[None, :]
+    tl.store(out_ptr + row[:, None] * columns + column[None, :], total, mask=mask)

@@ -1,0 +1,85 @@
+"""The model's part of a step by fused kernels: what `PlainForward` computes, in five launches a layer."""
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.decode import MAX_NEAR_BAR, Rows, Weights
+from ...kernels.decode_products import READS, SUMMARIZES
+from ...model.layers import Layer
+from ...model.transformer import MeloFormer, ModelConfig
+from ...tokens import vocab
+from .cache import SlotCache
+from .reader import Facts, SlotReader
+
+
+def has_kernels(config: ModelConfig) -> bool:
+    """Whether there are fused kernels for such a model: those of the rule that models are trained with."""
+    power_of_two = config.head_dim >= 32 and config.head_dim & (config.head_dim - 1) == 0
+    near = max(config.near_bars, default=0) <= MAX_NEAR_BAR
+    return not config.dense and config.kind_rule == "any" and near and power_of_two
+
+
+class FusedForward:
+    """`PlainForward` for a model that `has_kernels`; its arguments and results are the same."""
+
+    def __init__(self, model: MeloFormer, cache: SlotCache, reader: SlotReader):
+        config, dtype = model.config, model.token_embedding.weight.dtype
+        if not has_kernels(config):
+            raise ValueError("there are no fused kernels for this model")
+        self._model, self._cache, self._reader = model, cache, reader
+        slots = cache.keys.shape[2]
+        self._rows = Rows(
+            slots, config.heads, config.head_dim, config.ffn, cache.room, cache.bars, dtype, model.device
+        )
+        self._weights = [_weights(layer) for layer in model.layers]
+        tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
+        self._table = torch.cat([table.weight.detach() for table in tables])
+        *first, _ = accumulate((len(table.weight) for table in tables), initial=0)
+        self._first = torch.tensor(first, device=model.device)
+        self._head = model.token_embedding.weight.detach()[: vocab.VOCAB_SIZE]
+        self._gates = self._head[:0]
+        if config.copy_chords:
+            self._gates = model.copy_gate.weight.detach().contiguous()
+
+    def begin(self, slot: int) -> None:
+        self._rows.group[slot] = -1
+
+    def __call__(self, facts: Facts, reads: Tensor, summarizes: Tensor, bar: Tensor) -> Tensor:
+        model, cache, rows, reader = self._model, self._cache, self._rows, self._reader
+        rows.mode.copy_(torch.where(summarizes, SUMMARIZES, torch.where(reads, READS, 0)))
+        place = torch.where(reads, facts.position, cache.nowhere)
+        rows.place.copy_(torch.where(summarizes, cache.room + bar, place))
+        rows.past.copy_(torch.where(summarizes, cache.room + cache.bars + bar, cache.nowhere))
+        features = [getattr(facts.features, name) for name in model.feature_embeddings]
+        indices = torch.stack((facts.token, facts.inst, *features), dim=1) + self._first
+        embedded = F.embedding(indices, self._table).sum(dim=1)
+        rows.x.copy_(torch.where(summarizes[:, None], model.summary_embedding, embedded))
+        rotary = model.rotary_of_tokens(
+            facts.position[:, None],
+            (bar + summarizes.long())[:, None],
+            torch.where(summarizes, 0, facts.features.onset)[:, None],
+        )
+        rows.cos.copy_(rotary.cos_BND[:, 0, : rows.dim // 2])
+        rows.sin.copy_(rotary.sin_BND[:, 0, : rows.dim // 2])
+
+        rows.find_places(
+            *(reader.bar_of, reader.inst_of, reader.kind_of),
+            *(facts.position, bar, facts.inst),
+            model.config.near_bars,
+        )
+        for keys, weights, layer in zip(cache.keys, self._weights, model.layers):
+            rows.layer(weights, keys, layer.norm_r.eps)
+        guesses = torch.stack(facts.guesses, dim=1)
+        return rows.logits(model.norm_out.weight, self._head, self._gates, guesses, model.norm_out.eps)
+
+
+def _weights(layer: Layer) -> Weights:
+    # The summary stream ends with the keys and values of the last layer, which has no `out_s`.
+    out_s = layer.out_r if layer.out_s is None else layer.out_s
+    linear = layer.qkv_r, layer.qkv_s, layer.out_r, out_s, layer.kv2
+    norms = layer.norm_r.weight.detach(), layer.norm_s.weight.detach()
+    last = layer.norm_ffn, layer.ffn.gate_up, layer.ffn.down
+    return Weights(*norms, *(x.weight.detach() for x in (*linear, *last)))

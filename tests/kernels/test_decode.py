@@ -1,0 +1,93 @@
+"""The fused kernels of a decoding step against the same step in plain PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from meloformer.composer.compose import compose
+from meloformer.generation.device.forward import PlainForward
+from meloformer.generation.device.fused import FusedForward, has_kernels
+from meloformer.generation.device.step import Step
+from meloformer.generation.draft import Draft
+from meloformer.kernels import decode
+from meloformer.model.transformer import MeloFormer, ModelConfig
+from meloformer.tokens.tokenizer import HIDTokenizer
+
+from helpers.model_cases import tiny_model
+
+CONFIG = ModelConfig(layers=2, dim=64, heads=2, ffn=88)  # no width is a multiple of a tile
+ROOM, BARS = 200, 16
+
+
+def song(seed: int, tokens: int) -> np.ndarray:
+    return HIDTokenizer().encode(compose(seed, bars=6))[:tokens].astype(np.int64)
+
+
+def begin(step: Step, slot: int, ids: np.ndarray, prompt: int) -> None:
+    draft = Draft(ids[:prompt], max_tokens=len(ids) - prompt)
+    step.begin(slot, draft.state(), ids[:prompt], queue=ids[prompt:].tolist())
+
+
+class Both:
+    """The fused forward, and beside it the plain one on a copy of the cache."""
+
+    def __init__(self, model: MeloFormer, cache, reader):
+        self.fused, self.plain = FusedForward(model, cache, reader), PlainForward(model, cache, reader)
+        self.cache, self.reader, self.compared, self.lists = cache, reader, 0, 0
+
+    def begin(self, slot: int) -> None:
+        self.fused.begin(slot)
+
+    def __call__(self, facts, reads, summarizes, bar):
+        before = self.cache.keys.clone()
+        want = self.plain(facts, reads, summarizes, bar)
+        keys = self.cache.keys.clone()
+        self.cache.keys.copy_(before)
+        got = self.fused(facts, reads, summarizes, bar)
+        visible = self.plain._sight.places(facts, reads, summarizes, bar)
+        rows = self.fused._rows
+        for slot in torch.nonzero(reads | summarizes)[:, 0].tolist():
+            listed = rows.list[slot, : rows.count[slot]].sort().values
+            assert torch.equal(listed.long(), torch.nonzero(visible[slot])[:, 0])
+            self.lists += 1
+        assert not rows.count[~(reads | summarizes)].any()
+        torch.testing.assert_close(got[reads], want[reads], rtol=1e-4, atol=1e-4)
+        somewhere = self.cache.keys[:, :, :, :-1], keys[:, :, :, :-1]
+        torch.testing.assert_close(*somewhere, rtol=1e-4, atol=1e-4)
+        self.compared += int(reads.sum())
+        return want
+
+
+@pytest.mark.parametrize("slots", [1, 3, 17])
+def test_logits_keys_and_lists_are_those_of_the_plain_forward(slots, monkeypatch):
+    """Songs of different lengths, whose bars end; some slots are empty, one is taken over by another song."""
+    monkeypatch.setattr(decode, "_HEAD_COLUMNS", 512)  # the interpreter is slow
+    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    model = tiny_model(CONFIG, torch.float32)
+    for parameter in model.parameters():
+        parameter.data /= 2  # softmax over keys that differ too much would hide most of them
+    step = Step(model, slots, ROOM, BARS, queue=ROOM, forward=Both)
+    songs = [(song(7, 66), 59), (song(1, 160), 146), (song(6, 130), 122)]
+    for number, one in enumerate(songs[:slots]):
+        begin(step, (number * 7) % slots, *one)
+    for number in range(9):
+        step()
+        if number == 4:
+            begin(step, 0, song(7, 40), 32)
+    summaries = step._forward.lists - step._forward.compared
+    assert step._forward.compared > 5 and summaries == min(slots, 3) + 1
+
+
+def test_models_of_other_rules_have_no_kernels():
+    assert has_kernels(CONFIG)
+    for other in (
+        CONFIG.as_dense(),
+        ModelConfig(layers=1, dim=64, heads=2, ffn=64, kind_rule="next"),
+        ModelConfig(layers=1, dim=64, heads=2, ffn=64, near_bars=(0, 40)),
+        ModelConfig(layers=1, dim=32, heads=2, ffn=64),
+    ):
+        assert not has_kernels(other)
+        with pytest.raises(ValueError, match="no fused kernels"):
+            FusedForward(MeloFormer(other), None, None)
