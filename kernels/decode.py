@@ -90,10 +90,11 @@ class Rows:
         self.mode, self.place, self.past, self.count, self.group = (integers() for _ in range(5))
         self.list = numbers(self.places, dtype=torch.int32)
         self.cos, self.sin = numbers(dim // 2), numbers(dim // 2)
-        self.x, self._q, self._hidden = numbers(heads * dim), numbers(heads * dim), numbers(hidden)
-        parts = heads * self.splits
-        self._o = numbers(parts, dim, dtype=torch.float32)
-        self._peak, self._sum = (numbers(parts, dtype=torch.float32) for _ in range(2))
+        self.x, self._q, self._attended = (numbers(heads * dim) for _ in range(3))
+        self._hidden = numbers(hidden)
+        shapes = (heads, self.splits, dim), (heads, self.splits), (heads, self.splits)
+        self._parts = [numbers(*shape, dtype=torch.float32) for shape in shapes]
+        self._done = numbers(heads, dtype=torch.int32)
         self._rows = min(_MAX_ROWS, max(_MIN_ROWS, triton.next_power_of_2(slots)))
         self._tiles = triton.cdiv(slots, self._rows)
 
@@ -133,18 +134,20 @@ class Rows:
             (self.slots, self.places, eps),
             HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=_block(width), num_warps=4,
         )  # fmt: skip
-        parts = self._o, self._peak, self._sum
         _attend(
             (self.slots, heads, self.splits),
-            (self._q, keys, self.list, self.count, *parts),
+            (self._q, keys, self.list, self.count, self._attended, *self._parts, self._done),
             (self.slots, self.places, self.dim**-0.5),
             HEADS=heads, DIM=self.dim, SPLITS=self.splits, BLOCK=32, num_warps=4,
         )  # fmt: skip
         _attended(
             (3 * blocks, self._tiles),
-            (*parts, w.out_r, w.out_s, w.kv2, self.cos, self.sin, self.mode, self.past, self.x, keys),
+            (
+                *(self._attended, w.out_r, w.out_s, w.kv2, self.cos, self.sin, self.mode, self.past),
+                *(self.x, keys),
+            ),
             (self.slots, self.places),
-            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, SPLITS=self.splits, num_warps=4,
+            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=_block(width), num_warps=4,
         )  # fmt: skip
         columns, rows = _COLUMNS, self._rows
         _gate(

@@ -44,7 +44,7 @@ def list_kernel(
     if mode == _READS:
         group = bar * (_NO_INSTRUMENT + 1) + inst
         if tl.load(group_ptr + s) == group:
-            count = tl.load(count_ptr + s)
+            count = tl.load(count_ptr + s).to(tl.int32)
             tl.store(list_ptr + count, position.to(tl.int32))
             tl.store(count_ptr + s, count + 1)
         else:
@@ -83,21 +83,23 @@ def list_kernel(
 
 @triton.jit
 def attend_kernel(
-    q_ptr, keys_ptr, list_ptr, count_ptr, o_ptr, peak_ptr, sum_ptr, slots, places, scale,
+    q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attention of q [S, HEADS, DIM] to the places of each song's list, in SPLITS parts of the list.
+    """out [S, HEADS, DIM]: attention of q, of the same shape, to the places of each song's list; or 0.
 
-    keys: [2, slots, places, HEADS, DIM] of a layer. Of each part: o [S, HEADS, SPLITS, DIM], the sum of the
-    values times exp(score - peak), and peak and sum [S, HEADS, SPLITS], the greatest score (-inf for an empty
-    part) and the sum of these weights; float32.
+    keys: [2, slots, places, HEADS, DIM] of a layer. The list is read in SPLITS parts. Each leaves the
+    greatest score in peak (-inf for an empty part), and the sums of exp(score - peak), alone and times the
+    values, in sum and o: [S, HEADS, SPLITS(, DIM)], float32. The program that is the last of its song and head
+    to be done joins them, in the order of the list. done: int32 [S, HEADS], zeros before and after.
     """
     s, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     channel = tl.arange(0, DIM)
-    count = tl.load(count_ptr + s)
+    row = s * HEADS + head
+    count = tl.load(count_ptr + s).to(tl.int32)
     part = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK) * BLOCK
     begin, end = split * part, tl.minimum(split * part + part, count)
-    q = tl.load(q_ptr + (s * HEADS + head) * DIM + channel).to(tl.float32) * scale  # [DIM]
+    q = tl.load(q_ptr + row * DIM + channel).to(tl.float32) * scale  # [DIM]
     values_ptr = keys_ptr + tl.full([], 1, tl.int64) * slots * places * HEADS * DIM
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -115,7 +117,21 @@ def attend_kernel(
         total = total * kept + tl.sum(weight, 0)
         o = o * kept + tl.sum(v * weight[:, None], 0)
         peak = new_peak
-    at = (s * HEADS + head) * SPLITS + split
-    tl.store(o_ptr + at * DIM + channel, o)
-    tl.store(peak_ptr + at, peak)
-    tl.store(sum_ptr + at, total)
+    if SPLITS == 1:
+        o = o / tl.where(total > 0, total, 1)
+        tl.store(out_ptr + row * DIM + channel, o.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(o_ptr + (row * SPLITS + split) * DIM + channel, o)
+        tl.store(peak_ptr + row * SPLITS + split, peak)
+        tl.store(sum_ptr + row * SPLITS + split, total)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(done_ptr + row, 1, sem="acq_rel") == SPLITS - 1:
+            parts = row * SPLITS + tl.arange(0, SPLITS)
+            peaks = tl.load(peak_ptr + parts)
+            highest = tl.max(peaks, 0)
+            weights = tl.exp(peaks - tl.where(highest == float("-inf"), 0, highest))  # [SPLITS]
+            totals = tl.sum(weights * tl.load(sum_ptr + parts), 0)
+            values = tl.load(o_ptr + parts[:, None] * DIM + channel[None, :])
+            o = tl.sum(values * weights[:, None], 0) / tl.where(totals > 0, totals, 1)
+            tl.store(out_ptr + row * DIM + channel, o.to(out_ptr.dtype.element_ty))
+            tl.store(done_ptr + row, 0)

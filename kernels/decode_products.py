@@ -120,33 +120,14 @@ def project_kernel(
 
 
 @triton.jit
-def _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """[R, DIM] of one head, from what each split of the keys gave: see `decode_attention`."""
-    at = (row * HEADS + head) * SPLITS
-    peak = tl.full([row.shape[0]], float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        peak = tl.maximum(peak, tl.load(peak_ptr + at + split, mask=row_mask, other=0))
-    peak = tl.where(peak == float("-inf"), 0, peak)
-    total = tl.zeros([row.shape[0]], tl.float32)
-    o = tl.zeros([row.shape[0], DIM], tl.float32)
-    channel = tl.arange(0, DIM)
-    for split in tl.static_range(SPLITS):
-        weight = tl.exp(tl.load(peak_ptr + at + split, mask=row_mask, other=0) - peak)
-        total += weight * tl.load(sum_ptr + at + split, mask=row_mask, other=0)
-        ptrs = o_ptr + (at + split)[:, None] * DIM + channel[None, :]
-        o += weight[:, None] * tl.load(ptrs, mask=row_mask[:, None], other=0)
-    return o / tl.where(total > 0, total, 1)[:, None]
-
-
-@triton.jit
 def attended_kernel(
-    o_ptr, peak_ptr, sum_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr,
-    keys_ptr, rows, places,
-    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, SPLITS: tl.constexpr,
+    o_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr, keys_ptr,
+    rows, places,
+    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits, adds the output projection to x [rows, E], and writes what tokens see of summaries.
+    """Adds the output projection of o [rows, E] to x [rows, E], and writes what tokens see of summaries.
 
-    The first E / (2 PAIRS) programs take the projection, the others keys and values of summaries, which go to
+    The first third of the programs takes the projection, the others keys and values of summaries, which go to
     place [rows]; these end at once where no row summarizes.
     """
     DIM: tl.constexpr = 2 * HALF
@@ -155,51 +136,47 @@ def attended_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
     mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
+    summarizes = (mode == _SUMMARIZES)[:, None]
     block, part = tl.program_id(0) % (HEADS * BLOCKS), tl.program_id(0) // (HEADS * BLOCKS)
-    own_head = block // BLOCKS
+    head = block // BLOCKS
     pair = block % BLOCKS * PAIRS + tl.arange(0, PAIRS)
-    column = own_head * DIM + pair
+    column = head * DIM + pair
     ok = pair < HALF
     mask = row_mask[:, None] & ok[None, :]
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
-    channel = tl.arange(0, DIM)
-    dtype = w_r_ptr.dtype.element_ty
     if part == 0:
         if some_read:
-            for head in range(HEADS):
-                o = _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM, SPLITS).to(dtype)
-                k = head * DIM + channel
+            for start in range(0, WIDTH, BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                o = _tile(o_ptr, w_r_ptr, first, row, row_mask, k, WIDTH, False)
                 first = _add_product(first, o, w_r_ptr, column, ok, k, WIDTH)
                 second = _add_product(second, o, w_r_ptr, column + HALF, ok, k, WIDTH)
         if some_summarize:
             first_s, second_s = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
-            for head in range(HEADS):
-                o = _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM, SPLITS).to(dtype)
-                k = head * DIM + channel
+            for start in range(0, WIDTH, BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                o = _tile(o_ptr, w_s_ptr, first, row, row_mask, k, WIDTH, False)
                 first_s = _add_product(first_s, o, w_s_ptr, column, ok, k, WIDTH)
                 second_s = _add_product(second_s, o, w_s_ptr, column + HALF, ok, k, WIDTH)
-            summarizes = (mode == _SUMMARIZES)[:, None]
             first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
         ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
         first += tl.load(ptrs, mask=mask, other=0).to(tl.float32)
         second += tl.load(ptrs + HALF, mask=mask, other=0).to(tl.float32)
         tl.store(ptrs, first.to(x_ptr.dtype.element_ty), mask=mask)
         tl.store(ptrs + HALF, second.to(x_ptr.dtype.element_ty), mask=mask)
-    if (part > 0) & some_summarize:
+    elif some_summarize:
         column += (part - 1) * WIDTH
-        for head in range(HEADS):
-            o = _combined(o_ptr, peak_ptr, sum_ptr, row, row_mask, head, HEADS, DIM, SPLITS).to(dtype)
-            k = head * DIM + channel
+        for start in range(0, WIDTH, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            o = _tile(o_ptr, w_kv_ptr, first, row, row_mask, k, WIDTH, False)
             first = _add_product(first, o, w_kv_ptr, column, ok, k, WIDTH)
             second = _add_product(second, o, w_kv_ptr, column + HALF, ok, k, WIDTH)
         if part == 1:
             first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
         place = tl.load(place_ptr + row, mask=row_mask, other=0)
-        mask = mask & (mode == _SUMMARIZES)[:, None]
-        _store_key(keys_ptr, part - 1, row, place, own_head, pair, mask, first, rows, places, HEADS, DIM)
-        _store_key(
-            keys_ptr, part - 1, row, place, own_head, pair + HALF, mask, second, rows, places, HEADS, DIM
-        )
+        mask = mask & summarizes
+        _store_key(keys_ptr, part - 1, row, place, head, pair, mask, first, rows, places, HEADS, DIM)
+        _store_key(keys_ptr, part - 1, row, place, head, pair + HALF, mask, second, rows, places, HEADS, DIM)
 
 
 @triton.jit
