@@ -88,10 +88,10 @@ def attend_kernel(
 ):  # fmt: skip
     """out [S, HEADS, DIM]: attention of q, of the same shape, to the places of each song's list; or 0.
 
-    keys: [2, slots, places, HEADS, DIM] of a layer. The list is read in SPLITS parts. Each leaves the
-    greatest score in peak (-inf for an empty part), and the sums of exp(score - peak), alone and times the
-    values, in sum and o: [S, HEADS, SPLITS(, DIM)], float32. The program that is the last of its song and head
-    to be done joins them, in the order of the list. done: int32 [S, HEADS], zeros before and after.
+    keys: [2, slots, places, HEADS, DIM] of a layer. The list is read in SPLITS parts. Each leaves its best
+    score in peak (-inf if it is empty), and the sums of exp(score - peak), alone and times the values, in sum
+    and o: [S, HEADS, SPLITS(, DIM)], float32. The program that is the last of its song and head to be done
+    joins them, in the order of the list. done: int32 [S, HEADS], zeros before and after.
     """
     s, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     channel = tl.arange(0, DIM)

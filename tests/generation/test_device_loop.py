@@ -117,6 +117,7 @@ def test_why_a_draft_is_left_to_the_host():
     assert "given" in why_not(OutlinedDraft(Outline(header, (), (vocab.DRUMS,), 0, 0, 0)))
     many = Constraints(chords=(vocab.CHORD.start,) * 1000)
     assert "chords" in why_not(Draft(constraints=many))
+    assert "repetition" in why_not(Draft(constraints=Constraints(repetition_penalties={0: 1.0})))
     assert "draws" in why_not(Draft(sampling=object()))
 
 

@@ -30,6 +30,8 @@ def why_not(draft: Draft) -> str | None:
     state = draft.state()
     if not fits(state.constraints):
         return f"progressions of more than {MAX_CHORDS} chords"
+    if any(state.constraints.repetition_penalties.values()):
+        return "songs in which repetition is held back"
     if type(state.sampling) is not Sampling:
         return "draws of another kind"
     return None
