@@ -16,9 +16,10 @@ from .launch_cache import Launcher
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
 _MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
-_PROGRAMS = 256  # of attention: as many parts of the lists of keys as make about so many
-_COLUMNS = 16  # of a result that a program takes
-_HEAD_COLUMNS = 16
+_PROGRAMS = 1024  # of attention: as many parts of the lists of keys as make about so many
+_MOST_PARTS = 32
+# Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
+_PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 8, 16
 
 _list, _attend = Launcher(attention.list_kernel), Launcher(attention.attend_kernel)
 _project, _attended = Launcher(products.project_kernel), Launcher(products.attended_kernel)
@@ -86,7 +87,7 @@ class Rows:
 
         self.slots, self.heads, self.dim, self.hidden = slots, heads, dim, hidden
         self.room, self.bars, self.places = room, bars, room + 2 * bars + 1
-        self.splits = max(1, min(32, triton.next_power_of_2(_PROGRAMS // (slots * heads) + 1) // 2))
+        self.splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // (slots * heads) + 1) // 2))
         self.mode, self.place, self.past, self.count, self.group = (integers() for _ in range(5))
         self.list = numbers(self.places, dtype=torch.int32)
         self.cos, self.sin = numbers(dim // 2), numbers(dim // 2)
@@ -123,7 +124,7 @@ class Rows:
         """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows."""
         w, heads, half = weights, self.heads, self.dim // 2
         width = heads * self.dim
-        pairs = min(16, half)
+        pairs = min(_PAIRS, half)
         blocks = heads * half // pairs
         _project(
             (3 * blocks, self._tiles),
@@ -138,7 +139,7 @@ class Rows:
             (self.slots, heads, self.splits),
             (self._q, keys, self.list, self.count, self._attended, *self._parts, self._done),
             (self.slots, self.places, self.dim**-0.5),
-            HEADS=heads, DIM=self.dim, SPLITS=self.splits, BLOCK=32, num_warps=4,
+            HEADS=heads, DIM=self.dim, SPLITS=self.splits, BLOCK=64, num_warps=4,
         )  # fmt: skip
         _attended(
             (3 * blocks, self._tiles),
@@ -157,10 +158,10 @@ class Rows:
             WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=_block(width), num_warps=4,
         )  # fmt: skip
         _down(
-            (triton.cdiv(width, columns), self._tiles),
+            (triton.cdiv(width, _DOWN_COLUMNS), self._tiles),
             (self._hidden, w.down, self.x),
             (self.slots,),
-            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=_block(self.hidden),
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=_DOWN_COLUMNS, BLOCK=_block(self.hidden),
             num_warps=4,
         )  # fmt: skip
 

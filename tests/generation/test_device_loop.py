@@ -8,12 +8,14 @@ from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.generation import generator
 from meloformer.generation.constraints import Constraints
+from meloformer.generation.device.forward import PlainForward
 from meloformer.generation.device.loop import Slots, why_not
 from meloformer.generation.draft import Draft, OutlinedDraft
 from meloformer.generation.generator import Generator
 from meloformer.generation.loop import write
 from meloformer.generation.outline import Outline
 from meloformer.generation.sampling import Sampling
+from meloformer.model.transformer import MeloFormer, ModelConfig
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
@@ -146,7 +148,12 @@ class TestGraphs:
             check(draft.song())
         return [draft.ids for draft in drafts]
 
+    @pytest.mark.parametrize("forward", [PlainForward, None], ids=["plain", "fused"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_songs_are_those_of_eager_steps(self, dtype):
-        model = untrained().to("cuda", dtype)
-        assert self.songs(model, True) == self.songs(model, False) == self.songs(model, True)
+    def test_songs_are_those_of_eager_steps(self, dtype, forward):
+        torch.manual_seed(0)
+        model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=96)).eval().to("cuda", dtype)
+        by_graphs, eager, again = (
+            self.songs(model, graphs, forward=forward) for graphs in (True, False, True)
+        )
+        assert by_graphs == eager == again

@@ -63,8 +63,12 @@ class Both:
 @pytest.mark.parametrize("slots", [1, 3, 17])
 def test_logits_keys_and_lists_are_those_of_the_plain_forward(slots, monkeypatch):
     """Songs of different lengths, whose bars end; some slots are empty, one is taken over by another song."""
-    monkeypatch.setattr(decode, "_HEAD_COLUMNS", 512)  # the interpreter is slow
+    # Fewer and larger programs, since the interpreter is slow.
+    monkeypatch.setattr(decode, "_HEAD_COLUMNS", 512)
     monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    if slots > 1:
+        for name in ("_PAIRS", "_COLUMNS", "_DOWN_COLUMNS"):
+            monkeypatch.setattr(decode, name, 32)
     model = tiny_model(CONFIG, torch.float32)
     for parameter in model.parameters():
         parameter.data /= 2  # softmax over keys that differ too much would hide most of them
@@ -78,6 +82,55 @@ def test_logits_keys_and_lists_are_those_of_the_plain_forward(slots, monkeypatch
             begin(step, 0, song(7, 40), 32)
     summaries = step._forward.lists - step._forward.compared
     assert step._forward.compared > 5 and summaries == min(slots, 3) + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 5, 64])
+def test_compiled_kernels_compute_what_the_plain_forward_does(slots):
+    """In the shape of the base model; float32."""
+    shape = ModelConfig(layers=3, dim=512, heads=8, ffn=2752)
+    torch.manual_seed(0)
+    model = MeloFormer(shape).to("cuda").eval()
+    step = Step(model, slots, ROOM, BARS, queue=ROOM, forward=Both)
+    for slot in range(slots):
+        begin(step, slot, *[(song(7, 80), 59), (song(1, 170), 146), (song(6, 140), 122)][slot % 3])
+    for number in range(12):
+        step()
+        if number == 4:
+            begin(step, 0, song(7, 40), 32)
+    assert step._forward.lists > step._forward.compared >= 7 * slots
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 64])
+def test_compiled_kernels_in_half_precision(slots):
+    """Errors against float64 are at most twice those of the plain forward in bfloat16."""
+    shape = ModelConfig(layers=4, dim=512, heads=8, ffn=2752)
+    torch.manual_seed(0)
+    exact = MeloFormer(shape).to("cuda", torch.float64).eval()
+    found = {}
+    for name, dtype, forward in (
+        ("exact", torch.float64, PlainForward),
+        ("plain", torch.bfloat16, PlainForward),
+        ("fused", torch.bfloat16, FusedForward),
+    ):
+        model = MeloFormer(shape).to("cuda", dtype).eval()
+        model.load_state_dict(exact.state_dict())
+        noted = []
+
+        class Noting(forward):
+            def __call__(self, *arguments, noted=noted):
+                noted.append(super().__call__(*arguments)[0].double())
+                return noted[-1].expand(slots, -1).contiguous()
+
+        step = Step(model, slots, ROOM, BARS, "reference", queue=ROOM, forward=Noting)
+        for slot in range(slots):
+            begin(step, slot, song(7, 70), 1)
+        for _ in range(60):
+            step()
+        found[name] = torch.stack(noted)
+    error = {name: (found[name] - found["exact"]).norm().item() for name in ("plain", "fused")}
+    assert 0 < error["fused"] <= 2 * error["plain"], error
 
 
 def test_models_of_other_rules_have_no_kernels():

@@ -11,7 +11,7 @@ from ..draft import DraftState
 from ..steering import MOST, OUTSIDE_SCALE, PER_NOTE
 from . import tables as t
 from .grammar import SlotGrammar
-from .tables import Slots, Tables, advance, read
+from .tables import SlotNumbers, Tables, advance, read
 
 MAX_CHORDS = 256  # of a progression that a slot can hold
 _INSTRUMENTS = vocab.NO_INSTRUMENT  # rows by instrument; one more is for none
@@ -26,7 +26,7 @@ def fits(constraints: Constraints) -> bool:
     return constraints.chords is None or len(constraints.chords) <= MAX_CHORDS
 
 
-class SlotDraft(Slots):
+class SlotDraft(SlotNumbers):
     """`Draft`, `Constraints` and `Steering`.
 
     Attributes:

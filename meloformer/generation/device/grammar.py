@@ -10,12 +10,12 @@ from torch import Tensor
 from ...tokens import vocab
 from ...tokens.grammar import GrammarState
 from . import tables as t
-from .tables import Slots, Tables, advance, write
+from .tables import SlotNumbers, Tables, advance, write
 
 _FIELDS = GrammarState._fields[:-1]
 
 
-class SlotGrammar(Slots):
+class SlotGrammar(SlotNumbers):
     """`Grammar`: its fields are those of `GrammarState`.
 
     Attributes:

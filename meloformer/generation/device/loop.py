@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,16 @@ def write_on_device(
     yield from Slots(model, drafts, max_context, attention).write()
 
 
+def forward_for(model: MeloFormer) -> Callable:
+    """How a step runs the model: by fused kernels if there are such for it, on its device."""
+    if model.device.type == "cuda" and find_spec("triton") is not None:
+        from .fused import FusedForward, has_kernels  # imports triton
+
+        if has_kernels(model.config):
+            return FusedForward
+    return PlainForward
+
+
 class _Stay(NamedTuple):
     """A song in a slot, from one beginning of it to the next."""
 
@@ -82,7 +93,7 @@ class Slots:
         attention: name of the backend for passes over whole prompts, or "auto".
         slots: how many songs are written side by side at most.
         graphs: whether a step is recorded as a CUDA graph; None: on a GPU.
-        forward: see `Step`.
+        forward: see `Step`; None: `forward_for` the model.
         queues: by draft the tokens that come next whatever is drawn, for measurements.
     """
 
@@ -94,7 +105,7 @@ class Slots:
         attention: str = "auto",
         slots: int = MAX_SLOTS,
         graphs: bool | None = None,
-        forward: Callable = PlainForward,
+        forward: Callable | None = None,
         queues: Sequence[Sequence[int]] = (),
     ):
         self._drafts, self._queues = drafts, queues
@@ -103,7 +114,9 @@ class Slots:
         self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
         queue = max(map(len, queues), default=0)
         self.step = Step(
-            model, min(slots, len(drafts)), room, self._bars, attention, forward=forward, queue=queue
+            *(model, min(slots, len(drafts)), room, self._bars, attention),
+            forward=forward_for(model) if forward is None else forward,
+            queue=queue,
         )
         self._cuda = model.device.type == "cuda"
         graphs = self._cuda if graphs is None else graphs

@@ -15,7 +15,7 @@ from ...model.inputs import BAR_ENDS, ChordGuesses, InputFeatures
 from ...tokens import attributes, vocab
 from ...tokens.attributes import STRUCTURAL
 from . import tables as t
-from .tables import Slots, Tables, advance, read, write
+from .tables import SlotNumbers, Tables, advance, read, write
 
 _FORCES = (t.T, t.L, t.V)
 _NAMES = ("position", "bars", "inst", "onsets", "head", "onset", "length", "velocity")
@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     guesses: ChordGuesses
 
 
-class SlotReader(Slots):
+class SlotReader(SlotNumbers):
     """`TokenReader`, with the tokens read so far.
 
     Args:

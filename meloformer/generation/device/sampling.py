@@ -9,7 +9,7 @@ from torch import Tensor
 from ...tokens import vocab
 from ..sampling import KINDS, Sampling
 from . import tables as t
-from .tables import Slots, Tables
+from .tables import SlotNumbers, Tables
 
 _LOW = 0xFFFFFFFF
 _FAMILIES = {family: t.NUMBER[family.name] for families in KINDS.values() for family in families}
@@ -30,7 +30,7 @@ def uniform(seed: Tensor, count: Tensor, size: int) -> Tensor:
     return ((bits >> 8).float() + 0.5) * 2.0**-24
 
 
-class SlotSampling(Slots):
+class SlotSampling(SlotNumbers):
     """`Sampling` and the seed of each slot."""
 
     def __init__(self, slots: int, tables: Tables, device: torch.device):

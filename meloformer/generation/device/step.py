@@ -17,13 +17,13 @@ from .draft import SlotDraft
 from .forward import PlainForward
 from .reader import SlotReader
 from .sampling import SlotSampling
-from .tables import Slots, Tables, advance, read
+from .tables import SlotNumbers, Tables, advance, read
 
 BLOCK = 32  # steps of which the tokens are kept until they are read
 _NOTHING = -1
 
 
-class Step(Slots):
+class Step(SlotNumbers):
     """Songs of S slots. Calling it is a step: it never waits for the device, and shapes never change.
 
     A slot without a song, or whose song is finished or full, does nothing.

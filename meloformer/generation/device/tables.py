@@ -38,7 +38,7 @@ class Tables:
         self.parts = table(-(-vocab.SIGNATURE_STEPS // vocab.MAX_BAR_STEPS))
 
 
-class Slots:
+class SlotNumbers:
     """Integers [S] by name, which are kept in one tensor, so that a song can be put into a slot at once."""
 
     def __init__(self, names: tuple[str, ...], slots: int, device: torch.device):

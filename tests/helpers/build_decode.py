@@ -1,0 +1,79 @@
+"""Builds the kernels of a decoding step for an H100 that need not be there, as the step would launch them.
+
+Run as a program, in a process in which Triton is not told to interpret. It prints a line of JSON for each
+kernel. Arguments: numbers of slots, separated by commas, and a dtype.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from meloformer.kernels import decode, launch_cache
+from meloformer.model.transformer import SIZES
+
+NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def build(self, programs, tensors, numbers, **constants) -> None:
+    """In place of `Launcher.__call__`."""
+    kernel = self._kernel
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    names = kernel.arg_names
+    given = dict(zip(names, [*tensors, *numbers])) | constants
+    signature, fixed, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        value = given[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = NAMES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in constants or value == 1:  # as launches have it
+            signature[name], fixed[(index,)] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, fixed, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"]
+    found = {"kernel": kernel.__name__, "shared": built.metadata.shared, "cp_async": ptx.count("cp.async.c")}
+    print(json.dumps(found | {"mma": ptx.count("mma.sync") + ptx.count("wgmma.mma")}), flush=True)
+
+
+def build_layers(slots: int, dtype: torch.dtype) -> None:
+    config = SIZES["base"]
+    width, room, bars = config.dim, 8192, 512
+    rows = decode.Rows(
+        slots, config.heads, config.head_dim, config.ffn, room, bars, dtype, torch.device("cpu")
+    )
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows.find_places(
+        *(empty(slots, room + 1, dtype=torch.int32) for _ in range(3)),
+        *(empty(slots, dtype=torch.int64) for _ in range(3)),
+        near_bars=(0, 1),
+    )
+    square, wide = empty(width, width), empty(3 * width, width)
+    gain, kv2 = empty(width), empty(2 * width, width)
+    gate_up, down = empty(2 * config.ffn, width), empty(width, config.ffn)
+    weights = decode.Weights(gain, gain, wide, wide, square, square, kv2, gain, gate_up, down)
+    rows.layer(weights, empty(2, slots, rows.places, config.heads, config.head_dim), 1e-7)
+    guesses = empty(slots, 6, dtype=torch.int64)
+    rows.logits(gain, empty(1482, width), empty(6, width), guesses, 1e-7)
+
+
+if __name__ == "__main__":
+    launch_cache.Launcher.__call__ = build
+    for number in sys.argv[1].split(","):
+        build_layers(int(number), getattr(torch, sys.argv[2]))
