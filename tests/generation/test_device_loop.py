@@ -8,8 +8,8 @@ from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.generation import generator
 from meloformer.generation.constraints import Constraints
-from meloformer.generation.device.forward import PlainForward
 from meloformer.generation.device.loop import Slots, why_not
+from meloformer.generation.device.step import Step
 from meloformer.generation.draft import Draft, OutlinedDraft
 from meloformer.generation.generator import Generator
 from meloformer.generation.loop import write
@@ -148,12 +148,10 @@ class TestGraphs:
             check(draft.song())
         return [draft.ids for draft in drafts]
 
-    @pytest.mark.parametrize("forward", [PlainForward, None], ids=["plain", "fused"])
+    @pytest.mark.parametrize("step", [Step, None], ids=["plain", "fused"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_songs_are_those_of_eager_steps(self, dtype, forward):
+    def test_songs_are_those_of_eager_steps(self, dtype, step):
         torch.manual_seed(0)
         model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=96)).eval().to("cuda", dtype)
-        by_graphs, eager, again = (
-            self.songs(model, graphs, forward=forward) for graphs in (True, False, True)
-        )
+        by_graphs, eager, again = (self.songs(model, graphs, step=step) for graphs in (True, False, True))
         assert by_graphs == eager == again

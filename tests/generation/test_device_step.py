@@ -8,6 +8,7 @@ import torch
 
 from meloformer.composer.compose import compose
 from meloformer.generation.decoder import padded_batch
+from meloformer.generation.device.cache import bytes_of_a_slot
 from meloformer.generation.device.forward import PlainForward
 from meloformer.generation.device.step import BLOCK, Step
 from meloformer.generation.draft import Draft
@@ -118,6 +119,12 @@ def test_a_bar_costs_a_step_more_and_a_dense_model_none():
         assert [token for token in tokens if token >= 0] == ids[1:].tolist()
         assert tokens[: len(ids) - 1 + more].count(-1) == more
         assert set(tokens[len(ids) - 1 + more :]) == {-1}
+
+
+@pytest.mark.parametrize("config", [CONFIG, DENSE], ids=ids_of.get)
+def test_the_memory_of_a_slot_is_known(config):
+    keys = Step(tiny_model(config), 3, ROOM, BARS).cache.keys
+    assert 3 * bytes_of_a_slot(config, ROOM, BARS, keys.dtype) == keys.nbytes
 
 
 def test_a_song_that_is_full_waits():

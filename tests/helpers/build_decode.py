@@ -6,14 +6,16 @@ kernel. Arguments: numbers of slots, separated by commas, and a dtype.
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meloformer.kernels import decode, launch_cache
-from meloformer.model.transformer import SIZES
+from meloformer.generation.device.fused_step import FusedStep
+from meloformer.kernels import launch_cache
+from meloformer.model.transformer import SIZES, MeloFormer
 
 NAMES = {
     torch.bfloat16: "*bf16",
@@ -49,31 +51,14 @@ def build(self, programs, tensors, numbers, **constants) -> None:
     print(json.dumps(found | {"mma": ptx.count("mma.sync") + ptx.count("wgmma.mma")}), flush=True)
 
 
-def build_layers(slots: int, dtype: torch.dtype) -> None:
-    config = SIZES["base"]
-    width, room, bars = config.dim, 8192, 512
-    rows = decode.Rows(
-        slots, config.heads, config.head_dim, config.ffn, room, bars, dtype, torch.device("cpu")
-    )
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rows.find_places(
-        *(empty(slots, room + 1, dtype=torch.int32) for _ in range(3)),
-        *(empty(slots, dtype=torch.int64) for _ in range(3)),
-        near_bars=(0, 1),
-    )
-    square, wide = empty(width, width), empty(3 * width, width)
-    gain, kv2 = empty(width), empty(2 * width, width)
-    gate_up, down = empty(2 * config.ffn, width), empty(width, config.ffn)
-    weights = decode.Weights(gain, gain, wide, wide, square, square, kv2, gain, gate_up, down)
-    rows.layer(weights, empty(2, slots, rows.places, config.heads, config.head_dim), 1e-7)
-    guesses = empty(slots, 6, dtype=torch.int64)
-    rows.logits(gain, empty(1482, width), empty(6, width), guesses, 1e-7)
+def build_step(slots: int, dtype: torch.dtype) -> None:
+    """Of a model with layers of the base size; launches build, and compute nothing."""
+    config = replace(SIZES["base"], layers=1)
+    step = FusedStep(MeloFormer(config).to(dtype).eval(), slots, 256, 16, "reference")
+    step()
 
 
 if __name__ == "__main__":
     launch_cache.Launcher.__call__ = build
     for number in sys.argv[1].split(","):
-        build_layers(int(number), getattr(torch, sys.argv[2]))
+        build_step(int(number), getattr(torch, sys.argv[2]))

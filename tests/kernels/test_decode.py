@@ -47,7 +47,7 @@ class Both:
         self.cache.keys.copy_(before)
         got = self.fused(facts, reads, summarizes, bar)
         visible = self.plain._sight.places(facts, reads, summarizes, bar)
-        rows = self.fused._rows
+        rows = self.fused.rows
         for slot in torch.nonzero(reads | summarizes)[:, 0].tolist():
             listed = rows.list[slot, : rows.count[slot]].sort().values
             assert torch.equal(listed.long(), torch.nonzero(visible[slot])[:, 0])

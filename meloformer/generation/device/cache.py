@@ -58,6 +58,12 @@ class SlotCache:
         self.keys[layer][:, slot, place] = keys_values.transpose(0, 1).to(self.keys.dtype)
 
 
+def bytes_of_a_slot(config: ModelConfig, room: int, bars: int, dtype: torch.dtype) -> int:
+    """What `SlotCache.keys` takes for each slot."""
+    places = room + 1 if config.dense else room + 2 * bars + 1
+    return config.layers * 2 * places * config.dim * dtype.itemsize
+
+
 class Sight:
     """The visibility rule of `kernels.structure` at places."""
 

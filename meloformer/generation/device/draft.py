@@ -35,6 +35,12 @@ class SlotDraft(SlotNumbers):
         lists: 1 if the instruments of the band are wished.
         chord_count: how many chords are wished, 0 for none.
         scale: 1 if notes outside a scale are discouraged.
+        within: bool [S, VOCAB_SIZE], ids that violate no wish, whatever comes before them.
+        pitches: bool [S, instruments + 1, 128], which may be played; of no instrument in the last row.
+        chords: int64 [S, MAX_CHORDS], ids.
+        of_chords, of_pitches: float32 [S, VOCAB_SIZE], what a scale adds to logits; the second where an
+            instrument other than the drums plays.
+        density: float32 [S, instruments + 1], notes a bar; -1 where none is wished.
     """
 
     def __init__(self, slots: int, tables: Tables, device: torch.device):
@@ -45,12 +51,12 @@ class SlotDraft(SlotNumbers):
         def empty(*shape: int, dtype=torch.bool) -> Tensor:
             return torch.zeros((slots, *shape), dtype=dtype, device=device)
 
-        self._within = empty(vocab.VOCAB_SIZE)
-        self._pitches = empty(_INSTRUMENTS + 1, len(P))
-        self._chords = empty(MAX_CHORDS, dtype=torch.int64)
-        self._of_chords = empty(vocab.VOCAB_SIZE, dtype=torch.float32)
-        self._of_pitches = empty(vocab.VOCAB_SIZE, dtype=torch.float32)
-        self._density = empty(_INSTRUMENTS + 1, dtype=torch.float32)  # -1: none is wished
+        self.within = empty(vocab.VOCAB_SIZE)
+        self.pitches = empty(_INSTRUMENTS + 1, len(P))
+        self.chords = empty(MAX_CHORDS, dtype=torch.int64)
+        self.of_chords = empty(vocab.VOCAB_SIZE, dtype=torch.float32)
+        self.of_pitches = empty(vocab.VOCAB_SIZE, dtype=torch.float32)
+        self.density = empty(_INSTRUMENTS + 1, dtype=torch.float32)
         self._id = torch.arange(vocab.VOCAB_SIZE, device=device)
         self._slot = torch.arange(slots, device=device)
         family = tables.family
@@ -84,12 +90,12 @@ class SlotDraft(SlotNumbers):
         density[list(wishes.densities)] = list(wishes.densities.values())
         pitches = np.stack([wishes.pitches(i) for i in range(_INSTRUMENTS)] + [np.ones(len(P), dtype=bool)])
         for into, values in (
-            (self._within, within),
-            (self._pitches, pitches),
-            (self._chords, chords),
-            (self._of_chords, of_chords),
-            (self._of_pitches, of_pitches),
-            (self._density, density),
+            (self.within, within),
+            (self.pitches, pitches),
+            (self.chords, chords),
+            (self.of_chords, of_chords),
+            (self.of_pitches, of_pitches),
+            (self.density, density),
         ):
             into[slot] = torch.as_tensor(values, device=into.device)
         self.grammar.load(slot, state.grammar)
@@ -113,12 +119,12 @@ class SlotDraft(SlotNumbers):
     def allowed(self) -> Tensor:
         """The ids that may come next, bool [S, VOCAB_SIZE]: one alone where it is required."""
         grammar = self.grammar
-        allowed = grammar.allowed() & self._within
+        allowed = grammar.allowed() & self.within
         bar = self.new_bars - (~grammar.bar_ends()).long()
-        only = read(self._chords, bar.remainder(self.chord_count.clamp(min=1)))
+        only = read(self.chords, bar.remainder(self.chord_count.clamp(min=1)))
         free = (self.chord_count == 0)[:, None]
         allowed[:, CHORD.start : CHORD.stop] &= free | (self._id[CHORD.start : CHORD.stop] == only[:, None])
-        allowed[:, P.start : P.stop] &= self._pitches[self._slot, self._instrument_row()]
+        allowed[:, P.start : P.stop] &= self.pitches[self._slot, self._instrument_row()]
         required = self._required(allowed)
 
         lists = grammar.lists_band()
@@ -152,8 +158,8 @@ class SlotDraft(SlotNumbers):
     def bias(self) -> Tensor:
         """What to add to the logits of the next token, float32 [S, VOCAB_SIZE]."""
         sings = (self.scale > 0) & (self.instrument >= 0) & (self.instrument != vocab.DRUMS)
-        bias = self._of_chords + self._of_pitches * sings[:, None]
-        density = read(self._density, self._instrument_row())
+        bias = self.of_chords + self.of_pitches * sings[:, None]
+        density = read(self.density, self._instrument_row())
         missing = density - self.notes
         too_few = (PER_NOTE * missing).clamp(max=MOST)[:, None] * self._leaves
         too_many = (PER_NOTE * (1 - missing)).clamp(max=MOST)[:, None] * self._begins_note

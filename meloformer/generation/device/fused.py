@@ -23,7 +23,13 @@ def has_kernels(config: ModelConfig) -> bool:
 
 
 class FusedForward:
-    """`PlainForward` for a model that `has_kernels`; its arguments and results are the same."""
+    """`PlainForward` for a model that `has_kernels`; its arguments and results are the same.
+
+    Attributes:
+        rows: what the kernels of the layers read and write.
+        table: [rows, E], the embeddings of tokens, instruments and features below each other.
+        first: int64, at which of its rows each of them begins.
+    """
 
     def __init__(self, model: MeloFormer, cache: SlotCache, reader: SlotReader):
         config, dtype = model.config, model.token_embedding.weight.dtype
@@ -31,31 +37,31 @@ class FusedForward:
             raise ValueError("there are no fused kernels for this model")
         self._model, self._cache, self._reader = model, cache, reader
         slots = cache.keys.shape[2]
-        self._rows = Rows(
+        self.rows = Rows(
             slots, config.heads, config.head_dim, config.ffn, cache.room, cache.bars, dtype, model.device
         )
         self._weights = [_weights(layer) for layer in model.layers]
         tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
-        self._table = torch.cat([table.weight.detach() for table in tables])
+        self.table = torch.cat([table.weight.detach() for table in tables])
         *first, _ = accumulate((len(table.weight) for table in tables), initial=0)
-        self._first = torch.tensor(first, device=model.device)
+        self.first = torch.tensor(first, device=model.device)
         self._head = model.token_embedding.weight.detach()[: vocab.VOCAB_SIZE]
         self._gates = self._head[:0]
         if config.copy_chords:
             self._gates = model.copy_gate.weight.detach().contiguous()
 
     def begin(self, slot: int) -> None:
-        self._rows.group[slot] = -1
+        self.rows.group[slot] = -1
 
     def __call__(self, facts: Facts, reads: Tensor, summarizes: Tensor, bar: Tensor) -> Tensor:
-        model, cache, rows, reader = self._model, self._cache, self._rows, self._reader
+        model, cache, rows = self._model, self._cache, self.rows
         rows.mode.copy_(torch.where(summarizes, SUMMARIZES, torch.where(reads, READS, 0)))
         place = torch.where(reads, facts.position, cache.nowhere)
         rows.place.copy_(torch.where(summarizes, cache.room + bar, place))
         rows.past.copy_(torch.where(summarizes, cache.room + cache.bars + bar, cache.nowhere))
         features = [getattr(facts.features, name) for name in model.feature_embeddings]
-        indices = torch.stack((facts.token, facts.inst, *features), dim=1) + self._first
-        embedded = F.embedding(indices, self._table).sum(dim=1)
+        indices = torch.stack((facts.token, facts.inst, *features), dim=1) + self.first
+        embedded = F.embedding(indices, self.table).sum(dim=1)
         rows.x.copy_(torch.where(summarizes[:, None], model.summary_embedding, embedded))
         rotary = model.rotary_of_tokens(
             facts.position[:, None],
@@ -65,14 +71,15 @@ class FusedForward:
         rows.cos.copy_(rotary.cos_BND[:, 0, : rows.dim // 2])
         rows.sin.copy_(rotary.sin_BND[:, 0, : rows.dim // 2])
 
-        rows.find_places(
-            *(reader.bar_of, reader.inst_of, reader.kind_of),
-            *(facts.position, bar, facts.inst),
-            model.config.near_bars,
-        )
-        for keys, weights, layer in zip(cache.keys, self._weights, model.layers):
+        return self.logits(facts.position, bar, facts.inst, torch.stack(facts.guesses, dim=1))
+
+    def logits(self, position: Tensor, bar: Tensor, inst: Tensor, guesses: Tensor) -> Tensor:
+        """Logits [S, VOCAB_SIZE] when `rows` is filled; all int64: of the tokens [S], and [S, guesses]."""
+        model, rows, reader = self._model, self.rows, self._reader
+        histories = reader.bar_of, reader.inst_of, reader.kind_of
+        rows.find_places(*histories, position, bar, inst, model.config.near_bars)
+        for keys, weights, layer in zip(self._cache.keys, self._weights, model.layers):
             rows.layer(weights, keys, layer.norm_r.eps)
-        guesses = torch.stack(facts.guesses, dim=1)
         return rows.logits(model.norm_out.weight, self._head, self._gates, guesses, model.norm_out.eps)
 
 

@@ -15,13 +15,14 @@ from ...tokens import vocab
 from ..draft import Draft
 from ..loop import context
 from ..sampling import Sampling
+from .cache import bytes_of_a_slot
 from .draft import MAX_CHORDS, fits
-from .forward import PlainForward
 from .step import BLOCK, Step
 
 MAX_SLOTS = 64
 TOKENS_A_BAR, LEAST_BARS = 16, 128  # places for summaries: songs have four times as many tokens in a bar
 _ROOM = 256  # rooms are multiples
+FOR_CACHES = 0.7  # of the memory that is free
 
 
 def why_not(draft: Draft) -> str | None:
@@ -57,14 +58,16 @@ def write_on_device(
     yield from Slots(model, drafts, max_context, attention).write()
 
 
-def forward_for(model: MeloFormer) -> Callable:
-    """How a step runs the model: by fused kernels if there are such for it, on its device."""
+def step_for(model: MeloFormer) -> type[Step]:
+    """The kind of step: one of Triton kernels if there are such for the model, on its device."""
     if model.device.type == "cuda" and find_spec("triton") is not None:
-        from .fused import FusedForward, has_kernels  # imports triton
+        from .fused import has_kernels  # imports triton
 
         if has_kernels(model.config):
-            return FusedForward
-    return PlainForward
+            from .fused_step import FusedStep
+
+            return FusedStep
+    return Step
 
 
 class _Stay(NamedTuple):
@@ -93,7 +96,7 @@ class Slots:
         attention: name of the backend for passes over whole prompts, or "auto".
         slots: how many songs are written side by side at most.
         graphs: whether a step is recorded as a CUDA graph; None: on a GPU.
-        forward: see `Step`; None: `forward_for` the model.
+        step: the kind of step; None: `step_for` the model.
         queues: by draft the tokens that come next whatever is drawn, for measurements.
     """
 
@@ -105,25 +108,31 @@ class Slots:
         attention: str = "auto",
         slots: int = MAX_SLOTS,
         graphs: bool | None = None,
-        forward: Callable | None = None,
+        step: type[Step] | None = None,
         queues: Sequence[Sequence[int]] = (),
     ):
         self._drafts, self._queues = drafts, queues
+        self._cuda = model.device.type == "cuda"
         longest = max(len(draft.ids) + draft.state().max_tokens for draft in drafts)
         room = -(-min(max_context, longest + 1) // _ROOM) * _ROOM
         self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
         queue = max(map(len, queues), default=0)
-        self.step = Step(
-            *(model, min(slots, len(drafts)), room, self._bars, attention),
-            forward=forward_for(model) if forward is None else forward,
-            queue=queue,
-        )
-        self._cuda = model.device.type == "cuda"
+        step = step_for(model) if step is None else step
+        slots = min(slots, len(drafts), self._most_slots(model))
+        self.step = step(model, slots, room, self._bars, attention, queue=queue)
         graphs = self._cuda if graphs is None else graphs
         self._run: Callable[[], None] = Graph(self.step) if graphs else self.step
         self._waiting = deque(range(len(drafts)))
         self._stays: dict[int, _Stay] = {}  # by slot
         self._begun = 0
+
+    def _most_slots(self, model: MeloFormer) -> int:
+        """For how many songs there is memory, at least one."""
+        if not self._cuda:
+            return MAX_SLOTS
+        free, _ = torch.cuda.mem_get_info(model.device)
+        dtype = model.token_embedding.weight.dtype
+        return max(1, int(free * FOR_CACHES / bytes_of_a_slot(model.config, self._room, self._bars, dtype)))
 
     def write(self) -> Iterator[int]:
         """As `generation.loop.write`; tokens come `BLOCK` steps at a time."""

@@ -47,6 +47,11 @@ class SlotReader(SlotNumbers):
         onset, length, velocity: 1 + the value of the T, L or V token in force, 0 for none.
         tokens: int32 [S, N + 1]. Here and below, the last column is for what no song has.
         bar_of, inst_of, kind_of, onset_of: int32 [S, N + 1], of each token, as in `Structure`.
+        places: int32 [S, N + 1], of each token a number for itself, its instrument and its onset.
+        labels: int64 [S, M + 2], ids of CHORD by bar, from column 1 on; 0 before.
+        last: int64 [S, families], the last token of each, as far back as the feature `previous` looks.
+        followers: int64 [S, BAR_ENDS + 1], by what a group or a bar began with, what began the next one.
+        ends: bool [families, families], by family the entries of `last` that a token of it ends.
     """
 
     def __init__(self, slots: int, tables: Tables, room: int, bars: int, device: torch.device):
@@ -59,21 +64,19 @@ class SlotReader(SlotNumbers):
         def history() -> Tensor:
             return torch.zeros((slots, room + 1), dtype=torch.int32, device=device)
 
-        self.tokens, self._places = history(), history()
+        self.tokens, self.places = history(), history()
         self.bar_of, self.inst_of, self.kind_of, self.onset_of = (history() for _ in range(4))
-        # Labels by bar from column 1 on: there is none before the first bar.
-        self._labels = torch.zeros((slots, bars + 2), dtype=torch.int64, device=device)
-        self._last = torch.zeros((slots, t.FAMILIES), dtype=torch.int64, device=device)
-        self._next = torch.zeros((slots, BAR_ENDS + 1), dtype=torch.int64, device=device)
+        self.labels = torch.zeros((slots, bars + 2), dtype=torch.int64, device=device)
+        self.last = torch.zeros((slots, t.FAMILIES), dtype=torch.int64, device=device)
+        self.followers = torch.zeros((slots, BAR_ENDS + 1), dtype=torch.int64, device=device)
         self._index = torch.arange(room + 1, dtype=torch.int32, device=device)
         self._column = torch.arange(bars + 2, device=device)
-        # By family: which entries of `_last` a token of it ends.
         ends = torch.zeros((t.FAMILIES, t.FAMILIES), dtype=torch.bool)
         ends[: t.T] = ends[t.RESERVED] = torch.zeros(t.FAMILIES, dtype=torch.bool).index_fill_(
             0, torch.tensor([t.T, t.P, t.L, t.V, t.PAD, t.BOS, t.EOS]), True
         )
         ends[t.CHORD, t.INST] = True
-        self._ends = ends.to(device)
+        self.ends = ends.to(device)
 
     def load(self, slot: int, ids: np.ndarray) -> None:
         """Begin a document with these tokens [n]; it may have none."""
@@ -116,16 +119,16 @@ class SlotReader(SlotNumbers):
         places = self._place(scanned.inst.astype(np.int64), onset, ids)
         for into, values in (
             (self.tokens, ids),
-            (self._places, places),
+            (self.places, places),
             (self.bar_of, scanned.bar),
             (self.inst_of, scanned.inst),
             (self.kind_of, scanned.kind),
             (self.onset_of, scanned.onset),
         ):
             into[slot, :n] = torch.as_tensor(values.astype(np.int32), device=device)
-        self._labels[slot, 1 : len(chords) + 1] = torch.as_tensor(ids[chords], device=device)
-        self._last[slot] = torch.as_tensor(last, device=device)
-        self._next[slot] = torch.as_tensor(following, device=device)
+        self.labels[slot, 1 : len(chords) + 1] = torch.as_tensor(ids[chords], device=device)
+        self.last[slot] = torch.as_tensor(last, device=device)
+        self.followers[slot] = torch.as_tensor(following, device=device)
 
     @staticmethod
     def _place(inst, onset, token):
@@ -141,7 +144,7 @@ class SlotReader(SlotNumbers):
         tables = self._tables
         family, value, kind = tables.family[token], tables.value[token], tables.kind[token]
         structural, chord = kind == STRUCTURAL, family == t.CHORD
-        write(self._labels, where & chord, self.bars + 1, token)
+        write(self.labels, where & chord, self.bars + 1, token)
         advance(self.position, where, self.position + 1)
         advance(self.bars, where & chord, self.bars + 1)
         switch = tables.switches_to[token]
@@ -164,7 +167,7 @@ class SlotReader(SlotNumbers):
             onset=self.onset,
             length=self.length,
             velocity=self.velocity,
-            chord=torch.where(self.bars > 0, read(self._labels, self.bars) - vocab.CHORD.start + 1, 0),
+            chord=torch.where(self.bars > 0, read(self.labels, self.bars) - vocab.CHORD.start + 1, 0),
             previous=self._previous(token, family, where),
             repeat=self._repeat(token, where),
             next_instrument=self._instrument_after(value, family, where),
@@ -172,17 +175,17 @@ class SlotReader(SlotNumbers):
         return Facts(token, self.position, bar, self.inst, kind, onset, features, self._guesses())
 
     def _previous(self, token: Tensor, family: Tensor, where: Tensor) -> Tensor:
-        kept = self._last.masked_fill(self._ends[family], 0)
+        kept = self.last.masked_fill(self.ends[family], 0)
         special = family < t.BAND
         previous = torch.where(special, 0, read(kept, family))
         now = kept.scatter(1, family[:, None], torch.where(special, 0, token)[:, None])
-        advance(self._last, where[:, None], now)
+        advance(self.last, where[:, None], now)
         return previous
 
     def _repeat(self, token: Tensor, where: Tensor) -> Tensor:
         place = self._place(self.inst, self.onset, token)
-        write(self._places, where, self.position, place)
-        same = (self._places == place[:, None]) & (self._index < self.position[:, None])
+        write(self.places, where, self.position, place)
+        same = (self.places == place[:, None]) & (self._index < self.position[:, None])
         earlier = torch.where(same, self._index, -1).amax(dim=1).long()
         return torch.where(earlier >= 0, read(self.tokens, earlier + 1).long(), 0)
 
@@ -191,12 +194,12 @@ class SlotReader(SlotNumbers):
         heads = where & (inst | (family == t.CHORD))
         rank = torch.where(inst, value + 1, 0)
         known = heads & (self.head >= 0)
-        write(self._next, known, self.head, torch.where(rank > 0, rank, BAR_ENDS))
+        write(self.followers, known, self.head, torch.where(rank > 0, rank, BAR_ENDS))
         advance(self.head, heads, rank)
-        return torch.where(self.head >= 0, read(self._next, self.head.clamp(min=0)), 0)
+        return torch.where(self.head >= 0, read(self.followers, self.head.clamp(min=0)), 0)
 
     def _guesses(self) -> ChordGuesses:
-        labels, bars = self._labels, self.bars
+        labels, bars = self.labels, self.bars
         ago = [read(labels, (bars + 1 - n).clamp(min=0)) for n in (1, 2, 4, 8)]
         before = read(labels, (bars - 1).clamp(min=0))
         earlier = (self._column >= 1) & (self._column < bars[:, None])

@@ -31,7 +31,12 @@ def uniform(seed: Tensor, count: Tensor, size: int) -> Tensor:
 
 
 class SlotSampling(SlotNumbers):
-    """`Sampling` and the seed of each slot."""
+    """`Sampling` and the seed of each slot.
+
+    Attributes:
+        temperature, top_p, min_p: float64 [S].
+        of_kind: float64 [S, families], temperatures of their own; -1 where there is none.
+    """
 
     def __init__(self, slots: int, tables: Tables, device: torch.device):
         super().__init__(("seed", "top_k"), slots, device)
@@ -40,40 +45,40 @@ class SlotSampling(SlotNumbers):
         def numbers(*shape: int) -> Tensor:
             return torch.ones((slots, *shape), dtype=torch.float64, device=device)
 
-        self._temperature, self._top_p, self._min_p = numbers(), numbers(), numbers()
-        self._of_kind = numbers(t.FAMILIES)  # -1: none of its own
+        self.temperature, self.top_p, self.min_p = numbers(), numbers(), numbers()
+        self.of_kind = numbers(t.FAMILIES)
 
     def load(self, slot: int, sampling: Sampling, seed: int) -> None:
         top_k = vocab.VOCAB_SIZE if sampling.top_k is None else sampling.top_k
         self.put(slot, seed=seed if seed < 2**63 else seed - 2**64, top_k=top_k)
-        self._temperature[slot] = sampling.temperature
-        self._top_p[slot], self._min_p[slot] = sampling.top_p, sampling.min_p
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot], self.min_p[slot] = sampling.top_p, sampling.min_p
         of_kind = [-1.0] * t.FAMILIES
         for kind, temperature in sampling.kind_temperatures.items():
             for family in KINDS[kind]:
                 of_kind[_FAMILIES[family]] = temperature
-        self._of_kind[slot] = torch.tensor(of_kind, dtype=torch.float64, device=self._of_kind.device)
+        self.of_kind[slot] = torch.tensor(of_kind, dtype=torch.float64, device=self.of_kind.device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What tokens are drawn with, float64 [S, VOCAB_SIZE], from logits of which some are -inf: not yet
         divided by their sum, 0 for those that are left out."""
-        greedy = (self._temperature == 0)[:, None]
+        greedy = (self.temperature == 0)[:, None]
         logits = logits.double()
         logits = logits - logits.amax(dim=1, keepdim=True)
-        scaled = logits / torch.where(greedy, 1, self._temperature[:, None])
+        scaled = logits / torch.where(greedy, 1, self.temperature[:, None])
         scaled = torch.where(greedy, scaled, self._redistributed(scaled, logits))
         probabilities, order = torch.softmax(scaled, dim=1).sort(dim=1, descending=True, stable=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
         before = probabilities.cumsum(dim=1) - probabilities
-        kept = (rank < self.top_k[:, None]) & (before < self._top_p[:, None])
-        kept &= probabilities >= self._min_p[:, None] * probabilities[:, :1]
+        kept = (rank < self.top_k[:, None]) & (before < self.top_p[:, None])
+        kept &= probabilities >= self.min_p[:, None] * probabilities[:, :1]
         kept = torch.where(greedy, rank == 0, kept)
         return torch.zeros_like(probabilities).scatter(1, order, torch.where(kept, probabilities, 0))
 
     def _redistributed(self, scaled: Tensor, logits: Tensor) -> Tensor:
         parts = list(scaled.split([len(family) for family in vocab.FAMILIES], dim=1))
         for family, number in _FAMILIES.items():
-            of_kind = self._of_kind[:, number, None]
+            of_kind = self.of_kind[:, number, None]
             own, base = parts[number], logits[:, family.start : family.stop]
             together = own.logsumexp(dim=1, keepdim=True)
             best = base.amax(dim=1, keepdim=True)

@@ -61,15 +61,15 @@ class Step(SlotNumbers):
         device, config = model.device, model.config
         super().__init__(("pending", "complete", "full", "queued", "next"), slots, device)
         self._model, self._attention = model, pick_attention(attention, device, config)
-        self._tables = Tables(device)
-        self.reader = SlotReader(slots, self._tables, room, bars, device)
-        self.draft = SlotDraft(slots, self._tables, device)
-        self.sampling = SlotSampling(slots, self._tables, device)
+        self.tables = Tables(device)
+        self.reader = SlotReader(slots, self.tables, room, bars, device)
+        self.draft = SlotDraft(slots, self.tables, device)
+        self.sampling = SlotSampling(slots, self.tables, device)
         self.cache = SlotCache(config, slots, room, bars, model.token_embedding.weight.dtype, device)
         self._forward = forward(model, self.cache, self.reader)
-        self._queue = torch.zeros((slots, queue + 1), dtype=torch.int64, device=device)
+        self.queue = torch.zeros((slots, queue + 1), dtype=torch.int64, device=device)
         self.drawn = torch.full((slots, BLOCK), _NOTHING, dtype=torch.int64, device=device)
-        self._column = torch.zeros((1,), dtype=torch.int64, device=device)
+        self.column = torch.zeros((1,), dtype=torch.int64, device=device)
         self.all.zero_()
 
     @torch.inference_mode()
@@ -94,14 +94,14 @@ class Step(SlotNumbers):
         self._forward.begin(slot)
         self.draft.load(slot, state)
         self.sampling.load(slot, state.sampling, state.seed)
-        self._queue[slot, : len(queue)] = torch.tensor(
-            list(queue), dtype=torch.int64, device=self._queue.device
+        self.queue[slot, : len(queue)] = torch.tensor(
+            list(queue), dtype=torch.int64, device=self.queue.device
         )
         self.put(slot, pending=ids[-1], complete=complete, full=0, queued=len(queue), next=0)
 
     def rewind(self) -> None:
         """Let the next step write to the first column of `drawn`."""
-        self._column.zero_()
+        self.column.zero_()
 
     def end(self, slot: int) -> None:
         """Take the song out of a slot."""
@@ -113,7 +113,7 @@ class Step(SlotNumbers):
         ready = (draft.active > 0) & (self.full == 0)
         summarizes = torch.zeros_like(ready)
         if not self._model.config.dense:
-            begins_bar = self._tables.family[token] == t.CHORD
+            begins_bar = self.tables.family[token] == t.CHORD
             summarizes = ready & begins_bar & (self.complete < reader.bars)
         reads = ready & ~summarizes
         facts = reader.push(token, reads)
@@ -126,15 +126,15 @@ class Step(SlotNumbers):
         logits = logits.float() + self.draft.bias()
         allowed = self.draft.allowed()
         drawn = self.sampling.draw(logits.masked_fill(~allowed, -torch.inf), self.draft.new_tokens)
-        return torch.where(self.next < self.queued, read(self._queue, self.next), drawn)
+        return torch.where(self.next < self.queued, read(self.queue, self.next), drawn)
 
     def _take(self, drawn: Tensor, reads: Tensor) -> None:
         reader = self.reader
         advance(self.next, reads & (self.next < self.queued), self.next + 1)
         appended = self.draft.take(drawn, reads)
         advance(self.pending, appended, drawn)
-        begins_bar = self._tables.family[drawn] == t.CHORD
+        begins_bar = self.tables.family[drawn] == t.CHORD
         full = (reader.position + 1 >= reader.room) | begins_bar & (reader.bars >= reader.bar_room)
         advance(self.full, appended & full, 1)
-        self.drawn.index_copy_(1, self._column, torch.where(reads, drawn, _NOTHING)[:, None])
-        self._column.copy_((self._column + 1) % BLOCK)
+        self.drawn.index_copy_(1, self.column, torch.where(reads, drawn, _NOTHING)[:, None])
+        self.column.copy_((self.column + 1) % BLOCK)

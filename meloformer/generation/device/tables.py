@@ -22,7 +22,8 @@ SWITCHES_TO[vocab.INST.start : vocab.INST.stop] = vocab.INSTRUMENTS
 
 
 class Tables:
-    """By id, int64 [VOCAB_SIZE]: `family` (a number), `value`, `kind`, `switches_to` (an instrument, or -1).
+    """By id, int64 [VOCAB_SIZE]: `family` (a number), `value`, `kind`, `switches_to` (an instrument, or -1);
+    `of_id` has them below each other.
 
     By time signature, int64 [signatures]: its length in steps, and the number of parts of its bars.
     """
@@ -31,9 +32,10 @@ class Tables:
         def table(values) -> Tensor:
             return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
 
-        self.family = table([number for number, family in enumerate(vocab.FAMILIES) for _ in family.labels])
-        self.value = table([value for family in vocab.FAMILIES for value in range(len(family))])
-        self.kind, self.switches_to = table(KIND_OF_ID), table(SWITCHES_TO)
+        family = [number for number, family in enumerate(vocab.FAMILIES) for _ in family.labels]
+        value = [value for family in vocab.FAMILIES for value in range(len(family))]
+        self.of_id = table([family, value, KIND_OF_ID, SWITCHES_TO])
+        self.family, self.value, self.kind, self.switches_to = self.of_id
         self.steps = table(vocab.SIGNATURE_STEPS)
         self.parts = table(-(-vocab.SIGNATURE_STEPS // vocab.MAX_BAR_STEPS))
 
@@ -42,14 +44,14 @@ class SlotNumbers:
     """Integers [S] by name, which are kept in one tensor, so that a song can be put into a slot at once."""
 
     def __init__(self, names: tuple[str, ...], slots: int, device: torch.device):
-        self._names = names
+        self.names = names
         self.all = torch.full((len(names), slots), -1, dtype=torch.int64, device=device)
         for name, row in zip(names, self.all):
             setattr(self, name, row)
 
     def put(self, slot: int, **values: int) -> None:
         """Set all of them in one slot."""
-        ordered = [int(values[name]) for name in self._names]
+        ordered = [int(values[name]) for name in self.names]
         self.all[:, slot] = torch.tensor(ordered, device=self.all.device)
 
 

@@ -1,0 +1,80 @@
+"""A step in which all is done by Triton kernels: `Step`, in five launches a layer and five more."""
+
+import torch
+from torch import Tensor
+
+from ...kernels.launch_cache import Launcher
+from ...model.inputs import InputFeatures
+from ...model.transformer import MeloFormer
+from ...tokens import vocab
+from . import draw_kernel, read_kernel
+from .fused import FusedForward
+from .step import BLOCK, Step
+
+_read, _draw = Launcher(read_kernel.read_kernel), Launcher(draw_kernel.draw_kernel)
+_TOKENS = 2048  # that a program compares at once
+
+
+class FusedStep(Step):
+    """`Step` for a model that `fused.has_kernels`; arguments and attributes are the same."""
+
+    def __init__(
+        self, model: MeloFormer, slots: int, room: int, bars: int, attention: str = "auto", queue: int = 0
+    ):
+        super().__init__(model, slots, room, bars, attention, FusedForward, queue)
+        config, device = model.config, model.device
+        names = tuple(model.feature_embeddings)
+        self._uses = sum(1 << InputFeatures._fields.index(name) for name in names)
+        first = dict(zip(("token", "inst", *names), self._forward.first.tolist()))
+        begins = [first.get(name, 0) for name in ("token", "inst", *InputFeatures._fields)]
+        self._first = torch.tensor(begins, device=device)
+        # The frequencies of `Rotary`.
+        by_index = config.head_dim // 2 - config.time_pairs
+        clocks = (by_index, config.rope_theta), (config.time_pairs, config.time_theta)
+        self._by_index, self._frequency = (
+            by_index,
+            torch.cat([_frequencies(*clock, device) for clock in clocks]),
+        )
+        self._bar = torch.zeros((slots,), dtype=torch.int64, device=device)
+        self._guesses = torch.zeros((slots, read_kernel.GUESSES), dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        forward, reader, tables = self._forward, self.reader, self.tables
+        rows, slots, width = forward.rows, len(self.pending), self._model.config.dim
+        _read(
+            (slots,),
+            (
+                *(rows.x, rows.cos, rows.sin, forward.table, self._model.summary_embedding, self._frequency),
+                *(self.all, self.draft.active, reader.all, tables.of_id, reader.ends, reader.last),
+                *(reader.followers, reader.labels, rows.mode, rows.place, rows.past, self._bar),
+                *(self._guesses, self._first, reader.tokens, reader.places, reader.bar_of),
+                *(reader.inst_of, reader.kind_of, reader.onset_of),
+            ),
+            (slots, reader.room, reader.bar_room),
+            WIDTH=width, HALF=rows.dim // 2, BY_INDEX=self._by_index, USES=self._uses, BLOCK=_TOKENS,
+            WIDTH_BLOCK=_power_of_two(width), HALF_BLOCK=rows.dim // 2, num_warps=8,
+        )  # fmt: skip
+        logits = forward.logits(reader.position, self._bar, reader.inst, self._guesses)
+        draft, grammar, sampling = self.draft, self.draft.grammar, self.sampling
+        _draw(
+            (slots,),
+            (
+                *(logits, rows.mode, self.all, draft.all, grammar.all, sampling.all, tables.of_id),
+                *(tables.steps, tables.parts, draft.within, draft.pitches, draft.chords, draft.of_chords),
+                *(draft.of_pitches, draft.density, grammar.place, sampling.temperature, sampling.top_p),
+                *(sampling.min_p, sampling.of_kind, self.queue, reader.position, reader.bars, self.drawn),
+                self.column,
+            ),
+            (slots, reader.room, reader.bar_room, self.queue.shape[1]),
+            COLUMNS=BLOCK, BLOCK=_power_of_two(vocab.VOCAB_SIZE), num_warps=8,
+        )  # fmt: skip
+        self.column.add_(1).remainder_(BLOCK)
+
+
+def _frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** (-torch.arange(pairs, device=device, dtype=torch.float32) / max(pairs, 1))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
