@@ -172,8 +172,8 @@ def page(result: dict) -> str:
         "includes reading the prompts. Weights are random, and the tokens of composed songs follow whatever "
         "is drawn, so that bars have the length of songs. "
         f"In {result['dtype']}, {result['threads']} CPU threads. CPU seconds are those of all threads: on a "
-        "machine that other work shares they say more than the time that passed. The last column is the memory "
-        "of the caches of one song, with the room they have to grow.\n\n"
+        "machine that other work shares they say more than the time that passed. The last column is the "
+        "memory of the caches of one song, with the room they have to grow.\n\n"
         f"Made by `python -m benchmarks.generate` on {provenance(result['machine'])}.\n"
     )
 
