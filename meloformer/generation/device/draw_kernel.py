@@ -66,7 +66,8 @@ def _noise(seed, count, number):
     song = _mix(_mix(seed & _LOW) ^ ((seed >> 32) & _LOW))
     drawn = _mix((song + count) & _LOW)
     bits = _mix(drawn ^ _mix((number + 1).to(tl.int64)))
-    return -tl.log(((bits >> 8).to(tl.float32) + 0.5) * (2.0**-24))
+    even = ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+    return tl.maximum(-tl.log(even), 1 - even)
 
 
 @triton.jit

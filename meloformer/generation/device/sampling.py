@@ -11,6 +11,7 @@ from ..sampling import KINDS, Sampling
 from . import tables as t
 from .tables import SlotNumbers, Tables
 
+COLDEST = 1e-6  # a lower temperature always takes the most likely token
 _LOW = 0xFFFFFFFF
 _FAMILIES = {family: t.NUMBER[family.name] for families in KINDS.values() for family in families}
 
@@ -23,11 +24,11 @@ def mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, count: Tensor, size: int) -> Tensor:
-    """float32 [S, size] in (0, 1), from int64 [S] each: 24 random bits."""
+    """float32 [S, size] in (0, 1), from int64 [S] each: 23 random bits, so that none is rounded to 1."""
     song = mix(mix(seed & _LOW) ^ (seed >> 32 & _LOW))
     draw = mix((song + count) & _LOW)
     bits = mix(draw[:, None] ^ mix(torch.arange(1, size + 1, device=seed.device)))
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 class SlotSampling(SlotNumbers):
@@ -51,12 +52,12 @@ class SlotSampling(SlotNumbers):
     def load(self, slot: int, sampling: Sampling, seed: int) -> None:
         top_k = vocab.VOCAB_SIZE if sampling.top_k is None else sampling.top_k
         self.put(slot, seed=seed if seed < 2**63 else seed - 2**64, top_k=top_k)
-        self.temperature[slot] = sampling.temperature
+        self.temperature[slot] = _cold(sampling.temperature)
         self.top_p[slot], self.min_p[slot] = sampling.top_p, sampling.min_p
         of_kind = [-1.0] * t.FAMILIES
         for kind, temperature in sampling.kind_temperatures.items():
             for family in KINDS[kind]:
-                of_kind[_FAMILIES[family]] = temperature
+                of_kind[_FAMILIES[family]] = _cold(temperature)
         self.of_kind[slot] = torch.tensor(of_kind, dtype=torch.float64, device=self.of_kind.device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -99,5 +100,10 @@ class SlotSampling(SlotNumbers):
         probabilities = self.probabilities(logits)
         # The largest of log p + Gumbel noise is distributed as p is: -log u is exponential, and the smallest
         # of exponentials over p.
-        noise = -uniform(self.seed, count, logits.shape[1]).log()
+        even = uniform(self.seed, count, logits.shape[1])
+        noise = torch.maximum(-even.log(), 1 - even)  # where a logarithm is inexact, it may be 0
         return (probabilities / noise).argmax(dim=1)
+
+
+def _cold(temperature: float) -> float:
+    return temperature if temperature >= COLDEST else 0.0
