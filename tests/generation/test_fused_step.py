@@ -135,3 +135,9 @@ def test_songs_that_are_drawn(model):
     drawn = run(model, songs, 34, {20: (6, drafted(9, sampling=Sampling(**WILD)))})
     met = {vocab.family_of(token).name for tokens in drawn for token in tokens}
     assert {"BAND", "CHORD", "TS", "BPM", "INST", "T", "P", "L", "V"} <= met, met
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [test_composed_songs, test_songs_that_are_drawn])
+def test_compiled(model, case):
+    case(model.to("cuda"))

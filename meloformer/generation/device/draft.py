@@ -88,7 +88,11 @@ class SlotDraft(SlotNumbers):
         chords[: len(wishes.chords or ())] = wishes.chords or ()
         density = np.full(_INSTRUMENTS + 1, -1, dtype=np.float32)
         density[list(wishes.densities)] = list(wishes.densities.values())
-        pitches = np.stack([wishes.pitches(i) for i in range(_INSTRUMENTS)] + [np.ones(len(P), dtype=bool)])
+        pitches = np.ones((_INSTRUMENTS + 1, len(P)), dtype=bool)
+        if wishes.strict_scale:
+            pitches[: vocab.DRUMS] = wishes.in_scale()
+        for instrument in wishes.registers:
+            pitches[instrument] = wishes.pitches(instrument)
         for into, values in (
             (self.within, within),
             (self.pitches, pitches),

@@ -158,8 +158,7 @@ class Slots:
         arrived, step = None, self.step
         tokens, full = (x.to("cpu", copy=True, non_blocking=self._cuda) for x in (step.drawn, step.full))
         if self._cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = torch.cuda.current_stream(step.drawn.device).record_event()
         return _Block(tokens, full, dict(self._stays), arrived)
 
     def _look_at(self, slot: int, number: int, full: bool) -> None:
@@ -212,16 +211,17 @@ class Graph:
     """
 
     def __init__(self, step: Step):
-        side = torch.cuda.Stream(step.all.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # what is made at the first calls alone must not be recorded
+        with torch.cuda.device(step.all.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # what is made at the first calls alone must not be recorded
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            step()
-        step.rewind()
+            step.rewind()
 
     def __call__(self) -> None:
         self._graph.replay()
