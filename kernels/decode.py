@@ -18,6 +18,7 @@ MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
 _MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
 _PROGRAMS = 1024  # of attention: as many parts of the lists of keys as make about so many
 _MOST_PARTS = 32
+_WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
 _PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 8, 16
 
@@ -133,7 +134,7 @@ class Rows:
                 *(self._q, keys),
             ),
             (self.slots, self.places, eps),
-            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=_block(width), num_warps=4,
+            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=self._block(width), num_warps=4,
         )  # fmt: skip
         _attend(
             (self.slots, heads, self.splits),
@@ -148,22 +149,29 @@ class Rows:
                 *(self.x, keys),
             ),
             (self.slots, self.places),
-            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=_block(width), num_warps=4,
+            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=self._block(width), num_warps=4,
         )  # fmt: skip
         columns, rows = _COLUMNS, self._rows
         _gate(
             (triton.cdiv(self.hidden, columns), self._tiles),
             (self.x, w.norm_ffn, w.gate_up, self._hidden),
             (self.slots, eps),
-            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=_block(width), num_warps=4,
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=self._block(width),
+            num_warps=4,
         )  # fmt: skip
         _down(
             (triton.cdiv(width, _DOWN_COLUMNS), self._tiles),
             (self._hidden, w.down, self.x),
             (self.slots,),
-            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=_DOWN_COLUMNS, BLOCK=_block(self.hidden),
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=_DOWN_COLUMNS, BLOCK=self._block(self.hidden),
             num_warps=4,
         )  # fmt: skip
+
+    def _block(self, width: int) -> int:
+        """Channels that a program loads at once: enough bytes on their way to hide how long memory takes, and
+        few enough for three tiles of the rows, and of weights, in the shared memory of any GPU."""
+        size = self.x.element_size()
+        return min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), triton.next_power_of_2(width))
 
     def logits(self, gain: Tensor, weight: Tensor, gates: Tensor, guesses: Tensor, eps: float) -> Tensor:
         """Of the stream `x`, float32 [S, V].
@@ -180,12 +188,7 @@ class Rows:
             (triton.cdiv(len(weight), columns), self._tiles),
             (self.x, gain, weight, gates, guesses, out),
             (self.slots, len(weight), eps),
-            WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns, BLOCK=_block(width),
+            WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns, BLOCK=self._block(width),
             num_warps=4,
         )  # fmt: skip
         return out
-
-
-def _block(width: int) -> int:
-    """Channels that a program loads at once: enough bytes on their way to hide how long memory takes."""
-    return min(256, triton.next_power_of_2(width))

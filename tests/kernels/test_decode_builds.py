@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 BUILD = Path(__file__).resolve().parents[1] / "helpers" / "build_decode.py"
-SHARED = 227 * 1024  # bytes that a program of an H100 can have
+SHARED = 99 * 1024  # bytes that a program can have on the smallest GPUs; on an H100 it is 227
 
 
 @pytest.mark.slow
