@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import folder_report
+from benchmarks.common import folder_report, step_kernels
 from benchmarks.common.machine import describe, provenance
 from benchmarks.common.markdown import table
 from meloformer import cli
@@ -138,6 +138,20 @@ def measure(
     }
 
 
+def kernels_of(model: MeloFormer, context: int, batch: int) -> list[dict[str, float | str]]:
+    """By kernel, what a step takes when such songs are written by graphs."""
+    _, slots = by_graphs(model, batch, context, 6 * BLOCK)
+    turns = slots.write()
+    for _ in range(BLOCK * batch):
+        next(turns)
+
+    def two_blocks() -> None:
+        for _ in range(2 * BLOCK * batch):
+            next(turns)
+
+    return step_kernels.profiled(two_blocks, once="draw_kernel")
+
+
 def page(result: dict) -> str:
     """The figures as a Markdown page."""
     head = [
@@ -163,6 +177,16 @@ def page(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
+    kernels = "".join(
+        f"Of a step of {row['batch']} songs, {row['size']}, prompt of {row['prompt']:,}:\n\n"
+        + table(
+            ["kernel", "launches", "microseconds"],
+            [[one["kernel"], f"{one['launches']:.1f}", f"{one['us']:.1f}"] for one in row["kernels"]],
+        )
+        + "\n"
+        for row in result["rows"]
+        if "kernels" in row
+    )
     return (
         f"# Speed of generation\n\n{table(head, rows, left=2)}\n"
         "*cache*: as `generate` does it. *recompute*: a pass over the whole song for each token. *dense*: a "
@@ -174,7 +198,7 @@ def page(result: dict) -> str:
         f"In {result['dtype']}, {result['threads']} CPU threads. CPU seconds are those of all threads: on a "
         "machine that other work shares they say more than the time that passed. The last column is the "
         "memory of the caches of one song, with the room they have to grow.\n\n"
-        f"Made by `python -m benchmarks.generate` on {provenance(result['machine'])}.\n"
+        f"{kernels}Made by `python -m benchmarks.generate` on {provenance(result['machine'])}.\n"
     )
 
 
@@ -189,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--recomputed", type=cli.positive_int, default=8, help="the same where each costs a whole pass")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="float32", choices=DTYPES, help="of weights and caches")
+    add("--kernels", action="store_true", help="also what each kernel takes in a step of `graphs`")
     add("--threads", type=cli.positive_int, help="CPU threads; without it what PyTorch chooses")
     add("--json", type=Path, help="write the figures to this file, and a page beside it")
     args = parser.parse_args(argv)
@@ -216,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         model = MeloFormer(config).to(device, DTYPES[args.dtype]).eval()
         tokens = args.recomputed if method == "recompute" else args.tokens
         rows.append({"size": size, **measure(model, method, context, batch, tokens)})
+        if args.kernels and method == "graphs":
+            rows[-1]["kernels"] = kernels_of(model, context, batch)
     result = {"rows": rows, "dtype": args.dtype, "threads": torch.get_num_threads(), "machine": describe()}
     folder_report.publish(result, page(result), args.json)
 

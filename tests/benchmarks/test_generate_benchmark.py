@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import generate as module
+from benchmarks.common import step_kernels
 from meloformer.errors import UserError
 from meloformer.model.transformer import ModelConfig
 
@@ -38,6 +39,28 @@ def test_songs_by_graphs_are_counted_from_the_second_block_on(monkeypatch):
     module.main("--sizes tiny --methods graphs --contexts 600 --tokens 96 --device cpu".split())
     (row,) = results[0]["rows"]
     assert (row["method"], row["batch"], row["tokens"]) == ("graphs", 1, 32) and row["tokens_per_s"] > 0
+
+
+def test_kernels_are_told_by_step(monkeypatch):
+    events = [("project_kernel", 120, 300.0), ("draw_kernel", 10, 200.0), ("fill", 20, 10.0)]
+    rows = step_kernels.of_steps(events, once="draw_kernel")
+    assert [(row["kernel"], row["launches"], row["us"]) for row in rows] == [
+        *(("project_kernel", 12, 30), ("draw_kernel", 1, 20), ("fill", 2, 1)),
+    ]
+    with pytest.raises(ValueError, match="no kernel"):
+        step_kernels.of_steps(events[:1], once="draw_kernel")
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    monkeypatch.setattr(module, "require_gpu", lambda device: None)
+
+    def profiled(run, once):
+        run()
+        return rows
+
+    pages = []
+    monkeypatch.setattr(module.step_kernels, "profiled", profiled)
+    monkeypatch.setattr(module.folder_report, "publish", lambda result, page, path: pages.append(page))
+    module.main("--sizes tiny --methods graphs --contexts 600 --tokens 96 --kernels --device cpu".split())
+    assert "| project_kernel | 12.0 | 30.0 |" in pages[0]
 
 
 def test_graphs_need_a_gpu_and_some_blocks(monkeypatch):
