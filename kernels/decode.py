@@ -109,6 +109,7 @@ class Rows:
         bar: Tensor,
         inst: Tensor,
         near_bars: tuple[int, ...],
+        dense: bool = False,
     ) -> None:
         """Bring `list` and `count` up to date: the bar rule of `structure.regular_sees`, and `summary_sees`.
 
@@ -116,10 +117,11 @@ class Rows:
             bar_of, inst_of, kind_of: int32 [S, room + 1], of all tokens of each song.
             position, bar, inst: int64 [S], of the last token; for rows that summarize the bar that they do.
             near_bars: distances, at most `MAX_NEAR_BAR`.
+            dense: every token sees all before it, and there are no summaries.
         """
         tensors = bar_of, inst_of, kind_of, self.mode, position, bar, inst, self.group, self.list, self.count
         near = sum(1 << distance for distance in near_bars)
-        _list((self.slots,), tensors, (self.room, self.bars), NEAR=near, BLOCK=2048, num_warps=8)
+        _list((self.slots,), tensors, (self.room, self.bars), NEAR=near, ALL=dense, BLOCK=2048, num_warps=8)
 
     def layer(self, weights: Weights, keys: Tensor, eps: float) -> None:
         """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows."""

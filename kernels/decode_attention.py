@@ -27,13 +27,14 @@ def _append(list_ptr, count, place, seen):
 @triton.jit
 def list_kernel(
     bar_ptr, inst_ptr, kind_ptr, mode_ptr, position_ptr, own_bar_ptr, own_inst_ptr, group_ptr, list_ptr,
-    count_ptr, room, bars, NEAR: tl.constexpr, BLOCK: tl.constexpr,
+    count_ptr, room, bars, NEAR: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Brings list [S, places] and count [S] up to date for what each song reads or summarizes.
 
     bar, inst, kind: int32 [S, room + 1] of the tokens. mode, position, own_bar, own_inst: int64 [S], of the
     song's last token; own_bar is the bar that is summarized. group: int64 [S], what the list was made for.
-    Bit d of NEAR: whether a token sees all of the bar d bars before.
+    Bit d of NEAR: whether a token sees all of the bar d bars before. ALL: it sees all before it, and there
+    are no summaries.
     """
     s = tl.program_id(0)
     mode = tl.load(mode_ptr + s)
@@ -42,16 +43,17 @@ def list_kernel(
     history = s.to(tl.int64) * (room + 1)
     position, bar, inst = tl.load(position_ptr + s), tl.load(own_bar_ptr + s), tl.load(own_inst_ptr + s)
     if mode == _READS:
-        group = bar * (_NO_INSTRUMENT + 1) + inst
+        group = bar * 0 if ALL else bar * (_NO_INSTRUMENT + 1) + inst
         if tl.load(group_ptr + s) == group:
             count = tl.load(count_ptr + s).to(tl.int32)
             tl.store(list_ptr + count, position.to(tl.int32))
             tl.store(count_ptr + s, count + 1)
         else:
             count = tl.zeros([], tl.int32)
-            for first in range(0, bar, BLOCK):
-                number = first + tl.arange(0, BLOCK)
-                count = _append(list_ptr, count, room + bars + number, number < bar)
+            if not ALL:
+                for first in range(0, bar, BLOCK):
+                    number = first + tl.arange(0, BLOCK)
+                    count = _append(list_ptr, count, room + bars + number, number < bar)
             for first in range(0, position + 1, BLOCK):
                 at = first + tl.arange(0, BLOCK)
                 read = at <= position
@@ -62,6 +64,8 @@ def list_kernel(
                 distance = (bar - of_bar).to(tl.int32)
                 near = (NEAR >> tl.minimum(distance, 31)) & 1
                 seen = seen | (near == 1) & (distance < 31)
+                if ALL:
+                    seen = read
                 count = _append(list_ptr, count, at, seen & read)
             tl.store(count_ptr + s, count)
             tl.store(group_ptr + s, group)

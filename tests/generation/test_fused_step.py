@@ -99,6 +99,13 @@ def test_composed_songs(model):
     assert drawn[0] == songs[0][2][:13] and not drawn[1]  # a step more for the summary
 
 
+def test_a_dense_model():
+    model = tiny_model(CONFIG.as_dense(), torch.float32)
+    songs = [composed(7, 58, 75), composed(1, 146, 160)]
+    drawn = run(model, songs, 8)
+    assert drawn == [songs[0][2][:8], songs[1][2][:8]]
+
+
 # Drawn at random by a model that knows nothing, songs meet every rule.
 WILD = {"temperature": 2.0, "kind_temperatures": {"chord": 1.5, "rhythm": 0.5}}
 CASES = [

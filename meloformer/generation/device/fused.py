@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.decode import MAX_NEAR_BAR, Rows, Weights
 from ...kernels.decode_products import READS, SUMMARIZES
-from ...model.layers import Layer
+from ...model.layers import DenseLayer, Layer
 from ...model.transformer import MeloFormer, ModelConfig
 from ...tokens import vocab
 from .cache import SlotCache
@@ -19,7 +19,7 @@ def has_kernels(config: ModelConfig) -> bool:
     """Whether there are fused kernels for such a model: those of the rule that models are trained with."""
     power_of_two = config.head_dim >= 32 and config.head_dim & (config.head_dim - 1) == 0
     near = max(config.near_bars, default=0) <= MAX_NEAR_BAR
-    return not config.dense and config.kind_rule == "any" and near and power_of_two
+    return config.kind_rule == "any" and near and power_of_two
 
 
 class FusedForward:
@@ -29,6 +29,7 @@ class FusedForward:
         rows: what the kernels of the layers read and write.
         table: [rows, E], the embeddings of tokens, instruments and features below each other.
         first: int64, at which of its rows each of them begins.
+        summary: [E], with what a summary begins; of a dense model nobody reads it.
     """
 
     def __init__(self, model: MeloFormer, cache: SlotCache, reader: SlotReader):
@@ -45,6 +46,7 @@ class FusedForward:
         self.table = torch.cat([table.weight.detach() for table in tables])
         *first, _ = accumulate((len(table.weight) for table in tables), initial=0)
         self.first = torch.tensor(first, device=model.device)
+        self.summary = self.table[0] if config.dense else model.summary_embedding.detach()
         self._head = model.token_embedding.weight.detach()[: vocab.VOCAB_SIZE]
         self._gates = self._head[:0]
         if config.copy_chords:
@@ -62,7 +64,7 @@ class FusedForward:
         features = [getattr(facts.features, name) for name in model.feature_embeddings]
         indices = torch.stack((facts.token, facts.inst, *features), dim=1) + self.first
         embedded = F.embedding(indices, self.table).sum(dim=1)
-        rows.x.copy_(torch.where(summarizes[:, None], model.summary_embedding, embedded))
+        rows.x.copy_(torch.where(summarizes[:, None], self.summary, embedded))
         rotary = model.rotary_of_tokens(
             facts.position[:, None],
             (bar + summarizes.long())[:, None],
@@ -77,16 +79,19 @@ class FusedForward:
         """Logits [S, VOCAB_SIZE] when `rows` is filled; all int64: of the tokens [S], and [S, guesses]."""
         model, rows, reader = self._model, self.rows, self._reader
         histories = reader.bar_of, reader.inst_of, reader.kind_of
-        rows.find_places(*histories, position, bar, inst, model.config.near_bars)
+        rows.find_places(*histories, position, bar, inst, model.config.near_bars, model.config.dense)
         for keys, weights, layer in zip(self._cache.keys, self._weights, model.layers):
             rows.layer(weights, keys, layer.norm_r.eps)
         return rows.logits(model.norm_out.weight, self._head, self._gates, guesses, model.norm_out.eps)
 
 
-def _weights(layer: Layer) -> Weights:
-    # The summary stream ends with the keys and values of the last layer, which has no `out_s`.
-    out_s = layer.out_r if layer.out_s is None else layer.out_s
-    linear = layer.qkv_r, layer.qkv_s, layer.out_r, out_s, layer.kv2
-    norms = layer.norm_r.weight.detach(), layer.norm_s.weight.detach()
-    last = layer.norm_ffn, layer.ffn.gate_up, layer.ffn.down
-    return Weights(*norms, *(x.weight.detach() for x in (*linear, *last)))
+def _weights(layer: Layer | DenseLayer) -> Weights:
+    r, out_r, ffn = layer.qkv_r.weight, layer.out_r.weight, (layer.ffn.gate_up.weight, layer.ffn.down.weight)
+    norm_r = layer.norm_r.weight
+    if isinstance(layer, DenseLayer):  # no row ever asks for the weights of the other stream
+        weights = norm_r, norm_r, r, r, out_r, out_r, r
+    else:
+        # The summary stream ends with the keys and values of the last layer, which has no `out_s`.
+        out_s = out_r if layer.out_s is None else layer.out_s.weight
+        weights = norm_r, layer.norm_s.weight, r, layer.qkv_s.weight, out_r, out_s, layer.kv2.weight
+    return Weights(*(weight.detach() for weight in (*weights, layer.norm_ffn.weight, *ffn)))

@@ -45,15 +45,16 @@ class FusedStep(Step):
         _read(
             (slots,),
             (
-                *(rows.x, rows.cos, rows.sin, forward.table, self._model.summary_embedding, self._frequency),
+                *(rows.x, rows.cos, rows.sin, forward.table, forward.summary, self._frequency),
                 *(self.all, self.draft.active, reader.all, tables.of_id, reader.ends, reader.last),
                 *(reader.followers, reader.labels, rows.mode, rows.place, rows.past, self._bar),
                 *(self._guesses, self._first, reader.tokens, reader.places, reader.bar_of),
                 *(reader.inst_of, reader.kind_of, reader.onset_of),
             ),
-            (slots, reader.room, reader.bar_room),
-            WIDTH=width, HALF=rows.dim // 2, BY_INDEX=self._by_index, USES=self._uses, BLOCK=_TOKENS,
-            WIDTH_BLOCK=_power_of_two(width), HALF_BLOCK=rows.dim // 2, num_warps=8,
+            (slots, reader.room, reader.bar_room, self.cache.bars),
+            WIDTH=width, HALF=rows.dim // 2, BY_INDEX=self._by_index, USES=self._uses,
+            DENSE=self._model.config.dense, BLOCK=_TOKENS, WIDTH_BLOCK=_power_of_two(width),
+            HALF_BLOCK=rows.dim // 2, num_warps=8,
         )  # fmt: skip
         logits = forward.logits(reader.position, self._bar, reader.inst, self._guesses)
         draft, grammar, sampling = self.draft, self.draft.grammar, self.sampling

@@ -63,15 +63,16 @@ def read_kernel(
     step_ptr, active_ptr, reader_ptr, of_id_ptr, ends_ptr, last_ptr, follower_ptr, labels_ptr,
     mode_ptr, place_ptr, past_ptr, bar_ptr, guess_ptr, first_ptr,
     tokens_ptr, places_ptr, bar_of_ptr, inst_of_ptr, kind_of_ptr, onset_of_ptr,
-    slots, room, bars_room,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, BY_INDEX: tl.constexpr, USES: tl.constexpr,
+    slots, room, bars_room, summaries,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BY_INDEX: tl.constexpr, USES: tl.constexpr, DENSE: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Reads, or prepares a summary; fills the rows x [S, WIDTH], cos and sin [S, HALF], mode, place, past,
     bar, and guess [S, 6].
 
     table [rows, WIDTH]: embeddings of tokens, instruments and features below each other; first: at which
-    rows they begin. Bits of USES say which features the model has.
+    rows they begin. Bits of USES say which features the model has. There is room for the labels of
+    `bars_room` bars, and the keys of `summaries`.
     frequency: float32 [HALF], of the pairs of channels, of which BY_INDEX are rotated by the token's index.
     """
     s = tl.program_id(0).to(tl.int64)
@@ -91,6 +92,8 @@ def read_kernel(
     )
     is_chord, is_inst = family == _OF_CHORD, family == _OF_INST
     summarizes = ready & is_chord & (complete < bars)
+    if DENSE:
+        summarizes = summarizes & (family < 0)  # never
     reads = ready & ~summarizes
 
     # What is in force with the token.
@@ -153,13 +156,13 @@ def read_kernel(
     tl.store(guess + 5, after_two)
 
     # The row.
-    nowhere = room + 2 * bars_room
+    nowhere = room + 2 * summaries
     of_bar = tl.where(summarizes, complete, bar)
     tl.store(bar_ptr + s, of_bar)
     tl.store(mode_ptr + s, tl.where(summarizes, _SUMMARIZES, tl.where(reads, _READS, 0)).to(tl.int64))
     place = tl.where(summarizes, room + of_bar, tl.where(reads, position, nowhere))
     tl.store(place_ptr + s, place)
-    tl.store(past_ptr + s, tl.where(summarizes, room + bars_room + of_bar, nowhere))
+    tl.store(past_ptr + s, tl.where(summarizes, room + summaries + of_bar, nowhere))
     channel = tl.arange(0, WIDTH_BLOCK)
     ok = channel < WIDTH
     if summarizes:
