@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import miditoolkit
 import numpy as np
 import torch
 
@@ -237,12 +238,21 @@ def write_songs(
             break
     if shared is not None:
         shared.close()
-    codes, errors = [], []
+    codes, errors, written = [], [], []
     begin = 0 if prompt is None else len(prompt)
     for song in songs:
         try:
-            codes.append(write_song(song, begin, given, max_context, synthesizer))
+            code, midi = write_song(song, begin, given, max_context)
         except UserError as error:  # the others are to be written first
+            errors.append(error)
+        else:
+            codes.append(code)
+            written += [] if midi is None else [(song, midi)]
+    # They take long, and a second Ctrl-C, which ends at once, must not cost a song that is finished.
+    for song, midi in written:
+        try:
+            write_picture_and_audio(song, midi, synthesizer)
+        except UserError as error:
             errors.append(error)
     if errors:
         raise errors[0] if len(songs) == 1 else UserError(f"{len(errors)} of {len(songs)} songs: {errors[0]}")
@@ -250,12 +260,15 @@ def write_songs(
 
 
 def write_song(
-    song: Song, begin: int, given: Given | None, max_context: int, synthesizer: Synthesizer | None
-) -> int:
-    """Write the files of a song and tell what it is; returns the exit code.
+    song: Song, begin: int, given: Given | None, max_context: int
+) -> tuple[int, miditoolkit.MidiFile | None]:
+    """Write a song and its tokens, and tell what it is.
 
     Args:
         begin: how many of its tokens are the prompt's.
+
+    Returns:
+        the exit code, and the song; None if it was stopped before there was anything to write.
 
     Raises:
         UserError: there is nothing to write, or a file cannot be written.
@@ -269,7 +282,7 @@ def write_song(
         nothing = f"so {song.output} is not written"
         if progress.stopped_by:
             tell(song, f"stopped by {progress.stopped_by} before a bar with notes was complete, {nothing}")
-            return STOPPED
+            return STOPPED, None
         raise UserError(
             f"the model wrote no note in {progress.tokens} tokens, {nothing}: raise --max_tokens, or try "
             "another --seed or --temperature"
@@ -293,6 +306,15 @@ def write_song(
             write_tokens(ids, song.tokens)
         except OSError as error:
             raise UserError(f"cannot write the tokens {song.tokens}: {error.strerror or error}") from None
+    return STOPPED if progress.stopped_by else 0, midi
+
+
+def write_picture_and_audio(song: Song, midi: miditoolkit.MidiFile, synthesizer: Synthesizer | None) -> None:
+    """Write those that are asked for.
+
+    Raises:
+        UserError: one of them cannot be written.
+    """
     if song.picture:
         from .plots.piano_roll import piano_roll  # matplotlib is slow to import, and only needed here
 
@@ -302,7 +324,6 @@ def write_song(
             synthesizer.write_wav(midi, song.wav)
         except OSError as error:
             raise UserError(f"cannot write the audio {song.wav}: {error.strerror or error}") from None
-    return STOPPED if progress.stopped_by else 0
 
 
 if __name__ == "__main__":

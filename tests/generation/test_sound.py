@@ -285,6 +285,29 @@ def test_the_command_writes_audio_beside_each_song(words, tmp_path, capsys):
         assert read(tmp_path / f"x-{number}.wav")[1].any() and (tmp_path / f"x-{number}.mid").exists()
 
 
+def test_who_does_not_wait_for_the_audio_has_all_songs(words, tmp_path, monkeypatch):
+    write, calls = Synthesizer.write_wav, []
+
+    def interrupted(self, midi, path):
+        calls.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Synthesizer, "write_wav", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.main([*words, "--num", "3"])
+    assert len(calls) == 1 and all((tmp_path / f"x-{number}.mid").exists() for number in (1, 2, 3))
+
+    def failing(self, midi, path):
+        if path.endswith("-1.wav"):
+            raise UserError("no sound")
+        write(self, midi, path)
+
+    monkeypatch.setattr(Synthesizer, "write_wav", failing)
+    with pytest.raises(UserError, match=r"^1 of 3 songs: no sound"):
+        module.main([*words, "--num", "3", "--overwrite"])
+    assert not (tmp_path / "x-1.wav").exists() and (tmp_path / "x-3.wav").exists()
+
+
 def test_a_disk_that_fills_up_under_the_audio_keeps_the_song(words, tmp_path, monkeypatch):
     monkeypatch.setattr(sound, "write_atomic", full_disk)
     with pytest.raises(UserError, match=r"^cannot write the audio .*x\.wav: No space left"):
