@@ -27,6 +27,7 @@ from meloformer.generation.device.loop import Slots, require_gpu
 from meloformer.generation.device.step import BLOCK
 from meloformer.generation.draft import Draft
 from meloformer.generation.loop import MAX_CONTEXT, write
+from meloformer.generation.rows import require_int8
 from meloformer.generation.sampling import Sampling
 from meloformer.model.device import pick_device
 from meloformer.model.transformer import SIZES, MeloFormer
@@ -37,6 +38,7 @@ METHODS = ("cache", "recompute", "dense")
 GRAPHS = {"graphs": "cache", "dense_graphs": "dense"}  # the same by CUDA graphs
 SONGS = 8  # different ones in a batch: they take long to compose
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INT8 = "int8"  # a method for the CPU alone
 
 
 class Replayed:
@@ -108,7 +110,7 @@ def measure(
         run = (
             (lambda: recompute(model, drafts))
             if method == "recompute"
-            else (lambda: write(model, drafts, MAX_CONTEXT, "auto"))
+            else (lambda: write(model, drafts, MAX_CONTEXT, "auto", method == INT8))
         )
     # Of graphs the clock starts when the second block of steps is done, and the tokens after it are counted.
     ahead = BLOCK * batch if method in GRAPHS else 0
@@ -191,7 +193,8 @@ def page(result: dict) -> str:
         f"# Speed of generation\n\n{table(head, rows, left=2)}\n"
         "*cache*: as `generate` does it. *recompute*: a pass over the whole song for each token. *dense*: a "
         "dense model of as many parameters, with a cache. *graphs*, *dense_graphs*: by CUDA graphs, whose "
-        f"tokens come {BLOCK} steps at a time, after what is recorded once for each batch size. Prompts end "
+        f"tokens come {BLOCK} steps at a time, after what is recorded once for each batch size. *int8*: as "
+        "`generate --int8` does it. Prompts end "
         "at a bar line; tokens are counted from the second on, over all songs of the batch; the first token "
         "includes reading the prompts. Weights are random, and the tokens of composed songs follow whatever "
         "is drawn, so that bars have the length of songs. "
@@ -206,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m benchmarks.generate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--sizes", default="small", help="sizes of models, separated by commas")
-    add("--methods", default=",".join(METHODS), help=f"some of {','.join([*METHODS, *GRAPHS])}")
+    add("--methods", default=",".join(METHODS), help=f"some of {','.join([*METHODS, INT8, *GRAPHS])}")
     add("--contexts", default="2048,4096", help="tokens of the prompts, separated by commas")
     add("--batches", default="1", help="songs that are written side by side, separated by commas")
     add("--tokens", type=cli.positive_int, default=256, help="new tokens of each song")
@@ -218,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--json", type=Path, help="write the figures to this file, and a page beside it")
     args = parser.parse_args(argv)
     sizes, methods = args.sizes.split(","), args.methods.split(",")
-    for flag, names, known in (("--sizes", sizes, SIZES), ("--methods", methods, (*METHODS, *GRAPHS))):
+    for flag, names, known in (("--sizes", sizes, SIZES), ("--methods", methods, (*METHODS, INT8, *GRAPHS))):
         if unknown := set(names) - set(known):
             raise UserError(f"{flag}: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     try:
@@ -234,6 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         require_gpu(device)
         if args.tokens < 3 * BLOCK:
             raise UserError(f"--tokens must be {3 * BLOCK} or more for {', '.join(GRAPHS)}")
+    if INT8 in methods:
+        require_int8(device)
     cases = [(s, m, c, b) for s in sizes for m in methods for c in contexts for b in batches]
     for size, method, context, batch in tqdm(cases, unit="row"):
         torch.manual_seed(0)

@@ -8,6 +8,7 @@ import miditoolkit
 import mido
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from meloformer import generate as module
@@ -51,6 +52,24 @@ def test_the_command_writes_a_song_and_its_picture(checkpoint, tmp_path, capsys)
     files = ["--output", tmp_path / "more.mid", "--prompt", tmp_path / "prompt.mid"]
     module.main(["--checkpoint", str(checkpoint), *map(str, files), *args])
     assert mido.MidiFile(tmp_path / "more.mid").tracks
+
+
+def test_weights_of_8_bits_write_valid_songs_too(checkpoint, tmp_path):
+    files = ["--output", str(tmp_path / "new.mid"), "--tokens", str(tmp_path / "new.json")]
+    args = "--bars 2 --max_tokens 300 --seed 5 --device cpu --int8".split()
+    module.main(["--checkpoint", str(checkpoint), *files, *args])
+    check(np.array(json.loads((tmp_path / "new.json").read_text())["ids"]))
+    assert read_midi(tmp_path / "new.mid").instruments
+
+
+def test_weights_of_8_bits_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
+    args = ["--checkpoint", "c", "--output", str(tmp_path / "x.mid"), "--int8", "--device"]
+    monkeypatch.setattr(module, "pick_device", torch.device)
+    with pytest.raises(UserError, match="int8 weights are for the CPU"):
+        module.main([*args, "cuda"])
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    with pytest.raises(UserError, match="has no products with int8 weights"):
+        module.main([*args, "cpu"])
 
 
 @pytest.mark.parametrize(

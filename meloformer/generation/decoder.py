@@ -69,19 +69,20 @@ class Decoder:
         model: in eval mode. Its weights must not change meanwhile.
         songs: B, how many songs there is room for.
         attention: the backend of the full passes over prompts.
+        int8: read all but prompts with weights that are rounded to 8 bits: for a model on the CPU.
 
     Raises:
-        UserError: the backend cannot be used, see `pick_attention`.
+        UserError: the backend cannot be used, see `pick_attention`, or there are no such products.
     """
 
-    def __init__(self, model: MeloFormer, songs: int = 1, attention: str = "auto"):
+    def __init__(self, model: MeloFormer, songs: int = 1, attention: str = "auto", int8: bool = False):
         self._model, self._dense = model, model.config.dense
         self._attention = pick_attention(attention, model.device, model.config)
         self._device, dtype = model.device, model.token_embedding.weight.dtype
         self._readers: list[TokenReader | None] = [None] * songs
         self._visible = [self._no_keys() for _ in range(songs)]
         self._complete = [0] * songs  # bars whose summary is in the cache
-        self._rows = RowModel(model)
+        self._rows = RowModel(model, int8)
         self._lists = self._visible[0].lists
         self.cache = KeyValueCache(model.config, songs, self._lists, dtype, self._device)
 

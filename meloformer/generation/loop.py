@@ -40,10 +40,13 @@ class Window:
         songs: how many songs there are.
         max_context: maximum number of tokens that the model sees at once.
         attention: name of a backend, or "auto".
+        int8: see `Decoder`.
     """
 
-    def __init__(self, model: MeloFormer, songs: int, max_context: int, attention: str = "auto"):
-        self._decoder = Decoder(model, songs, attention)
+    def __init__(
+        self, model: MeloFormer, songs: int, max_context: int, attention: str = "auto", int8: bool = False
+    ):
+        self._decoder = Decoder(model, songs, attention, int8)
         self._limit = max_context
         self._read, self._seen = [0] * songs, [0] * songs  # tokens of the song, and of its window
 
@@ -90,19 +93,22 @@ class Window:
         return context(ids, self._limit) if shorter is None else shorter
 
 
-def write(model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str) -> Iterator[int]:
+def write(
+    model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str, int8: bool = False
+) -> Iterator[int]:
     """Write songs to their ends, side by side.
 
     Args:
         max_context: maximum number of tokens that the model sees at once; older bars are left out. A song of
             which a single bar is longer is cut after its last complete note.
         attention: name of the backend for passes over whole prompts, or "auto".
+        int8: see `Decoder`.
 
     Yields:
         After every new token the number of the draft that it was appended to. A draft that is ended meanwhile
         costs nothing more.
     """
-    window = Window(model, len(drafts), max_context, attention)
+    window = Window(model, len(drafts), max_context, attention, int8)
     while True:
         for number, draft in enumerate(drafts):
             while draft.append_required():

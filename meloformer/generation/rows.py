@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..model.inputs import ChordGuesses
 from ..model.layers import DenseLayer, Layer, RMSNorm, frequencies
 from ..model.token_reader import TokenFacts
@@ -49,18 +50,26 @@ class Rows(NamedTuple):
 class RowModel:
     """The weights of a model in eval mode, which must not change meanwhile: what `MeloFormer.forward` does.
 
+    Args:
+        int8: round those of the layers to 8 bits.
+
+    Raises:
+        UserError: see `require_int8`.
+
     Attributes:
         layers: one `RowLayer` for the tokens in each layer.
         summary_layers: the same for the summaries; none if the model is dense.
     """
 
-    def __init__(self, model: MeloFormer):
+    def __init__(self, model: MeloFormer, int8: bool = False):
         config, device = model.config, model.device
+        if int8:
+            require_int8(device)
         self._dtype, self._device = model.token_embedding.weight.dtype, device
-        self.layers = [RowLayer(layer, "r", config.head_dim) for layer in model.layers]
+        self.layers = [RowLayer(layer, "r", config.head_dim, int8) for layer in model.layers]
         self.summary_layers: list[RowLayer] = []
         if not config.dense:
-            self.summary_layers = [RowLayer(layer, "s", config.head_dim) for layer in model.layers]
+            self.summary_layers = [RowLayer(layer, "s", config.head_dim, int8) for layer in model.layers]
             self._summary_1E = model.summary_embedding.detach()[None]
         tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
         self._table = torch.cat([table.weight.detach() for table in tables])
@@ -69,7 +78,7 @@ class RowModel:
         outputs = [model.token_embedding.weight[: vocab.VOCAB_SIZE]]
         if config.copy_chords:
             outputs.append(model.copy_gate.weight)
-        self._output = _NormedProduct(model.norm_out, torch.cat(outputs).detach())
+        self._norm_out, self._output = _Norm(model.norm_out), _Product(torch.cat(outputs))
 
         clocks = [(config.head_dim // 2 - config.time_pairs, config.rope_theta)]
         clocks.append((config.time_pairs, config.time_theta))
@@ -97,7 +106,7 @@ class RowModel:
 
     def logits(self, x_RE: Tensor, guesses: Tensor) -> Tensor:
         """`MeloFormer.logits` of the stream after the last layer: [R, VOCAB_SIZE]."""
-        product = self._output(x_RE)
+        product = self._output(*self._norm_out(x_RE))
         logits, gates = product[:, : vocab.VOCAB_SIZE], product[:, vocab.VOCAB_SIZE :]
         if gates.shape[1]:
             gates = gates * (guesses > 0)
@@ -128,45 +137,87 @@ def _clocks(token: TokenFacts) -> tuple[int, int]:
 class RowLayer:
     """A layer for rows of one of its streams."""
 
-    def __init__(self, layer: Layer | DenseLayer, stream: str, head_dim: int):
+    def __init__(self, layer: Layer | DenseLayer, stream: str, head_dim: int, int8: bool):
         """`stream`: "r" for tokens, "s" for summaries."""
         self._shape = -1, 3, layer.heads, head_dim
         of_stream = {name: getattr(layer, f"{name}_{stream}") for name in ("norm", "qkv", "out")}
-        self._qkv = _NormedProduct(of_stream["norm"], of_stream["qkv"].weight)
-        self._out = None if of_stream["out"] is None else of_stream["out"].weight.detach().t()
-        self._kv2 = layer.kv2.weight.detach().t() if stream == "s" else None
-        self._gate_up = _NormedProduct(layer.norm_ffn, layer.ffn.gate_up.weight)
-        self._down = layer.ffn.down.weight.detach().t()
+        self._norm, self._norm_ffn = _Norm(of_stream["norm"]), _Norm(layer.norm_ffn)
+        product = _Int8Product if int8 else _Product
+        self._qkv = product(of_stream["qkv"].weight)
+        self._out = None if of_stream["out"] is None else product(of_stream["out"].weight)
+        self._kv2 = product(layer.kv2.weight) if stream == "s" else None
+        self._gate_up, self._down = product(layer.ffn.gate_up.weight), product(layer.ffn.down.weight)
 
     def project(self, x_RE: Tensor, turn: Turn) -> Tensor:
         """Queries, keys and values, rotated: [R, 3, H, D]."""
-        return turn(self._qkv(x_RE).view(self._shape))
+        return turn(self._qkv(*self._norm(x_RE)).view(self._shape))
 
     def project_again(self, o_RE: Tensor, turn: Turn) -> Tensor:
         """The keys and values that tokens see of a summary, from what it attended to: [R, 2, H, D]."""
-        return turn.of_keys_and_values()(torch.mm(o_RE, self._kv2).view(-1, 2, *self._shape[2:]))
+        return turn.of_keys_and_values()(self._kv2(o_RE).view(-1, 2, *self._shape[2:]))
 
     def finish(self, x_RE: Tensor, o_RE: Tensor) -> Tensor:
         """The stream after the layer, from what attention made of it; a last layer has none for summaries."""
         if self._out is None:
             return x_RE
-        x_RE = torch.addmm(x_RE, o_RE, self._out)
-        gate, up = self._gate_up(x_RE).chunk(2, dim=1)
-        return torch.addmm(x_RE, F.silu(gate, inplace=True).mul_(up), self._down)
+        x_RE = self._out.added_to(x_RE, o_RE)
+        gate, up = self._gate_up(*self._norm_ffn(x_RE)).chunk(2, dim=1)
+        return self._down.added_to(x_RE, F.silu(gate, inplace=True).mul_(up))
 
 
-class _NormedProduct:
-    """The products of normed rows with weights [out, E]."""
+class _Norm:
+    """RMSNorm of rows, and a factor by which a product of them is still to be multiplied."""
 
-    def __init__(self, norm: RMSNorm, weight: Tensor):
-        self._gain, self._eps, self._weight = norm.weight.detach(), norm.eps, weight.detach().t()
-        self._at_once = weight.device.type == "cpu" and weight.dtype.itemsize >= 4
-        self._nothing = weight.new_zeros(1)
+    def __init__(self, norm: RMSNorm):
+        self._gain, self._eps = norm.weight.detach(), norm.eps
+        self._at_once = self._gain.device.type == "cpu" and self._gain.dtype.itemsize >= 4
 
-    def __call__(self, x_RE: Tensor) -> Tensor:
+    def __call__(self, x_RE: Tensor) -> tuple[Tensor, float]:
         rows, dim = x_RE.shape
         if rows == 1 and self._at_once:  # half the operations; to read a number back costs nothing there
             x_E = x_RE[0]
-            scale = (torch.dot(x_E, x_E).item() / dim + self._eps) ** -0.5
-            return torch.addmm(self._nothing, x_RE * self._gain, self._weight, beta=0, alpha=scale)
-        return torch.mm(F.rms_norm(x_RE, self._gain.shape, self._gain, self._eps), self._weight)
+            return x_RE * self._gain, (torch.dot(x_E, x_E).item() / dim + self._eps) ** -0.5
+        return F.rms_norm(x_RE, self._gain.shape, self._gain, self._eps), 1.0
+
+
+class _Product:
+    """Products of rows [R, in] with weights [out, in]: [R, out]."""
+
+    def __init__(self, weight: Tensor):
+        self._weight, self._nothing = weight.detach().t(), weight.detach().new_zeros(1)
+
+    def __call__(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return torch.addmm(self._nothing, x, self._weight, beta=0, alpha=factor)
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return torch.addmm(y, x, self._weight)
+
+
+class _Int8Product:
+    """The same with weights of 8 bits, so a quarter of single precision is read; on a CPU alone.
+
+    The weights of an output are rounded to multiples of a step of its own, at most 127 of it, and rows to
+    bfloat16: the only dtype for which PyTorch's kernel for such weights is fast.
+    """
+
+    def __init__(self, weight: Tensor):
+        weight = weight.detach().float()
+        step = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        self._step = step.bfloat16()
+        multiples = weight / self._step.float()[:, None]
+        self._weight = multiples.round().clamp(-127, 127).to(torch.int8)
+
+    def __call__(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        product = torch._weight_int8pack_mm(x.bfloat16(), self._weight, self._step).to(x.dtype)
+        return product if factor == 1 else product.mul_(factor)
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return y + torch._weight_int8pack_mm(x.bfloat16(), self._weight, self._step)
+
+
+def require_int8(device: torch.device) -> None:
+    """Raises UserError if there are no products with weights of 8 bits."""
+    if device.type != "cpu":
+        raise UserError("int8 weights are for the CPU: add --device cpu, or leave int8 out")
+    if not hasattr(torch, "_weight_int8pack_mm"):  # no part of the documented interface
+        raise UserError(f"PyTorch {torch.__version__} has no products with int8 weights: leave int8 out")

@@ -15,19 +15,21 @@ TINY = ModelConfig(layers=1, dim=32, heads=2, ffn=32)
 
 def test_the_page_has_a_row_for_each_case(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
-    args = "--sizes tiny --contexts 600 --batches 1,2 --tokens 12 --recomputed 3 --device cpu --json"
+    args = "--sizes tiny --methods cache,recompute,dense,int8 --contexts 600 --batches 1,2 --tokens 12"
+    args += " --recomputed 3 --device cpu --json"
     module.main([*args.split(), str(tmp_path / "speed.json")])
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert [(row["method"], row["batch"], row["tokens"]) for row in rows] == [
         *(("cache", 1, 12), ("cache", 2, 24)),
         *(("recompute", 1, 3), ("recompute", 2, 6)),
         *(("dense", 1, 12), ("dense", 2, 24)),
+        *(("int8", 1, 12), ("int8", 2, 24)),
     ]
     assert all(400 < row["prompt"] <= 600 and row["tokens_per_cpu_s"] > 0 for row in rows)
     sizes = {row["method"]: row["cache_bytes"] for row in rows}
     assert 0 == sizes["recompute"] < sizes["dense"] < sizes["cache"]
     page = (tmp_path / "speed.md").read_text()
-    assert page.count("| tiny | ") == 6 and page in capsys.readouterr().out
+    assert page.count("| tiny | ") == 8 and page in capsys.readouterr().out
 
 
 def test_songs_by_graphs_are_counted_from_the_second_block_on(monkeypatch):

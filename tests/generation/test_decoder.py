@@ -84,6 +84,18 @@ def test_float32_agrees_to_four_digits(config):
     torch.testing.assert_close(decoder.extend(0, ids[50:].tolist()), expected[-1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [CONFIG, DENSE], ids=ids_of.get)
+def test_weights_of_8_bits_change_logits_by_a_hundredth_at_most(config):
+    model, ids = tiny_model(config, torch.float32), song(3, tokens=200)
+    expected, decoder = full_forward(model, ids)[49:], Decoder(model, int8=True)
+    got = decoded(decoder, ids, 50)
+    error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error[0] < 1e-5  # the prompt is read as ever
+    assert 1e-4 < error[1:].max() < 0.01
+    decoder.prefill([0], ids[:50])
+    assert (decoder.extend(0, ids[50:].tolist()) - got[-1]).norm() < 0.01 * expected[-1].norm()
+
+
 def parts(begin: int, end: int, random: np.random.Generator) -> Iterator[slice]:
     """All from `begin` to `end`, in parts of few and of many tokens."""
     while begin < end:
