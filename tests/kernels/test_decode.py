@@ -108,27 +108,29 @@ def test_compiled_kernels_compute_what_the_plain_forward_does(slots):
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", [1, 64])
 def test_compiled_kernels_in_half_precision(slots):
-    """Errors against float64 are at most twice those of the plain forward in bfloat16."""
+    """Errors against float64 (on the CPU) are at most twice those of the plain forward in bfloat16."""
     shape = ModelConfig(layers=4, dim=512, heads=8, ffn=2752)
     torch.manual_seed(0)
-    exact = MeloFormer(shape).to("cuda", torch.float64).eval()
+    weights = MeloFormer(shape).state_dict()
     found = {}
-    for name, dtype, forward in (
-        ("exact", torch.float64, PlainForward),
-        ("plain", torch.bfloat16, PlainForward),
-        ("fused", torch.bfloat16, FusedForward),
+    for name, place, forward in (
+        ("exact", ("cpu", torch.float64), PlainForward),
+        ("plain", ("cuda", torch.bfloat16), PlainForward),
+        ("fused", ("cuda", torch.bfloat16), FusedForward),
     ):
-        model = MeloFormer(shape).to("cuda", dtype).eval()
-        model.load_state_dict(exact.state_dict())
-        noted = []
+        model = MeloFormer(shape)
+        model.load_state_dict(weights)
+        model, noted = model.to(*place).eval(), []
 
         class Noting(forward):
             def __call__(self, *arguments, noted=noted):
-                noted.append(super().__call__(*arguments)[0].double())
-                return noted[-1].expand(slots, -1).contiguous()
+                logits = super().__call__(*arguments)
+                noted.append(logits[0].double().cpu())
+                return logits
 
-        step = Step(model, slots, ROOM, BARS, "reference", queue=ROOM, forward=Noting)
-        for slot in range(slots):
+        songs = 1 if name == "exact" else slots
+        step = Step(model, songs, ROOM, BARS, "reference", queue=ROOM, forward=Noting)
+        for slot in range(songs):
             begin(step, slot, song(7, 70), 1)
         for _ in range(60):
             step()
