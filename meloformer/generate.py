@@ -4,7 +4,6 @@ import argparse
 import copy
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import miditoolkit
@@ -227,14 +226,14 @@ def write_songs(
         stream = BarStream(number, draft.begin) if args.stream else None
         songs.append(Song(draft, progress, *paths_of(args, number).values(), stream))
     drafts = [song.draft for song in songs]
-    loop = partial(write, int8=args.int8)
-    if args.graphs:
-        reason = cannot_write(drafts)
-        if reason is None:
-            loop = write_on_device
-        else:
-            print(f"--graphs: songs are written {reason}", file=sys.stderr)
-    for number in loop(model, drafts, max_context, attention):
+    reason = cannot_write(drafts) if args.graphs else None
+    if args.graphs and reason is None:
+        turns = write_on_device(model, drafts, max_context, attention)
+    else:
+        turns = write(model, drafts, max_context, attention, args.int8)
+    if reason is not None:
+        print(f"--graphs: songs are written {reason}", file=sys.stderr)
+    for number in turns:
         songs[number].show()
         if request.reason is not None:
             for song in songs:
