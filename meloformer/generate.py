@@ -8,9 +8,8 @@ from pathlib import Path
 
 import miditoolkit
 import numpy as np
-import torch
 
-from . import cli, idle_threads  # noqa: F401
+from . import cli, idle_threads  # noqa: F401 -- before what imports torch
 from .errors import MidiError, UserError
 from .generation.arguments import add_wishes, read_constraints, read_sampling
 from .generation.as_json import BarStream, write_tokens
@@ -210,7 +209,7 @@ def write_songs(
         require_int8(device)
     model, max_context = load_model(Path(args.checkpoint), device)
     if args.graphs:
-        model = model.to(torch.bfloat16)
+        model = model.bfloat16()
     attention = pick_attention(args.attention, model.device, model.config)
     bars = args.bars if given is None else given.outline.whole_bars
     draw = {"max_tokens": args.max_tokens, "sampling": read_sampling(args)}

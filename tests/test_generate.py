@@ -144,8 +144,8 @@ def stopped(checkpoint, tmp_path, monkeypatch, capsys):
     """Runs the command, with a signal when a bar begins; gives exit code, path and output."""
 
     def run(signal_number, begun, *args):
-        def write_then_signal(model, drafts, *others):
-            for number in whole(model, drafts, *others):
+        def write_then_signal(model, drafts, *others, **named):
+            for number in whole(model, drafts, *others, **named):
                 if drafts[number].new_bars == begun:
                     os.kill(os.getpid(), signal_number)
                 yield number
