@@ -142,7 +142,8 @@ class Plan:
         geometry = (batch, q_blocks, k_blocks, blocks)
         find = dict(CHUNK=128, num_warps=1, NEAR_BARS=near_bars)
         bits = sum(1 << distance for distance in near_bars) if near_bars[-1] < 31 else None
-        step = 8 if device.type == "cuda" else BLOCK // 2  # registers are few, interpreted steps are slow
+        compiled = isinstance(look_kernel, triton.JITFunction)
+        step = 8 if compiled else BLOCK // 2  # registers are few, interpreted steps are slow
         look = dict(NEAR_BARS=near_bars, BITS=bits, STEP=step, num_warps=1)
         candidates_kernel[(lists,)](
             ranges, count, count, list_ids, others, candidates, *geometry, FILL=False, **find
