@@ -18,10 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from .structure import Structure
 
 _HALF = (torch.float16, torch.bfloat16)
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 WAYS = {
     "flash": "all documents of all rows in one call of FlashAttention-2, of any length each",
     "fa3": "the same with FlashAttention-3, which the package flash_attn_interface holds",
-    "cudnn": "document by document with cuDNN",
+    "cudnn": "document by document with cuDNN, or with FlashAttention-2 those of a length it does not take",
     "each": "document by document, with what PyTorch takes by itself",
 }
 
@@ -83,7 +84,7 @@ class CausalAttention:
 def _document_by_document(q: Tensor, k: Tensor, v: Tensor, attention: CausalAttention) -> Tensor:
     """[tokens of all rows, H, D] as q, k and v."""
     documents = zip(*(x.transpose(0, 1)[None].split(attention.lengths, dim=2) for x in (q, k, v)))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if attention._way == "cudnn" else nullcontext():
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True) if attention._way == "cudnn" else nullcontext():
         outputs = [scaled_dot_product_attention(*qkv, is_causal=True) for qkv in documents]
     return torch.cat([o.transpose(1, 2) for o in outputs], dim=1)[0]  # laid out as heads are joined
 

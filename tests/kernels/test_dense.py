@@ -74,12 +74,17 @@ def test_cudnn_is_asked_for_each_document_alone(rows, monkeypatch):
         attended.append(q.shape[2])
         return attend(q, k, v, is_causal=is_causal)
 
-    monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: asked.append(backend) or nullcontext())
+    monkeypatch.setattr(
+        dense,
+        "sdpa_kernel",
+        lambda *backends, set_priority: asked.append((backends, set_priority)) or nullcontext(),
+    )
     monkeypatch.setattr(dense, "scaled_dot_product_attention", note)
     tensors, mask = inputs(packed, torch.float64), causal_mask(packed)
     attention = CausalAttention(packed, way="cudnn")
     got = outputs_and_gradients(attention, tensors)
-    assert asked == [SDPBackend.CUDNN_ATTENTION]
+    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # which takes a document of one token
+    assert asked == [((first,), True)]
     assert attended == attention.lengths and sum(attended) == packed.doc.numel()
     expected = outputs_and_gradients(lambda *qkv: plain_attention(*qkv, mask), tensors)
     for a, b in zip(got, expected):
@@ -135,7 +140,7 @@ class TestChoice:
         taken = set()
         attend = CausalAttention.__call__
         monkeypatch.setattr(stepper, "fastest_way", fastest)
-        monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: nullcontext())
+        monkeypatch.setattr(dense, "sdpa_kernel", lambda *_, **__: nullcontext())
         monkeypatch.setattr(
             CausalAttention, "__call__", lambda self, *qkv: taken.add(self._way) or attend(self, *qkv)
         )
@@ -147,14 +152,13 @@ class TestChoice:
         assert f"{said} (flash: 3.2 ms; fa3: ImportError: no FA3; cudnn: 2.0 ms)" in capsys.readouterr().out
         assert json.loads((tmp_path / "summary.json").read_text())["dense_way"] == "cudnn"
 
-    def test_what_cannot_run_is_named_and_the_rest_is_measured(self, monkeypatch):
-        """This CPU has none of them; one is made to run."""
+    def test_what_cannot_run_is_named_and_the_rest_is_measured(self):
+        """On this CPU, whose flash attention takes what cuDNN does not."""
         packed = structure([[song(Random(1), 2), song(Random(2), 3)]])
         question = packed, 2, 32, torch.float32, torch.device("cpu"), 1, lambda: None
         found = dense_choice.measured(*question)
-        assert list(found) == [*dense_choice.MEASURED] and all(isinstance(why, str) for why in found.values())
-        monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: nullcontext())
-        found = dense_choice.measured(*question)
+        assert list(found) == [*dense_choice.MEASURED]
+        assert isinstance(found["flash"], str) and isinstance(found["fa3"], str)
         assert dense_choice.choose(found) == "cudnn" and found["cudnn"] > 0
 
     def test_every_trial_attends_to_documents_of_new_lengths_in_all_layers(self, monkeypatch):
