@@ -18,6 +18,15 @@ def test_candidates_are_launches_without_repeats(dtype, quick):
     assert len(set(found)) == len(found) > 5
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_was_measured_best_is_tried(quick):
+    of_half = [entry for entry in TABLE if entry.itemsize == 2]
+    assert {*(launch for e in of_half for launch in vars(e.launches).values())} <= {
+        *tune.candidates(torch.bfloat16, quick)
+    }
+    assert len(tune.candidates(torch.bfloat16, True)) < 30
+
+
 def test_search_times_what_compiles(monkeypatch):
     """The compiler refuses block_n 128 here, and time falls with the number of warps."""
 
