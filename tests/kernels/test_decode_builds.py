@@ -13,7 +13,7 @@ BUILD = Path(__file__).resolve().parents[1] / "helpers" / "build_decode.py"
 SHARED = 99 * 1024  # bytes that a program can have on the smallest GPUs; on an H100 it is 227
 
 
-@pytest.mark.slow
+@pytest.mark.builds
 def test_kernels_fit_a_hopper_gpu(tmp_path):
     """Of the base model in bfloat16, alone and for 64 songs."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
