@@ -49,8 +49,8 @@ class RunLog:
         kept, damaged = _lines_until(path, last_step, repeated)
         if tensorboard:
             # It can forget whole steps only: the records that stay of the last one are shown again.
-            again = [json.loads(line) for line in kept] if repeated else []
-            again = [record for record in again if record["step"] == last_step]
+            records = map(_record, kept) if repeated else ()
+            again = [record for record in records if record["step"] == last_step]
             self._boards.append(_tensorboard(folder, last_step if repeated else last_step + 1))
             for record in again:
                 self._show(record)

@@ -52,8 +52,9 @@ def test_what_kernels_are_for(name, kind):
 
 
 def test_every_kernel_of_this_project_has_a_kind():
-    """By the names of the kernels in the sources."""
-    sources = [file.read_text() for file in (Path(__file__).resolve().parents[2] / "kernels").glob("*.py")]
+    """By the names of the kernels in the sources; those of decoding run in no training step."""
+    files = (Path(__file__).resolve().parents[2] / "kernels").glob("*.py")
+    sources = [file.read_text() for file in files if not file.name.startswith("decode")]
     names = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
     assert len(names) > 10
     for name in names:
