@@ -82,7 +82,7 @@ def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, C
 
     What a token gets follows from the tokens of its document up to it, so packing and padding change nothing.
     """
-    scan = _Scan(ids_BN.long(), structure)
+    scan = _ContextScan(ids_BN.long(), structure)
     onset = scan.in_force(vocab.T)
     features = InputFeatures(
         onset=onset,
@@ -96,16 +96,13 @@ def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, C
     return features, scan.chord_guesses(structure.summary_doc.shape[1])
 
 
-class _Scan:
+class Scan:
     """Scans along rows; every index tensor is [B, N] and holds -1 for "there is none"."""
 
     def __init__(self, ids: Tensor, structure: Structure):
         self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
-        self.bar = self.last_of(vocab.CHORD)
-        in_note = _any(self.is_of(family) for family in _NOTE_FAMILIES)
-        self.group = torch.maximum(self.last(~in_note), self.start - 1)  # notes of a group come after this
 
     def is_of(self, family: vocab.Family) -> Tensor:
         return (self.ids >= family.start) & (self.ids < family.stop)
@@ -116,6 +113,16 @@ class _Scan:
 
     def last_of(self, family: vocab.Family) -> Tensor:
         return self.last(self.is_of(family))
+
+
+class _ContextScan(Scan):
+    """What `read_context` is made of."""
+
+    def __init__(self, ids: Tensor, structure: Structure):
+        super().__init__(ids, structure)
+        self.bar = self.last_of(vocab.CHORD)
+        in_note = _any(self.is_of(family) for family in _NOTE_FAMILIES)
+        self.group = torch.maximum(self.last(~in_note), self.start - 1)  # notes of a group come after this
 
     def value_at(self, at: Tensor, family: vocab.Family, first: Tensor) -> Tensor:
         """1 + the value of the family's token at index `at`, 0 where that is before `first`."""

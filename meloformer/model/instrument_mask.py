@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..kernels import Structure
 from ..tokens import vocab
+from .inputs import Scan
 
 
 @torch.no_grad()
@@ -20,25 +21,25 @@ def forbidden_instruments(ids_BN: Tensor, structure: Structure) -> Tensor:
 
     It never synchronizes with the host. What padding gets means nothing.
     """
-    ids, doc = ids_BN.long(), structure.doc.long().clamp(min=0)
-    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    is_listed = (ids >= vocab.BAND.start) & (ids < vocab.BAND.stop)
-    is_inst = (ids >= vocab.INST.start) & (ids < vocab.INST.stop)
-    is_bar = (ids >= vocab.CHORD.start) & (ids < vocab.CHORD.stop)
+    scan = Scan(ids_BN.long(), structure)
+    ids, doc = scan.ids, scan.doc.clamp(min=0)
 
     # By document and instrument its place in the list, from 1; 0 if it is not listed. What is no BAND token
     # goes into a column that is cut off.
     instruments = len(vocab.BAND)
-    column = torch.where(is_listed, doc * (instruments + 1) + ids - vocab.BAND.start, instruments)
+    column = torch.where(
+        scan.is_of(vocab.BAND), doc * (instruments + 1) + ids - vocab.BAND.start, instruments
+    )
     documents = structure.summary_doc.shape[1]
     place = torch.zeros(len(ids), documents * (instruments + 1), dtype=torch.int16, device=ids.device)
     place.scatter_(1, column, (1 + structure.position).to(torch.int16))
     place = place.view(len(ids), -1, instruments + 1)[..., :instruments]
 
-    head = torch.where(is_inst | is_bar, index, -1).cummax(dim=1).values.clamp(min=0)
+    is_inst = scan.is_of(vocab.INST)
+    head = scan.last(is_inst | scan.is_of(vocab.CHORD)).clamp(min=0)
     of_head = ids.gather(1, head)
     rank = (of_head - vocab.INST.start).clamp(0, instruments - 1)
     of_token = place.gather(1, doc[..., None].expand(-1, -1, instruments))
     reached = of_token.gather(2, rank[..., None])
-    in_group = is_inst.gather(1, head) & (head >= index - structure.position)
+    in_group = is_inst.gather(1, head) & (head >= scan.start)
     return of_token <= torch.where(in_group[..., None], reached, 0)
