@@ -9,7 +9,6 @@ E model width.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -71,19 +70,16 @@ class RowModel:
         if not config.dense:
             self.summary_layers = [RowLayer(layer, "s", config.head_dim, int8) for layer in model.layers]
             self._summary_1E = model.summary_embedding.detach()[None]
-        tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
-        self._table = torch.cat([table.weight.detach() for table in tables])
-        *self._first, _ = accumulate((len(table.weight) for table in tables), initial=0)
+        self._table, self._first = model.input_table()
         self._features = tuple(model.feature_embeddings)
         outputs = [model.token_embedding.weight[: vocab.VOCAB_SIZE]]
         if config.copy_chords:
             outputs.append(model.copy_gate.weight)
         self._norm_out, self._output = _Norm(model.norm_out), _Product(torch.cat(outputs))
 
-        clocks = [(config.head_dim // 2 - config.time_pairs, config.rope_theta)]
-        clocks.append((config.time_pairs, config.time_theta))
-        of_half = torch.cat([frequencies(pairs, theta, device) for pairs, theta in clocks])
-        self._clock = indices([0] * clocks[0][0] + [1] * clocks[1][0], device).repeat(6)
+        of_half = torch.cat([frequencies(*clock, device) for clock in config.clocks])
+        (by_index, _), (by_time, _) = config.clocks
+        self._clock = indices([0] * by_index + [1] * by_time, device).repeat(6)
         still = torch.zeros_like(of_half).repeat(2)
         self._frequency = torch.cat([of_half.repeat(4), still])  # [3 * D]
         self._sign = torch.cat([-torch.ones_like(of_half), torch.ones_like(of_half)]).repeat(3)

@@ -7,6 +7,7 @@ E model width, V padded vocabulary. `s_` and `r_` are the summary and the regula
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,12 @@ class ModelConfig:
     def time_pairs(self) -> int:
         """Pairs of a head's channels that musical time rotates."""
         return round(self.time_fraction * self.head_dim / 2)
+
+    @property
+    def clocks(self) -> tuple[tuple[int, float], tuple[int, float]]:
+        """Pairs of channels and base of their frequencies, of the token index and of musical time."""
+        by_index = self.head_dim // 2 - self.time_pairs
+        return (by_index, self.rope_theta), (self.time_pairs, self.time_theta)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -240,6 +247,13 @@ class MeloFormer(nn.Module):
             r_BNE = r_BNE + embedding(getattr(features, name), dtype)
         return r_BNE
 
+    def input_table(self) -> tuple[Tensor, list[int]]:
+        """What `embed` adds up, as one table [rows, E] without gradient, and at which row tokens, instruments
+        and the features begin in it."""
+        tables = [self.token_embedding, self.instrument_embedding, *self.feature_embeddings.values()]
+        *first, _ = accumulate((len(table.weight) for table in tables), initial=0)
+        return torch.cat([table.weight.detach() for table in tables]), first
+
     def rotary_of_tokens(self, position_BN: Tensor, bar_BN: Tensor, onset_BN: Tensor) -> Rotary:
         """RoPE of regular tokens; `onset_BN` as in `InputFeatures`."""
         # Where a token sounds, in steps, as if every bar were as long as a bar can be: what repeats from bar
@@ -271,10 +285,8 @@ class MeloFormer(nn.Module):
             logits_BNV.scatter_add_(2, guess_BN[..., None], gate_BN[..., None])
 
     def _rotary(self, position_BN: Tensor, time_BN: Tensor) -> Rotary:
-        config = self.config
-        by_index = config.head_dim // 2 - config.time_pairs
-        clocks = [(position_BN, by_index, config.rope_theta), (time_BN, config.time_pairs, config.time_theta)]
-        return Rotary([clock for clock in clocks if clock[1]], self._compute_dtype())
+        clocks = zip((position_BN, time_BN), self.config.clocks)
+        return Rotary([(x_BN, *clock) for x_BN, clock in clocks if clock[0]], self._compute_dtype())
 
     def _compute_dtype(self) -> torch.dtype:
         device = self.device.type

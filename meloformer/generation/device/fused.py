@@ -1,7 +1,5 @@
 """The model's part of a step by fused kernels: what `PlainForward` computes, in five launches a layer."""
 
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,9 +40,7 @@ class FusedForward:
             slots, config.heads, config.head_dim, config.ffn, cache.room, cache.bars, dtype, model.device
         )
         self._weights = [_weights(layer) for layer in model.layers]
-        tables = [model.token_embedding, model.instrument_embedding, *model.feature_embeddings.values()]
-        self.table = torch.cat([table.weight.detach() for table in tables])
-        *first, _ = accumulate((len(table.weight) for table in tables), initial=0)
+        self.table, first = model.input_table()
         self.first = torch.tensor(first, device=model.device)
         self.summary = self.table[0] if config.dense else model.summary_embedding.detach()
         self._head = model.token_embedding.weight.detach()[: vocab.VOCAB_SIZE]

@@ -1,10 +1,11 @@
 """A step in which all is done by Triton kernels: `Step`, in five launches a layer and five more."""
 
 import torch
-from torch import Tensor
+import triton
 
 from ...kernels.launch_cache import Launcher
 from ...model.inputs import InputFeatures
+from ...model.layers import frequencies
 from ...model.transformer import MeloFormer
 from ...tokens import vocab
 from . import draw_kernel, read_kernel
@@ -28,13 +29,8 @@ class FusedStep(Step):
         first = dict(zip(("token", "inst", *names), self._forward.first.tolist()))
         begins = [first.get(name, 0) for name in ("token", "inst", *InputFeatures._fields)]
         self._first = torch.tensor(begins, device=device)
-        # The frequencies of `Rotary`.
-        by_index = config.head_dim // 2 - config.time_pairs
-        clocks = (by_index, config.rope_theta), (config.time_pairs, config.time_theta)
-        self._by_index, self._frequency = (
-            by_index,
-            torch.cat([_frequencies(*clock, device) for clock in clocks]),
-        )
+        self._by_index = config.clocks[0][0]
+        self._frequency = torch.cat([frequencies(*clock, device) for clock in config.clocks])
         self._bar = torch.zeros((slots,), dtype=torch.int64, device=device)
         self._guesses = torch.zeros((slots, read_kernel.GUESSES), dtype=torch.int64, device=device)
 
@@ -53,7 +49,7 @@ class FusedStep(Step):
             ),
             (slots, reader.room, reader.bar_room, self.cache.bars),
             WIDTH=width, HALF=rows.dim // 2, BY_INDEX=self._by_index, USES=self._uses,
-            DENSE=self._model.config.dense, BLOCK=_TOKENS, WIDTH_BLOCK=_power_of_two(width),
+            DENSE=self._model.config.dense, BLOCK=_TOKENS, WIDTH_BLOCK=triton.next_power_of_2(width),
             HALF_BLOCK=rows.dim // 2, num_warps=8,
         )  # fmt: skip
         logits = forward.logits(reader.position, self._bar, reader.inst, self._guesses)
@@ -68,14 +64,6 @@ class FusedStep(Step):
                 self.column,
             ),
             (slots, reader.room, reader.bar_room, self.queue.shape[1]),
-            COLUMNS=BLOCK, BLOCK=_power_of_two(vocab.VOCAB_SIZE), num_warps=8,
+            COLUMNS=BLOCK, BLOCK=triton.next_power_of_2(vocab.VOCAB_SIZE), num_warps=8,
         )  # fmt: skip
         self.column.add_(1).remainder_(BLOCK)
-
-
-def _frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
-    return theta ** (-torch.arange(pairs, device=device, dtype=torch.float32) / max(pairs, 1))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
