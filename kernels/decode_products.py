@@ -56,6 +56,23 @@ def _modes(mode_ptr, row, rows):
 
 
 @triton.jit
+def _two_products(
+    x_ptr, gain_ptr, rstd, w_ptr, row, row_mask, column, APART: tl.constexpr, ok, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
+    """[R, C] twice: x [rows, WIDTH], normed if NORMS, times the transpose of rows `column` of w, and of those
+    APART further. Nothing else reads `gain_ptr` and `rstd`."""
+    first = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    second = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH, NORMS)
+        first = _add_product(first, x, w_ptr, column, ok, k, WIDTH)
+        second = _add_product(second, x, w_ptr, column + APART, ok, k, WIDTH)
+    return first, second
+
+
+@triton.jit
 def _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF: tl.constexpr):
     """Both halves of the channels, [R, PAIRS] each, rotated by the angles of the rows [rows, HALF]."""
     offs = row[:, None] * HALF + pair[None, :]
@@ -92,18 +109,13 @@ def project_kernel(
     rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if some_read:
-        for start in range(0, WIDTH, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            x = _tile(x_ptr, gain_r_ptr, rstd, row, row_mask, k, WIDTH, True)
-            first = _add_product(first, x, w_r_ptr, column, ok, k, WIDTH)
-            second = _add_product(second, x, w_r_ptr, column + HALF, ok, k, WIDTH)
+        first, second = _two_products(
+            x_ptr, gain_r_ptr, rstd, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
+        )
     if some_summarize:
-        first_s, second_s = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
-        for start in range(0, WIDTH, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            x = _tile(x_ptr, gain_s_ptr, rstd, row, row_mask, k, WIDTH, True)
-            first_s = _add_product(first_s, x, w_s_ptr, column, ok, k, WIDTH)
-            second_s = _add_product(second_s, x, w_s_ptr, column + HALF, ok, k, WIDTH)
+        first_s, second_s = _two_products(
+            x_ptr, gain_s_ptr, rstd, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
+        )
         summarizes = (mode == _SUMMARIZES)[:, None]
         first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
     if part < 2:
@@ -146,18 +158,13 @@ def attended_kernel(
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if part == 0:
         if some_read:
-            for start in range(0, WIDTH, BLOCK):
-                k = start + tl.arange(0, BLOCK)
-                o = _tile(o_ptr, w_r_ptr, first, row, row_mask, k, WIDTH, False)
-                first = _add_product(first, o, w_r_ptr, column, ok, k, WIDTH)
-                second = _add_product(second, o, w_r_ptr, column + HALF, ok, k, WIDTH)
+            first, second = _two_products(
+                o_ptr, o_ptr, o_ptr, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
+            )
         if some_summarize:
-            first_s, second_s = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
-            for start in range(0, WIDTH, BLOCK):
-                k = start + tl.arange(0, BLOCK)
-                o = _tile(o_ptr, w_s_ptr, first, row, row_mask, k, WIDTH, False)
-                first_s = _add_product(first_s, o, w_s_ptr, column, ok, k, WIDTH)
-                second_s = _add_product(second_s, o, w_s_ptr, column + HALF, ok, k, WIDTH)
+            first_s, second_s = _two_products(
+                o_ptr, o_ptr, o_ptr, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
+            )
             first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
         ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
         first += tl.load(ptrs, mask=mask, other=0).to(tl.float32)
@@ -166,11 +173,9 @@ def attended_kernel(
         tl.store(ptrs + HALF, second.to(x_ptr.dtype.element_ty), mask=mask)
     elif some_summarize:
         column += (part - 1) * WIDTH
-        for start in range(0, WIDTH, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            o = _tile(o_ptr, w_kv_ptr, first, row, row_mask, k, WIDTH, False)
-            first = _add_product(first, o, w_kv_ptr, column, ok, k, WIDTH)
-            second = _add_product(second, o, w_kv_ptr, column + HALF, ok, k, WIDTH)
+        first, second = _two_products(
+            o_ptr, o_ptr, o_ptr, w_kv_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
+        )
         if part == 1:
             first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
         place = tl.load(place_ptr + row, mask=row_mask, other=0)
@@ -190,12 +195,9 @@ def gate_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < HIDDEN
     rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
-    gate, up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        x = _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH, True)
-        gate = _add_product(gate, x, w_ptr, column, ok, k, WIDTH)
-        up = _add_product(up, x, w_ptr, column + HIDDEN, ok, k, WIDTH)
+    gate, up = _two_products(
+        x_ptr, gain_ptr, rstd, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, True
+    )
     out = gate * tl.sigmoid(gate) * up
     mask = row_mask[:, None] & ok[None, :]
     tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
