@@ -4,8 +4,9 @@ An online softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867) in base 2 and
 FlashAttention (Dao et al., 2022, arXiv:2205.14135): m_i is the running maximum of a query's logits, l_i its
 denominator, alpha what rescales earlier sums. Names and shapes are those of `tiles`.
 
-The second pass goes on where the first one stopped: from its output, as the accumulator of a softmax whose
-maximum is the log-sum-exp and whose denominator is 1.
+The second pass begins anew and takes in what the first one left at its end, as if it were a part of a split
+block: an accumulator whose maximum is the log-sum-exp and whose denominator is 1. (Beginning with it, an
+accumulator that comes from memory, made ptxas run the products of the loop one after the other.)
 """
 
 import triton
@@ -58,7 +59,15 @@ def _attend(
 
 
 @triton.jit
-def _continue_from(o_ptrs, lse_ptrs):
+def _merge(acc, m_i, l_i, acc_part, m_part, l_part):
+    """acc [BM, D], m_i and l_i [BM] of the keys of both."""
+    m_new = tl.maximum(m_i, m_part)
+    alpha, beta = tl.exp2(m_i - m_new), tl.exp2(m_part - m_new)
+    return acc * alpha[:, None] + acc_part * beta[:, None], m_new, l_i * alpha + l_part * beta
+
+
+@triton.jit
+def _left_by_the_first_pass(o_ptrs, lse_ptrs):
     """acc, m_i and l_i as if the keys of the first pass had just been taken."""
     lse = tl.load(lse_ptrs)  # [BM]
     fully_masked = lse == float("-inf")
@@ -101,10 +110,6 @@ def forward_kernel(
             acc = tl.zeros([BM, D], tl.float32)
             m_i = tl.full([BM], LOWEST, tl.float32)
             l_i = tl.zeros([BM], tl.float32)
-            if not FIRST:
-                if begin == 0:
-                    acc, m_i, l_i = _continue_from(o_ptrs, lse_ptrs)
-
             keys = (
                 head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
                 head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
@@ -143,14 +148,13 @@ def forward_kernel(
                     for _ in range(0, splits):
                         m_part = tl.load(partial_ptr + BLOCK * D + offs_m, cache_modifier=".cg")  # [BM]
                         l_part = tl.load(partial_ptr + BLOCK * D + BLOCK + offs_m, cache_modifier=".cg")
-                        m_new = tl.maximum(m_i, m_part)
-                        alpha, beta = tl.exp2(m_i - m_new), tl.exp2(m_part - m_new)
                         acc_part = tl.load(partial_ptr + offs_md, cache_modifier=".cg")  # [BM, D]
-                        acc = acc * alpha[:, None] + acc_part * beta[:, None]
-                        l_i = l_i * alpha + l_part * beta
-                        m_i = m_new
+                        acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, m_part, l_part)
                         partial_ptr += heads * size
             if complete:
+                if not FIRST:
+                    acc_part, m_part, l_part = _left_by_the_first_pass(o_ptrs, lse_ptrs)
+                    acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, m_part, l_part)
                 fully_masked = l_i == 0
                 l_i = tl.where(fully_masked, 1.0, l_i)
                 o = acc / l_i[:, None]
