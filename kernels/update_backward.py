@@ -156,13 +156,14 @@ def _add_key_gradients(
         query = tl.load(gathered_ptr + tl.minimum((i + 1) * BN + offs_n, last))  # [BN]
         lse, delta = tl.split(stats)  # [BN] each
 
+        # Both before the exponentials, which then run beside the second product.
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BM, BN]
         p = tl.exp2(kq * scale - lse[None, :])  # [BM, BN]
         if MASKED:
             mask = tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_m, offs_n, BN)  # [BM, BN]
             p = tl.where(mask, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BM, D]
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BM, BN]
         ds = p * (dp - delta[None, :])  # [BM, BN]
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, D]
     return dk, dv
