@@ -22,7 +22,8 @@ from .update_backward import key_gradient_kernel, query_gradient_kernel
 from .update_forward import forward_kernel
 
 _LOG2_E = log2(2.718281828459045)
-_BLOCK_M = 16  # summaries of a program in the summarize phase
+_BLOCK_M = 16  # rows of a tile of summaries: the fewest that a matrix instruction multiplies
+_SUMMARY_PROGRAMS = 1024  # so many, or fewer summaries in each: a long bar is read by one program alone
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
 _key_gradient = Launcher(key_gradient_kernel)
 _summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
@@ -43,10 +44,12 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     q, k_s, v_s, k_r, v_r = map(_addressable, (q, k_s, v_s, k_r, v_r))
     batch, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
+    own = _summaries_of_program(batch * heads * summaries)
     _summarize(
-        (-(-summaries // _BLOCK_M) * heads, batch),
+        (-(-summaries // own) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * _LOG2_E, heads, summaries),
+        OWN=own,
         **_summary_constants(q),
     )
     return o, lse
@@ -59,10 +62,12 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     regular, tokens = k_r.shape[2], 2048 // dim  # tokens of a program: found fastest by trial
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
     scales = (dim**-0.5 * _LOG2_E, dim**-0.5, heads, summaries)
+    own = _summaries_of_program(batch * heads * summaries)
     _summary_gradient(
-        (2 * -(-summaries // _BLOCK_M) * heads, batch),
+        (2 * -(-summaries // own) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales),
+        OWN=own,
         **_summary_constants(q),
     )
     _token_gradient(
@@ -73,6 +78,14 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
         D=dim,
     )
     return dq, dk_s, dv_s, dk_r, dv_r
+
+
+def _summaries_of_program(count: int) -> int:
+    """Of `count` summaries of all rows and heads: a power of two, at most `_BLOCK_M`."""
+    own = _BLOCK_M
+    while own > 1 and count < own * _SUMMARY_PROGRAMS:
+        own //= 2
+    return own
 
 
 def _summary_constants(q: Tensor) -> dict:

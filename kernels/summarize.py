@@ -1,8 +1,9 @@
 """The summarize phase: each summary attends to the summaries up to itself and to the tokens of its bar.
 
 Both are contiguous in a row, so that four numbers per summary define the mask: it needs no plan. A program
-takes 16 summaries, the fewest that a matrix instruction multiplies, and the keys that any of them sees; few
-of these pairs are masked. Every regular token is seen by exactly one summary: its gradients need no reduction
+takes OWN summaries, at most the BM rows of its tile, and the keys that any of them sees; few of these pairs
+are masked. The fewer its summaries, the fewer bars it reads one after the other; the more, the fewer times
+earlier summaries are read. Every regular token is seen by exactly one summary: its gradients need no reduction
 and no matrix instruction. Names and shapes are those of `tiles`.
 """
 
@@ -102,6 +103,14 @@ def _attend(
 
 
 @triton.jit
+def _own(program, summaries, OWN: tl.constexpr, BM: tl.constexpr):
+    """The summaries [BM] of a program, of which OWN at most are there, and which are, [BM]."""
+    index = tl.arange(0, BM)
+    summary = program * OWN + index
+    return summary, (index < OWN) & (summary < summaries)
+
+
+@triton.jit
 def _load_ranges(bars_ptr, summary, m_mask):
     """The summaries and the regular tokens that some summaries [BM] see, as first and end; see
     `bars_kernel`."""
@@ -116,13 +125,13 @@ def _load_ranges(bars_ptr, summary, m_mask):
 def summarize_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, bars_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
-    scale, heads, summaries, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    scale, heads, summaries,
+    OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; padding gets 0 and
+    """OWN summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; padding gets 0 and
     -inf."""
     head, row = tl.program_id(0) % heads, tl.program_id(1)
-    summary = tl.program_id(0) // heads * BM + tl.arange(0, BM)  # [BM]
-    m_mask = summary < summaries
+    summary, m_mask = _own(tl.program_id(0) // heads, summaries, OWN, BM)
     first_s, end_s, first_r, end_r = _load_ranges(bars_ptr + row * summaries * 4, summary, m_mask)
     b, h = row.to(tl.int64), head.to(tl.int64)
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
@@ -172,16 +181,16 @@ def summary_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, bars_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
     scale, softmax_scale, heads, summaries,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of BM summaries of one head: dq in programs of even number; in the others dk and dv, as keys.
+    """Of OWN summaries of one head: dq in programs of even number; in the others dk and dv, as keys.
 
     o, dk and dv have the strides of dq.
     """
     head, work, row = tl.program_id(0) // 2 % heads, tl.program_id(0) // 2 // heads, tl.program_id(1)
     b, h = row.to(tl.int64), head.to(tl.int64)
-    summary, offs_n, offs_d = work * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-    m_mask = summary < summaries  # [BM]
+    summary, m_mask = _own(work, summaries, OWN, BM)
+    offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
     q_ptr = head_ptr(q_ptr, q_strides, b, h)
     do_ptr = head_ptr(do_ptr, do_strides, b, h)
     o_ptr = head_ptr(o_ptr, dq_strides, b, h)
@@ -221,7 +230,7 @@ def summary_gradient_kernel(
         )
         dk = tl.zeros([BM, D], tl.float32)
         dv = tl.zeros([BM, D], tl.float32)
-        for start in tl.range(work * BM, tl.max(last_s, 0), BN, num_stages=2):
+        for start in tl.range(work * OWN, tl.max(last_s, 0), BN, num_stages=2):
             query = start + offs_n  # [BN]
             n_mask = query < summaries
             at, at_mask = query[:, None], n_mask[:, None]  # [BN, 1]

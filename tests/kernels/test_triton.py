@@ -98,6 +98,13 @@ def test_head_dims(dim, phase):
     check_phase(case("documents"), phase, dim=dim)
 
 
+@pytest.mark.parametrize("programs", [1, 8, 10**6])
+def test_any_number_of_summaries_in_a_program(programs, monkeypatch):
+    monkeypatch.setattr(ops, "_SUMMARY_PROGRAMS", programs)
+    for name in ("documents", "rows"):
+        check_phase(case(name), "summarize", heads=2)
+
+
 class TestAnyMask:
     """The update kernels know bits, not music."""
 
