@@ -5,6 +5,7 @@ keys (`decode_attention`), F inner width of the feed-forward network, V columns 
 """
 
 from dataclasses import dataclass
+from math import log2
 
 import torch
 import triton
@@ -15,18 +16,34 @@ from . import decode_products as products
 from .launch_cache import Launcher
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
+_LOG2_E = log2(2.718281828459045)
 _MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
-_PROGRAMS = 1024  # of attention: as many parts of the lists of keys as make about so many
+_PROGRAMS = 512  # of attention: as many parts of the lists of keys as make about so many
 _MOST_PARTS = 32
+_MOST_HEADS, _MANY = 8, 8  # heads that a program of attention takes, if there are so many songs
+_ONE_TILE, _MANY_TILE = 4096, 8192  # numbers of a tile of keys, for one head and for several
+_DOWN_PARTS = 4  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
 _PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 8, 16
+_ROW_PAIRS, _ROW_COLUMNS, _ROW_DOWN_COLUMNS, _ROW_HEAD_COLUMNS = 4, 8, 4, 8
+_ROW_WEIGHTS = 16384  # of one row a program takes whole rows of weights, but at most so many at once
 
 _list, _attend = Launcher(attention.list_kernel), Launcher(attention.attend_kernel)
 _project, _attended = Launcher(products.project_kernel), Launcher(products.attended_kernel)
 _gate, _down, _head = (
     Launcher(kernel) for kernel in (products.gate_kernel, products.down_kernel, products.head_kernel)
 )
+
+
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """For the launch of a kernel that calls `decode_products.begin`, last of all: whether it is launched
+    while the one before it runs (programmatic dependent launch, of NVIDIA GPUs from Hopper on)."""
+    compiled = isinstance(attention.attend_kernel, triton.JITFunction)
+    nvidia = compiled and device.type == "cuda" and torch.version.hip is None
+    if nvidia and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,7 @@ class Rows:
         place, past: int64 [S], where its keys and values go, and those that tokens will see of its summary.
         cos, sin: [S, D / 2] in the dtype of the weights.
         x: [S, E], the stream.
+        overlap: of every launch, see `overlap_options`.
         list: int32 [S, P], the visible places of each song; count: how many there are, int64 [S].
         group: int64 [S], what the list was made for; -1 makes it anew.
     """
@@ -88,7 +106,10 @@ class Rows:
 
         self.slots, self.heads, self.dim, self.hidden = slots, heads, dim, hidden
         self.room, self.bars, self.places = room, bars, room + 2 * bars + 1
-        self.splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // (slots * heads) + 1) // 2))
+        self.overlap = overlap_options(device)
+        self._group = 1 if slots < _MANY else min(_MOST_HEADS, heads & -heads)
+        programs = slots * heads // self._group
+        self.splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // programs + 1) // 2))
         self.mode, self.place, self.past, self.count, self.group = (integers() for _ in range(5))
         self.list = numbers(self.places, dtype=torch.int32)
         self.cos, self.sin = numbers(dim // 2), numbers(dim // 2)
@@ -97,8 +118,18 @@ class Rows:
         shapes = (heads, self.splits, dim), (heads, self.splits), (heads, self.splits)
         self._parts = [numbers(*shape, dtype=torch.float32) for shape in shapes]
         self._done = numbers(heads, dtype=torch.int32)
-        self._rows = min(_MAX_ROWS, max(_MIN_ROWS, triton.next_power_of_2(slots)))
+        self._rows = 1 if slots == 1 else min(_MAX_ROWS, max(_MIN_ROWS, triton.next_power_of_2(slots)))
         self._tiles = triton.cdiv(slots, self._rows)
+        one = self._rows == 1
+        self._pairs = min(_ROW_PAIRS if one else _PAIRS, dim // 2)
+        self._columns = _ROW_COLUMNS if one else _COLUMNS
+        self._down_columns = _ROW_DOWN_COLUMNS if one else _DOWN_COLUMNS
+        self._head_columns = _ROW_HEAD_COLUMNS if one else _HEAD_COLUMNS
+        self._down_parts = 1 if one else _DOWN_PARTS
+        sums = (self._down_parts, slots, heads * dim)
+        self._down_sums = torch.zeros(sums, dtype=torch.float32, device=device)
+        tiles = (triton.cdiv(heads * dim, self._down_columns), self._tiles)
+        self._down_done = torch.zeros(tiles, dtype=torch.int32, device=device)
 
     def find_places(
         self,
@@ -121,13 +152,15 @@ class Rows:
         """
         tensors = bar_of, inst_of, kind_of, self.mode, position, bar, inst, self.group, self.list, self.count
         near = sum(1 << distance for distance in near_bars)
-        _list((self.slots,), tensors, (self.room, self.bars), NEAR=near, ALL=dense, BLOCK=2048, num_warps=8)
+        _list(
+            (self.slots,), tensors, (self.room, self.bars),
+            NEAR=near, ALL=dense, BLOCK=2048, num_warps=8, **self.overlap,
+        )  # fmt: skip
 
     def layer(self, weights: Weights, keys: Tensor, eps: float) -> None:
         """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows."""
         w, heads, half = weights, self.heads, self.dim // 2
-        width = heads * self.dim
-        pairs = min(_PAIRS, half)
+        width, rows, pairs, group = heads * self.dim, self._rows, self._pairs, self._group
         blocks = heads * half // pairs
         _project(
             (3 * blocks, self._tiles),
@@ -136,13 +169,16 @@ class Rows:
                 *(self._q, keys),
             ),
             (self.slots, self.places, eps),
-            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=self._block(width), num_warps=4,
+            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width, 2 * pairs),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
         _attend(
-            (self.slots, heads, self.splits),
+            (self.slots, heads // group, self.splits),
             (self._q, keys, self.list, self.count, self._attended, *self._parts, self._done),
-            (self.slots, self.places, self.dim**-0.5),
-            HEADS=heads, DIM=self.dim, SPLITS=self.splits, BLOCK=64, num_warps=4,
+            (self.slots, self.places, self.dim**-0.5 * _LOG2_E),
+            HEADS=heads, GROUP=group, DIM=self.dim, SPLITS=self.splits,
+            BLOCK=max(1, (_ONE_TILE if group == 1 else _MANY_TILE) // (group * self.dim)),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
         _attended(
             (3 * blocks, self._tiles),
@@ -151,27 +187,31 @@ class Rows:
                 *(self.x, keys),
             ),
             (self.slots, self.places),
-            HEADS=heads, HALF=half, ROWS=self._rows, PAIRS=pairs, BLOCK=self._block(width), num_warps=4,
+            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width, 2 * pairs),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
-        columns, rows = _COLUMNS, self._rows
         _gate(
-            (triton.cdiv(self.hidden, columns), self._tiles),
+            (triton.cdiv(self.hidden, self._columns), self._tiles),
             (self.x, w.norm_ffn, w.gate_up, self._hidden),
             (self.slots, eps),
-            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=columns, BLOCK=self._block(width),
-            num_warps=4,
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._columns,
+            BLOCK=self._block(width, 2 * self._columns),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
         _down(
-            (triton.cdiv(width, _DOWN_COLUMNS), self._tiles),
-            (self._hidden, w.down, self.x),
+            (*self._down_done.shape, self._down_parts),
+            (self._hidden, w.down, self.x, self._down_sums, self._down_done),
             (self.slots,),
-            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=_DOWN_COLUMNS, BLOCK=self._block(self.hidden),
-            num_warps=4,
+            WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._down_columns, SPLITS=self._down_parts,
+            BLOCK=self._block(self.hidden, self._down_columns),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
 
-    def _block(self, width: int) -> int:
+    def _block(self, width: int, columns: int) -> int:
         """Channels that a program loads at once: enough bytes on their way to hide how long memory takes, and
         few enough for three tiles of the rows, and of weights, in the shared memory of any GPU."""
+        if self._rows == 1:
+            return min(triton.next_power_of_2(width), _ROW_WEIGHTS // columns)
         size = self.x.element_size()
         return min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), triton.next_power_of_2(width))
 
@@ -185,12 +225,13 @@ class Rows:
             guesses: int64 [S, G]; a column above 0 gets the product with its gate added.
         """
         out = self.x.new_empty((self.slots, len(weight)), dtype=torch.float32)
-        width, columns = self.heads * self.dim, _HEAD_COLUMNS
+        width, columns = self.heads * self.dim, self._head_columns
         _head(
             (triton.cdiv(len(weight), columns), self._tiles),
             (self.x, gain, weight, gates, guesses, out),
             (self.slots, len(weight), eps),
-            WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns, BLOCK=self._block(width),
-            num_warps=4,
+            WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns,
+            BLOCK=self._block(width, columns),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
         return out

@@ -16,34 +16,70 @@ _READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
 
 
 @triton.jit
-def _rstd(x_ptr, row, row_mask, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[R, 1], what rows of x [rows, WIDTH] are multiplied with to be normed."""
-    squares = tl.zeros([row.shape[0]], tl.float32)
-    for first in tl.static_range(0, WIDTH, BLOCK):
-        k = first + tl.arange(0, BLOCK)
-        mask = row_mask[:, None] & (k < WIDTH)[None, :]
-        x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0).to(tl.float32)
-        squares += tl.sum(x * x, 1)
+def begin(OVERLAPS: tl.constexpr):
+    """First of all in a kernel: lets the next one be launched, and waits for the one before.
+
+    If OVERLAPS, launches of a graph overlap: a program is there when what it reads is. What was written by
+    any kernel before must not be read earlier than here.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _fetch(w_ptr, column, columns, WIDTH: tl.constexpr, OVERLAPS: tl.constexpr):
+    """Asks for rows `column` [C], of `columns`, of w [columns, WIDTH], before `begin` waits: weights are
+    there already."""
+    if OVERLAPS:
+        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        row = w_ptr + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * WIDTH
+        for start in tl.static_range(0, WIDTH, 8 * LINE):
+            line = tl.minimum(start + tl.arange(0, 8) * LINE, WIDTH - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row + line[None, :]], tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
+def _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH: tl.constexpr, NORMS: tl.constexpr):
+    """[R, K] of x [rows, WIDTH], in x's dtype, and what to multiply; if NORMS this has the gains on it."""
+    mask = row_mask[:, None] & (k < WIDTH)[None, :]
+    x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0)
+    scaled = x
+    if NORMS:
+        gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
+        scaled = x.to(tl.float32) * gain[None, :]
+        if x.shape[0] > 1:
+            scaled = scaled.to(x.dtype)
+    return x, scaled
+
+
+@triton.jit
+def _add_squares(squares, x):
+    """squares [R] + those of x [R, K]."""
+    x = x.to(tl.float32)
+    return squares + tl.sum(x * x, 1)
+
+
+@triton.jit
+def _rstd(squares, eps, WIDTH: tl.constexpr):
+    """[R, 1], what rows are multiplied with to be normed, by the sums of their squares [R]."""
     return (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
 
 
 @triton.jit
-def _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH: tl.constexpr, NORMS: tl.constexpr):
-    """[R, K] of x, normed if NORMS, in x's dtype."""
-    mask = row_mask[:, None] & (k < WIDTH)[None, :]
-    x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0)
-    if NORMS:
-        gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
-        x = (x.to(tl.float32) * rstd * gain[None, :]).to(x.dtype)
-    return x
-
-
-@triton.jit
 def _add_product(total, x, w_ptr, column, column_mask, k, WIDTH: tl.constexpr):
-    """total [R, C] + x [R, K] times the transpose of rows `column` of w [columns, WIDTH]."""
+    """total [R, C] + x [R, K] times the transpose of rows `column` of w [columns, WIDTH].
+
+    One row needs no matrix instructions, which would compute 16."""
     mask = column_mask[:, None] & (k < WIDTH)[None, :]
     w = tl.load(w_ptr + column.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0)
-    return tl.dot(x, tl.trans(w), total, input_precision="ieee")
+    if x.shape[0] == 1:
+        return total + tl.sum(w.to(tl.float32) * x.to(tl.float32), 1)[None, :]
+    else:
+        return tl.dot(x, tl.trans(w), total, input_precision="ieee")
 
 
 @triton.jit
@@ -57,18 +93,26 @@ def _modes(mode_ptr, row, rows):
 
 @triton.jit
 def _two_products(
-    x_ptr, gain_ptr, rstd, w_ptr, row, row_mask, column, APART: tl.constexpr, ok, WIDTH: tl.constexpr,
+    x_ptr, gain_ptr, eps, w_ptr, row, row_mask, column, APART: tl.constexpr, ok, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """[R, C] twice: x [rows, WIDTH], normed if NORMS, times the transpose of rows `column` of w, and of those
-    APART further. Nothing else reads `gain_ptr` and `rstd`."""
+    APART further. Nothing else reads `gain_ptr` and `eps`.
+
+    The norm's root is taken of the products, since a pass before them would wait for memory once more."""
     first = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     second = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    squares = tl.zeros([row.shape[0]], tl.float32)
     for start in range(0, WIDTH, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        x = _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH, NORMS)
-        first = _add_product(first, x, w_ptr, column, ok, k, WIDTH)
-        second = _add_product(second, x, w_ptr, column + APART, ok, k, WIDTH)
+        x, scaled = _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH, NORMS)
+        first = _add_product(first, scaled, w_ptr, column, ok, k, WIDTH)
+        second = _add_product(second, scaled, w_ptr, column + APART, ok, k, WIDTH)
+        if NORMS:
+            squares = _add_squares(squares, x)
+    if NORMS:
+        rstd = _rstd(squares, eps, WIDTH)
+        first, second = first * rstd, second * rstd
     return first, second
 
 
@@ -94,6 +138,7 @@ def project_kernel(
     x_ptr, gain_r_ptr, gain_s_ptr, w_r_ptr, w_s_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, q_ptr, keys_ptr,
     rows, places, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Norm, QKV and RoPE of x [rows, E]: queries to q [rows, HEADS, D], keys and values to place [rows]."""
     DIM: tl.constexpr = 2 * HALF
@@ -105,16 +150,18 @@ def project_kernel(
     row_mask = row < rows
     column = part * WIDTH + head * DIM + pair
     ok = pair < HALF
+    _fetch(w_r_ptr, column, 3 * WIDTH, WIDTH, OVERLAPS)
+    _fetch(w_r_ptr, column + HALF, 3 * WIDTH, WIDTH, OVERLAPS)
+    begin(OVERLAPS)
     mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
-    rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if some_read:
         first, second = _two_products(
-            x_ptr, gain_r_ptr, rstd, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
+            x_ptr, gain_r_ptr, eps, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
         )
     if some_summarize:
         first_s, second_s = _two_products(
-            x_ptr, gain_s_ptr, rstd, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
+            x_ptr, gain_s_ptr, eps, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
         )
         summarizes = (mode == _SUMMARIZES)[:, None]
         first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
@@ -136,6 +183,7 @@ def attended_kernel(
     o_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr, keys_ptr,
     rows, places,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Adds the output projection of o [rows, E] to x [rows, E], and writes what tokens see of summaries.
 
@@ -147,23 +195,27 @@ def attended_kernel(
     BLOCKS: tl.constexpr = HALF // PAIRS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
-    mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
-    summarizes = (mode == _SUMMARIZES)[:, None]
     block, part = tl.program_id(0) % (HEADS * BLOCKS), tl.program_id(0) // (HEADS * BLOCKS)
     head = block // BLOCKS
     pair = block % BLOCKS * PAIRS + tl.arange(0, PAIRS)
     column = head * DIM + pair
     ok = pair < HALF
     mask = row_mask[:, None] & ok[None, :]
+    if part == 0:
+        _fetch(w_r_ptr, column, WIDTH, WIDTH, OVERLAPS)
+        _fetch(w_r_ptr, column + HALF, WIDTH, WIDTH, OVERLAPS)
+    begin(OVERLAPS)
+    mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
+    summarizes = (mode == _SUMMARIZES)[:, None]
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if part == 0:
         if some_read:
             first, second = _two_products(
-                o_ptr, o_ptr, o_ptr, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
+                o_ptr, o_ptr, 0.0, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
             )
         if some_summarize:
             first_s, second_s = _two_products(
-                o_ptr, o_ptr, o_ptr, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
+                o_ptr, o_ptr, 0.0, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
             )
             first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
         ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
@@ -174,7 +226,7 @@ def attended_kernel(
     elif some_summarize:
         column += (part - 1) * WIDTH
         first, second = _two_products(
-            o_ptr, o_ptr, o_ptr, w_kv_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
+            o_ptr, o_ptr, 0.0, w_kv_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
         )
         if part == 1:
             first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
@@ -188,15 +240,17 @@ def attended_kernel(
 def gate_kernel(
     x_ptr, gain_ptr, w_ptr, out_ptr, rows, eps,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out [rows, HIDDEN]: silu of the gate times the rest, of the norm of x [rows, WIDTH]."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < HIDDEN
-    rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
+    _fetch(w_ptr, column, HIDDEN, WIDTH, OVERLAPS)
+    _fetch(w_ptr, column + HIDDEN, 2 * HIDDEN, WIDTH, OVERLAPS)
+    begin(OVERLAPS)
     gate, up = _two_products(
-        x_ptr, gain_ptr, rstd, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, True
+        x_ptr, gain_ptr, eps, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, True
     )
     out = gate * tl.sigmoid(gate) * up
     mask = row_mask[:, None] & ok[None, :]
@@ -205,30 +259,52 @@ def gate_kernel(
 
 @triton.jit
 def down_kernel(
-    hidden_ptr, w_ptr, x_ptr, rows,
+    hidden_ptr, w_ptr, x_ptr, parts_ptr, done_ptr, rows,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Adds hidden [rows, HIDDEN] times the transpose of w [WIDTH, HIDDEN] to x [rows, WIDTH]."""
+    """Adds hidden [rows, HIDDEN] times the transpose of w [WIDTH, HIDDEN] to x [rows, WIDTH].
+
+    The products are summed in SPLITS parts, float32 [SPLITS, rows, WIDTH], which the program that is the last
+    of its tile to be done joins in their order. done: int32 [WIDTH / COLUMNS, rows / ROWS], each rounded up,
+    zeros before and after.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < WIDTH
+    if SPLITS == 1:
+        _fetch(w_ptr, column, WIDTH, HIDDEN, OVERLAPS)
+    begin(OVERLAPS)
+    split = tl.program_id(2)
+    PART: tl.constexpr = (HIDDEN + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, HIDDEN, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        hidden = _tile(hidden_ptr, w_ptr, total, row, row_mask, k, HIDDEN, False)
+    for start in range(0, PART, BLOCK):
+        k = split * PART + start + tl.arange(0, BLOCK)
+        hidden, _ = _tile(hidden_ptr, w_ptr, row, row_mask, k, HIDDEN, False)
         total = _add_product(total, hidden, w_ptr, column, ok, k, HIDDEN)
     mask = row_mask[:, None] & ok[None, :]
-    ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
-    total += tl.load(ptrs, mask=mask, other=0).to(tl.float32)
-    tl.store(ptrs, total.to(x_ptr.dtype.element_ty), mask=mask)
+    offs = row[:, None] * WIDTH + column[None, :]
+    if SPLITS == 1:
+        total += tl.load(x_ptr + offs, mask=mask, other=0).to(tl.float32)
+        tl.store(x_ptr + offs, total.to(x_ptr.dtype.element_ty), mask=mask)
+    else:
+        size = rows * WIDTH
+        tl.store(parts_ptr + split * size + offs, total, mask=mask)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        done_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(done_ptr, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.load(x_ptr + offs, mask=mask, other=0).to(tl.float32)
+            for part in tl.static_range(SPLITS):
+                total += tl.load(parts_ptr + part * size + offs, mask=mask, other=0, cache_modifier=".cg")
+            tl.store(x_ptr + offs, total.to(x_ptr.dtype.element_ty), mask=mask)
+            tl.store(done_ptr, 0)
 
 
 @triton.jit
 def head_kernel(
     x_ptr, gain_ptr, w_ptr, gates_ptr, guess_ptr, out_ptr, rows, columns, eps,
     WIDTH: tl.constexpr, GUESSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Logits, float32 [rows, columns], of the norm of x [rows, WIDTH]. Those of the columns guess
     [rows, GUESSES], where these are above 0, get the product with gates [GUESSES, WIDTH] added."""
@@ -236,14 +312,19 @@ def head_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < columns
     number = tl.arange(0, 16)
-    rstd = _rstd(x_ptr, row, row_mask, eps, WIDTH, BLOCK)
+    _fetch(w_ptr, column, columns, WIDTH, OVERLAPS)
+    begin(OVERLAPS)
     total, gates = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, 16], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, WIDTH, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        x = _tile(x_ptr, gain_ptr, rstd, row, row_mask, k, WIDTH, True)
-        total = _add_product(total, x, w_ptr, column, ok, k, WIDTH)
+        x, scaled = _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH, True)
+        total = _add_product(total, scaled, w_ptr, column, ok, k, WIDTH)
         if GUESSES:
-            gates = _add_product(gates, x, gates_ptr, number, number < GUESSES, k, WIDTH)
+            gates = _add_product(gates, scaled, gates_ptr, number, number < GUESSES, k, WIDTH)
+        squares = _add_squares(squares, x)
+    rstd = _rstd(squares, eps, WIDTH)
+    total, gates = total * rstd, gates * rstd
     for i in tl.static_range(GUESSES):
         guess = tl.load(guess_ptr + row * GUESSES + i, mask=row_mask, other=0)
         gate = tl.sum(tl.where((number == i)[None, :], gates, 0), 1)

@@ -3,8 +3,8 @@
 Both are contiguous in a row, so that four numbers per summary define the mask: it needs no plan. A program
 takes OWN summaries, at most the BM rows of its tile, and the keys that any of them sees; few of these pairs
 are masked. The fewer its summaries, the fewer bars it reads one after the other; the more, the fewer times
-earlier summaries are read. Every regular token is seen by exactly one summary: its gradients need no reduction
-and no matrix instruction. Names and shapes are those of `tiles`.
+earlier summaries are read. Every regular token is seen by exactly one summary: its gradients need no
+reduction and no matrix instruction. Names and shapes are those of `tiles`.
 """
 
 import torch

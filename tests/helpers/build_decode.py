@@ -25,7 +25,7 @@ NAMES = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 def build(self, programs, tensors, numbers, **constants) -> None:

@@ -8,7 +8,7 @@ It loads the state before it stores any of it.
 import triton
 import triton.language as tl
 
-from ...kernels.decode_products import READS, SUMMARIZES
+from ...kernels.decode_products import READS, SUMMARIZES, begin
 from ...tokens import vocab
 from ..steering import MOST, PER_NOTE
 from . import tables as t
@@ -112,9 +112,10 @@ def draw_kernel(
     within_ptr, pitches_ptr, chords_ptr, of_chords_ptr, of_pitches_ptr, density_ptr, place_ptr,
     temperature_ptr, top_p_ptr, min_p_ptr, of_kind_ptr, queue_ptr, position_ptr, bars_ptr, drawn_ptr,
     column_ptr, slots, room, bars_room, queue_room,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Draws from logits, float32 [S, VOCAB_SIZE], and brings all state up to date."""
+    begin(OVERLAPS)
     s = tl.program_id(0).to(tl.int64)
     mode = tl.load(mode_ptr + s)
     column = tl.load(column_ptr)

@@ -50,7 +50,7 @@ class FusedStep(Step):
             (slots, reader.room, reader.bar_room, self.cache.bars),
             WIDTH=width, HALF=rows.dim // 2, BY_INDEX=self._by_index, USES=self._uses,
             DENSE=self._model.config.dense, BLOCK=_TOKENS, WIDTH_BLOCK=triton.next_power_of_2(width),
-            HALF_BLOCK=rows.dim // 2, num_warps=8,
+            HALF_BLOCK=rows.dim // 2, num_warps=8, **rows.overlap,
         )  # fmt: skip
         logits = forward.logits(reader.position, self._bar, reader.inst, self._guesses)
         draft, grammar, sampling = self.draft, self.draft.grammar, self.sampling
@@ -65,5 +65,6 @@ class FusedStep(Step):
             ),
             (slots, reader.room, reader.bar_room, self.queue.shape[1]),
             COLUMNS=BLOCK, BLOCK=triton.next_power_of_2(vocab.VOCAB_SIZE), num_warps=8,
+            **rows.overlap,
         )  # fmt: skip
         self.column.add_(1).remainder_(BLOCK)

@@ -7,7 +7,7 @@ loads the state before it stores any of it; what it has just written, it knows.
 import triton
 import triton.language as tl
 
-from ...kernels.decode_products import READS, SUMMARIZES
+from ...kernels.decode_products import READS, SUMMARIZES, begin
 from ...kernels.structure import NO_INSTRUMENT
 from ...model.inputs import BAR_ENDS
 from ...tokens import vocab
@@ -65,7 +65,7 @@ def read_kernel(
     tokens_ptr, places_ptr, bar_of_ptr, inst_of_ptr, kind_of_ptr, onset_of_ptr,
     slots, room, bars_room, summaries,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BY_INDEX: tl.constexpr, USES: tl.constexpr, DENSE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Reads, or prepares a summary; fills the rows x [S, WIDTH], cos and sin [S, HALF], mode, place, past,
     bar, and guess [S, 6].
@@ -75,6 +75,7 @@ def read_kernel(
     `bars_room` bars, and the keys of `summaries`.
     frequency: float32 [HALF], of the pairs of channels, of which BY_INDEX are rotated by the token's index.
     """
+    begin(OVERLAPS)
     s = tl.program_id(0).to(tl.int64)
     step_ptr += s
     reader_ptr += s
