@@ -19,6 +19,7 @@ from meloformer.tokens import vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.model_cases import tiny_model
+from helpers.plan_cases import DEVICE
 
 CONFIG = ModelConfig(layers=1, dim=32, heads=1, ffn=40)
 ROOM, BARS = 200, 40
@@ -26,7 +27,9 @@ ROOM, BARS = 200, 40
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """The interpreter is slow."""
+    """The interpreter is slow; tiles as large do not fit into the shared memory of a GPU."""
+    if DEVICE != "cpu":
+        return
     for name, value in (("_HEAD_COLUMNS", 2048), ("_PROGRAMS", 4), ("_PAIRS", 16), ("_COLUMNS", 64)):
         monkeypatch.setattr(decode, name, value)
     monkeypatch.setattr(decode, "_DOWN_COLUMNS", 32)

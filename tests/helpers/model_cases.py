@@ -1,6 +1,8 @@
 """Tiny models for tests, and which of their inputs influence an output."""
 
 from dataclasses import replace
+from itertools import groupby
+from random import Random
 
 import torch
 
@@ -10,6 +12,10 @@ from meloformer.tokens import vocab
 from helpers.attention_cases import NEAR_BARS_OF, ORIGINAL
 
 TINY = ModelConfig(layers=2, dim=32, heads=2, ffn=48, **ORIGINAL)
+_ANYWHERE = torch.tensor(
+    [i for i in range(vocab.VOCAB_SIZE) if vocab.family_of(i) not in (vocab.BAND, vocab.CHORD, vocab.INST)]
+)
+_BAND_SIZE, _TOKENS_PER_GROUP = 8, 6
 
 
 def of_rule(kind_rule: str) -> ModelConfig:
@@ -27,17 +33,29 @@ def tiny_model(config: ModelConfig = TINY, dtype=torch.float64) -> MeloFormer:
 
 
 def random_ids(batch, length=None, seed=0):
-    """Ids [B, length] of no grammar, but that a CHORD begins each bar, and stands nowhere else."""
+    """Ids [B, length] of no grammar, but that a CHORD begins each bar, then in the first bar of a song BAND
+    tokens, each another; that the INST of a bar are some of them, in their order; and that these families
+    stand nowhere else. So no token is one of `forbidden_instruments`."""
     length = max(sum(map(len, row)) for row in batch) if length is None else length
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab.VOCAB_SIZE, (len(batch), length), generator=generator)
-    is_chord = (ids >= vocab.CHORD.start) & (ids < vocab.CHORD.stop)
-    ids = torch.where(is_chord, ids - vocab.CHORD.start + vocab.BPM.start, ids)
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    ids = _ANYWHERE[torch.randint(0, len(_ANYWHERE), (len(batch), length), generator=generator)]
     chords = torch.randint(vocab.CHORD.start, vocab.CHORD.start + 6, ids.shape, generator=generator)
     for row, songs in enumerate(batch):
-        bars = [(number, token.bar) for number, song in enumerate(songs) for token in song]
-        begins = [i for i, bar in enumerate(bars) if i == 0 or bar != bars[i - 1]]
-        ids[row, begins] = chords[row, begins]
+        start = 0
+        for song in songs:
+            band = None
+            for _, bar in groupby(range(len(song)), key=lambda i: song[i].bar):
+                first, *rest = (start + i for i in bar)
+                ids[row, first] = chords[row, first]
+                if band is None:
+                    size = min(_BAND_SIZE, len(rest))
+                    band = random.sample(range(len(vocab.BAND)), size)
+                    ids[row, rest[:size]] = vocab.BAND.start + torch.tensor(band, dtype=torch.int64)
+                    rest = rest[size:]
+                heads = sorted(random.sample(rest, min(len(band), len(rest) // _TOKENS_PER_GROUP)))
+                players = [band[i] for i in sorted(random.sample(range(len(band)), len(heads)))]
+                ids[row, heads] = vocab.INST.start + torch.tensor(players, dtype=torch.int64)
+            start += len(song)
     return ids
 
 

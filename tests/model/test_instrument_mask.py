@@ -16,6 +16,7 @@ from meloformer.tokens.vocab import CHORD, INST
 from meloformer.training.distributed import start_job
 from meloformer.training.trainer import Trainer
 
+from helpers import compiled_layers, random_batches
 from helpers.tiny_train import TINY
 from helpers.training import config
 
@@ -93,3 +94,29 @@ def test_the_loss_is_over_the_other_instruments_alone(data, tmp_path):
     figures, _ = stepper.update(0.0)()
     assert figures.loss == pytest.approx(expected.item() / batch.num_targets, rel=1e-5)
     assert torch.equal(stepper.logits(batch).isneginf(), masked)
+
+
+def batches_of_random_tokens():
+    """(ids, targets, structure) as tests of training on GPUs and of compiled layers make them."""
+    full = random_batches.make_batch(0, random_batches.LENGTH, random_batches.SUMMARIES, (0, 33, 128))
+    for batch in [full, *random_batches.varied(53)]:
+        yield batch.ids, batch.targets, batch.structure
+    for structure, ids in compiled_layers.batches(20):
+        yield ids, torch.nn.functional.pad(ids[:, 1:], (0, 1)).where(structure.doc >= 0, -100), structure
+
+
+def test_random_tokens_of_tests_are_never_what_the_loss_leaves_out():
+    """Their loss would be infinite."""
+    instruments, left_out = 0, []
+    for ids, targets, structure in batches_of_random_tokens():
+        forbidden = forbidden_instruments(ids, structure)
+        is_inst = torch.from_numpy(INST.mask(targets.numpy()))
+        assert not forbidden[is_inst].gather(1, targets[is_inst][:, None] - INST.start).any()
+        instruments += int(is_inst.sum())
+        left_out.append(forbidden[structure.doc >= 0].float().mean().item())
+        # A GPU would take any of two places of an instrument in the list.
+        is_band = torch.from_numpy(vocab.BAND.mask(ids.numpy()))
+        rows = torch.arange(len(ids))[:, None].expand_as(ids)
+        listed = torch.stack([rows[is_band], structure.doc[is_band], ids[is_band]])
+        assert listed.unique(dim=1).shape == listed.shape and (listed[1] >= 0).all()
+    assert instruments > 5000 and 0.9 < min(left_out) <= max(left_out) < 1
