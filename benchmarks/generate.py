@@ -1,211 +1,39 @@
-"""Speed of generation: decoding from caches against recomputing, and against a dense model with a cache.
+"""`python -m benchmarks.generate`: decoding from caches against recomputing, and against a dense model.
 
-Models have random weights. So that bars are as long as in songs, the tokens of composed songs follow the
-prompt whatever the model draws; all else is as in generation: the grammar, draws, one token at a time.
+Writes a JSON file after every row, and a page with a chart from it; `--from` makes the page from earlier
+files. Models have random weights. See docs/benchmarks.md.
 """
 
 from meloformer import idle_threads  # noqa: F401
 
 # isort: split
-import time
-from collections.abc import Callable, Iterator
-from functools import cache
+import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import folder_report, step_kernels
-from benchmarks.common.machine import describe, provenance
-from benchmarks.common.markdown import table
+from benchmarks.common.machine import describe
+from benchmarks.common.results_file import load, save, write
+from benchmarks.generating.bandwidth import peak
+from benchmarks.generating.measure import GRAPHS, INT8, METHODS, kernels, speed, waits
+from benchmarks.generating.page import device_of, joined, page
 from meloformer import cli
-from meloformer.composer.compose import compose
 from meloformer.errors import UserError
-from meloformer.generation.decoder import Decoder
-from meloformer.generation.device.loop import Slots, require_gpu
+from meloformer.generation.device.loop import require_gpu
 from meloformer.generation.device.step import BLOCK
-from meloformer.generation.draft import Draft
-from meloformer.generation.loop import MAX_CONTEXT, write
+from meloformer.generation.loop import MAX_CONTEXT
 from meloformer.generation.rows import require_int8
-from meloformer.generation.sampling import Sampling
 from meloformer.model.device import pick_device
 from meloformer.model.transformer import SIZES, MeloFormer
-from meloformer.tokens import vocab
-from meloformer.tokens.tokenizer import HIDTokenizer
 
-METHODS = ("cache", "recompute", "dense")
-GRAPHS = {"graphs": "cache", "dense_graphs": "dense"}  # the same by CUDA graphs
-SONGS = 8  # different ones in a batch: they take long to compose
+FORMAT = "meloformer generation 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-INT8 = "int8"  # a method for the CPU alone
+LEAST_PROMPT = 512
 
 
-class Replayed:
-    """In place of `Sampling`: draws, and then takes the next token of a song."""
-
-    def __init__(self, ids: np.ndarray):
-        self._sampling, self._ids = Sampling(top_p=0.95), iter(ids.tolist())
-
-    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
-        self._sampling.draw(logits, generator)
-        return next(self._ids)
-
-
-@cache
-def song(seed: int, context: int, tokens: int) -> tuple[np.ndarray, int]:
-    """Ids of a composed song that are more than `context + tokens`, and where its last bar line is before
-    `context`."""
-    bars = 8
-    while len(ids := HIDTokenizer().encode(compose(seed, bars=bars))) < context + tokens:
-        bars *= 2
-    lines = np.flatnonzero(vocab.CHORD.mask(ids))
-    return ids, int(lines[np.searchsorted(lines, context, side="right") - 1])
-
-
-def draft(seed: int, context: int, tokens: int) -> Draft:
-    """A composed song, of which about `context` tokens, up to a bar line, are the prompt."""
-    ids, begin = song(seed % SONGS, context, tokens)
-    return Draft(ids[:begin], max_tokens=tokens, sampling=Replayed(ids[begin:-1]))
-
-
-def by_graphs(model: MeloFormer, batch: int, context: int, tokens: int) -> tuple[list[Draft], Slots]:
-    """The same songs, which the device draws and then takes from a queue."""
-    songs = [song(seed % SONGS, context, tokens) for seed in range(batch)]
-    drafts = [Draft(ids[:begin], max_tokens=tokens, sampling=Sampling(top_p=0.95)) for ids, begin in songs]
-    queues = [ids[begin : begin + tokens].tolist() for ids, begin in songs]
-    return drafts, Slots(model, drafts, MAX_CONTEXT, slots=batch, queues=queues)
-
-
-def recompute(model: MeloFormer, drafts: list[Draft]) -> Iterator[int]:
-    """As `write` does, with a pass over the whole song for every token."""
-    decoder = Decoder(model, len(drafts))
-    while any(not draft.finished for draft in drafts):
-        for number, draft in enumerate(drafts):
-            draft.append_required()  # also finds what may come next
-            draft.draw(decoder.prefill([number], np.array(draft.ids)).float().cpu())
-            yield number
-
-
-def memory_per_song(model: MeloFormer, ids: list[int]) -> int:
-    """Bytes of the caches of a song that is so far."""
-    decoder = Decoder(model)
-    decoder.prefill([0], np.array(ids[:-1]))
-    decoder.step([0], ids[-1:])
-    return sum(tensor.nbytes for tensor in vars(decoder.cache).values())
-
-
-def measure(
-    model: MeloFormer, method: str, context: int, batch: int, tokens: int
-) -> dict[str, float | int | str]:
-    """A row: so many tokens for each song of the batch, after the first of each."""
-    for seed in range(min(batch, SONGS)):
-        song(seed, context, tokens + 1)
-    run: Callable[[], Iterator[int]]
-    if method in GRAPHS:
-        drafts, slots = by_graphs(model, batch, context, tokens + 1)
-        run = slots.write
-    else:
-        drafts = [draft(seed, context, tokens + 1) for seed in range(batch)]
-        run = (
-            (lambda: recompute(model, drafts))
-            if method == "recompute"
-            else (lambda: write(model, drafts, MAX_CONTEXT, "auto", method == INT8))
-        )
-    # Of graphs the clock starts when the second block of steps is done, and the tokens after it are counted.
-    ahead = BLOCK * batch if method in GRAPHS else 0
-    begun = time.perf_counter()
-    turns = run()
-    for _ in range(batch):
-        next(turns)
-    first = time.perf_counter() - begun
-    for _ in range(ahead):
-        next(turns)
-    wall, cpu = time.perf_counter(), time.process_time()
-    count = sum(1 for _ in turns) - ahead
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    if method in GRAPHS:
-        memory = slots.step.cache.keys.nbytes // batch
-    else:
-        memory = 0 if method == "recompute" else memory_per_song(model, drafts[0].ids)
-    return {
-        "method": method,
-        "prompt": sum(draft.begin for draft in drafts) // batch,
-        "batch": batch,
-        "tokens": count,
-        "first_token_s": first,
-        "tokens_per_s": count / wall,
-        "tokens_per_cpu_s": count / cpu,
-        "cache_bytes": memory,
-    }
-
-
-def kernels_of(model: MeloFormer, context: int, batch: int) -> list[dict[str, float | str]]:
-    """By kernel, what a step takes when such songs are written by graphs."""
-    _, slots = by_graphs(model, batch, context, 6 * BLOCK)
-    turns = slots.write()
-    for _ in range(BLOCK * batch):
-        next(turns)
-
-    def two_blocks() -> None:
-        for _ in range(2 * BLOCK * batch):
-            next(turns)
-
-    return step_kernels.profiled(two_blocks, once="draw_kernel")
-
-
-def page(result: dict) -> str:
-    """The figures as a Markdown page."""
-    head = [
-        "size",
-        "method",
-        "prompt",
-        "songs",
-        "first token, s",
-        "tokens/s",
-        "tokens per CPU second",
-        "MB a song",
-    ]
-    rows = [
-        [
-            row["size"],
-            row["method"],
-            f"{row['prompt']:,}",
-            f"{row['batch']}",
-            f"{row['first_token_s']:.2f}",
-            f"{row['tokens_per_s']:,.1f}",
-            f"{row['tokens_per_cpu_s']:,.1f}",
-            f"{row['cache_bytes'] / 1e6:,.1f}" if row["cache_bytes"] else "",
-        ]
-        for row in result["rows"]
-    ]
-    kernels = "".join(
-        f"Of a step of {row['batch']} songs, {row['size']}, prompt of {row['prompt']:,}:\n\n"
-        + table(
-            ["kernel", "launches", "microseconds"],
-            [[one["kernel"], f"{one['launches']:.1f}", f"{one['us']:.1f}"] for one in row["kernels"]],
-        )
-        + "\n"
-        for row in result["rows"]
-        if "kernels" in row
-    )
-    return (
-        f"# Speed of generation\n\n{table(head, rows, left=2)}\n"
-        "*cache*: as `generate` does it. *recompute*: a pass over the whole song for each token. *dense*: a "
-        "dense model of as many parameters, with a cache. *graphs*, *dense_graphs*: by CUDA graphs, whose "
-        f"tokens come {BLOCK} steps at a time, after what is recorded once for each batch size. *int8*: as "
-        "`generate --int8` does it. Prompts end "
-        "at a bar line; tokens are counted from the second on, over all songs of the batch; the first token "
-        "includes reading the prompts. Weights are random, and the tokens of composed songs follow whatever "
-        "is drawn, so that bars have the length of songs. "
-        f"In {result['dtype']}, {result['threads']} CPU threads. CPU seconds are those of all threads: on a "
-        "machine that other work shares they say more than the time that passed. The last column is the "
-        "memory of the caches of one song, with the room they have to grow.\n\n"
-        f"{kernels}Made by `python -m benchmarks.generate` on {provenance(result['machine'])}.\n"
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m benchmarks.generate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--sizes", default="small", help="sizes of models, separated by commas")
@@ -214,42 +42,115 @@ def main(argv: list[str] | None = None) -> None:
     add("--batches", default="1", help="songs that are written side by side, separated by commas")
     add("--tokens", type=cli.positive_int, default=256, help="new tokens of each song")
     add("--recomputed", type=cli.positive_int, default=8, help="the same where each costs a whole pass")
+    add("--prompts", default="20000", help="also the time to read prompts of so many tokens; 0: none")
+    add("--song_bars", type=int, default=64, help="also the time of a whole song of so many bars; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="float32", choices=DTYPES, help="of weights and caches")
     add("--kernels", action="store_true", help="also what each kernel takes in a step of `graphs`")
     add("--threads", type=cli.positive_int, help="CPU threads; without it what PyTorch chooses")
-    add("--json", type=Path, help="write the figures to this file, and a page beside it")
-    args = parser.parse_args(argv)
+    add("--json", type=Path, help="write the figures to this file, and a page with a chart beside it")
+    sources = "make the page from these results of one device instead of measuring"
+    add("--from", nargs="+", type=Path, dest="sources", metavar="JSON", help=sources)
+    add("--output", type=Path, metavar="PAGE.md", help="the page of --from, with its chart beside it")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if args.sources:
+        if args.output is None or args.output.suffix != ".md":
+            raise UserError("--from: needs --output PAGE.md, the page to write")
+        results = [load(source, FORMAT, "benchmarks.generate") for source in args.sources]
+        publish(results, args.sources, args.output)
+        return
+    if args.output is not None:
+        raise UserError("--output: is for --from; --json FILE writes its page beside FILE")
+    result = measure_all(args)
+    publish([result], [args.json or Path("this run")], args.json and args.json.with_suffix(".md"))
+
+
+def measure_all(args: argparse.Namespace) -> dict:
+    """Measures every row; after each, all figures so far are written to `--json`.
+
+    Raises:
+        UserError: an option is wrong, or cannot be measured on the device.
+    """
     sizes, methods = args.sizes.split(","), args.methods.split(",")
     for flag, names, known in (("--sizes", sizes, SIZES), ("--methods", methods, (*METHODS, INT8, *GRAPHS))):
         if unknown := set(names) - set(known):
             raise UserError(f"{flag}: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    try:
-        contexts, batches = ([int(n) for n in text.split(",")] for text in (args.contexts, args.batches))
-    except ValueError:
-        raise UserError("--contexts, --batches: take whole numbers, separated by commas") from None
-    if min(contexts) < 512 or min(batches) < 1:
-        raise UserError("--contexts must be 512 or more, --batches 1 or more")
+    contexts, batches = _numbers("--contexts", args.contexts), _numbers("--batches", args.batches)
+    prompts = [] if args.prompts == "0" else _numbers("--prompts", args.prompts)
+    if min(contexts) < LEAST_PROMPT or min(batches) < 1:
+        raise UserError(f"--contexts must be {LEAST_PROMPT} or more, --batches 1 or more")
+    if not all(LEAST_PROMPT <= length <= MAX_CONTEXT - 2 * BLOCK for length in prompts):
+        raise UserError(f"--prompts must be {LEAST_PROMPT} to {MAX_CONTEXT - 2 * BLOCK}, or 0 for none")
+    if args.song_bars < 0:
+        raise UserError("--song_bars must be 0 or more")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, rows = pick_device(args.device), []
+    device = pick_device(args.device)
     if set(methods) & set(GRAPHS):
         require_gpu(device)
         if args.tokens < 3 * BLOCK:
             raise UserError(f"--tokens must be {3 * BLOCK} or more for {', '.join(GRAPHS)}")
     if INT8 in methods:
         require_int8(device)
+
+    def model_of(size: str, dense: bool) -> MeloFormer:
+        torch.manual_seed(0)
+        config = SIZES[size].as_dense() if dense else SIZES[size]
+        return MeloFormer(config).to(device, DTYPES[args.dtype]).eval()
+
+    result: dict = {
+        "format": FORMAT,
+        "machine": describe(),
+        "device": device.type,
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "rows": [],
+        "waits": [],
+    }
+    waited = next((name for name in ("graphs", "cache") if name in methods), None)
+    for size in sizes if waited else ():  # before all else: the first time is one
+        rows = waits(model_of(size, dense=False), waited == "graphs", prompts, args.song_bars)
+        result["waits"].append({"size": size, "method": waited, "rows": rows})
+    result["peak"] = peak(device)
     cases = [(s, m, c, b) for s in sizes for m in methods for c in contexts for b in batches]
     for size, method, context, batch in tqdm(cases, unit="row"):
-        torch.manual_seed(0)
-        config = SIZES[size].as_dense() if GRAPHS.get(method, method) == "dense" else SIZES[size]
-        model = MeloFormer(config).to(device, DTYPES[args.dtype]).eval()
+        model = model_of(size, GRAPHS.get(method, method) == "dense")
         tokens = args.recomputed if method == "recompute" else args.tokens
-        rows.append({"size": size, **measure(model, method, context, batch, tokens)})
+        row = speed(model, method, context, batch, tokens, max(result["peak"].values()))
+        result["rows"].append({"size": size, **row})
         if args.kernels and method == "graphs":
-            rows[-1]["kernels"] = kernels_of(model, context, batch)
-    result = {"rows": rows, "dtype": args.dtype, "threads": torch.get_num_threads(), "machine": describe()}
-    folder_report.publish(result, page(result), args.json)
+            result["rows"][-1]["kernels"] = kernels(model, context, batch)
+        if args.json:
+            save(result, args.json)
+    return result
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag}: takes whole numbers, separated by commas") from None
+
+
+def publish(results: list[dict], sources: list[Path], target: Path | None) -> None:
+    """Prints the page; with `target`, writes it there and its chart beside it."""
+    names, picture = [source.name for source in sources], None
+    result = joined(results, names)
+    if target is not None and find_spec("matplotlib") is None:
+        print("no chart: matplotlib is not installed; --from makes the page with it elsewhere")
+    elif target is not None:
+        from benchmarks.generating.chart import draw
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture = draw(result["rows"], f"{device_of(result)} · {result['dtype']}", target)
+    text = page(results, names, picture, BLOCK)
+    print(text)
+    if target is not None:
+        write(target, text)
 
 
 if __name__ == "__main__":

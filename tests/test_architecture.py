@@ -26,7 +26,7 @@ ABOVE["training"] = set(ABOVE) | {"training"}
 BENCHMARKS = {
     "common": set(),
     "songs": set(),
-    **{folder: {"common", "songs"} for folder in ("attention", "training", "learning", "generated")},
+    **dict.fromkeys(("attention", "training", "learning", "generated", "generating"), {"common", "songs"}),
 }
 COMMANDS = {"train", "preprocess", "generate", "export", "demo", "compose"}
 
