@@ -26,7 +26,10 @@ ABOVE["training"] = set(ABOVE) | {"training"}
 BENCHMARKS = {
     "common": set(),
     "songs": set(),
-    **dict.fromkeys(("attention", "training", "learning", "generated", "generating"), {"common", "songs"}),
+    **{
+        folder: {"common", "songs"}
+        for folder in ("attention", "training", "learning", "generated", "generating")
+    },
 }
 COMMANDS = {"train", "preprocess", "generate", "export", "demo", "compose"}
 

@@ -76,10 +76,11 @@ def speed(
     count = sum(1 for _ in turns) - ahead
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if method in GRAPHS:
-        memory = slots.step.cache.keys.nbytes // batch
+        memory = slots.step.cache.keys.nbytes // len(slots.step.pending)
     else:
         memory = 0 if method == "recompute" else memory_per_song(model, drafts[0].ids)
-    steps = bytes_of_steps(model, method, context, batch, tokens)
+    waiting = method in GRAPHS and len(slots.step.pending) < batch  # for others to end
+    steps = [] if waiting else bytes_of_steps(model, method, context, batch, tokens)
     return {
         "method": method,
         "context": context,
@@ -98,7 +99,8 @@ def speed(
 def bytes_of_steps(model: MeloFormer, method: str, context: int, batch: int, tokens: int) -> list[int]:
     """What each of the steps that `speed` times must read, see `StepBytes`.
 
-    None where a pass over the whole song takes the place of a step, or a song outgrows what the model sees.
+    There are none where a pass over the whole song takes the place of a step, or a song outgrows what the
+    model sees.
     """
     songs = [song(seed, context, tokens + 1) for seed in range(min(batch, SONGS))]
     if method == "recompute" or max(begin for _, begin in songs) + tokens + 1 >= MAX_CONTEXT:
@@ -162,8 +164,11 @@ def waits(model: MeloFormer, graphs: bool, prompts: list[int], bars: int) -> lis
     return rows
 
 
-def _begin(model: MeloFormer, graphs: bool) -> None:
-    next(write_whole(model, 8, graphs))
+def _begin(model: MeloFormer, graphs: bool) -> Iterator[int]:
+    """Write the first token of a new song; returns what would write the others."""
+    turns = write_whole(model, 8, graphs)
+    next(turns)
+    return turns
 
 
 def _times(model: MeloFormer, run: Callable[[], object]) -> dict[str, float]:
@@ -175,7 +180,8 @@ def _times(model: MeloFormer, run: Callable[[], object]) -> dict[str, float]:
 
 def _seconds(model: MeloFormer, run: Callable[[], object]) -> float:
     begun = time.perf_counter()
-    run()
+    kept = run()  # until the device is done with it
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+    del kept
     return time.perf_counter() - begun

@@ -22,7 +22,8 @@ MEANINGS = """\
 - **Share of bandwidth**: these bytes over the time of the steps, over what a plain pass over a big buffer
   read or copied in a second in the same run, the faster of both: so of what the machine reaches, not of its
   data sheet. The caches of a processor can make it more than 100 %. There is none for *recompute*, whose
-  passes are bound by arithmetic, nor where a song outgrows what the model sees at once.
+  passes are bound by arithmetic, nor where a song outgrows what the model sees at once, or memory does not
+  suffice for all songs side by side.
 - **Waiting** is with one song. *First time* is in a fresh process, before everything else: kernels are
   compiled or taken from caches on disk, and there is no warm-up. *Later* is the median of later times. By
   graphs the first token includes recording the graph and comes with the others of its block. Reading a
