@@ -24,11 +24,13 @@ MEANINGS = """\
   data sheet. The caches of a processor can make it more than 100 %. There is none for *recompute*, whose
   passes are bound by arithmetic, nor where a song outgrows what the model sees at once, or memory does not
   suffice for all songs side by side.
-- **Waiting** is with one song. *First time* is in a fresh process, before everything else: kernels are
-  compiled or taken from caches on disk, and there is no warm-up. *Later* is the median of later times. By
-  graphs the first token includes recording the graph and comes with the others of its block. Reading a
-  prompt is the pass over it that fills the caches. A whole song is written from nothing, with the room that
-  `generate` gives it.
+- **Waiting** is with one song, once the model is loaded. *First time* is the first with this size in the
+  process, without warm-up: kernels are compiled or taken from caches on disk. *Later* is the median of later
+  times. By graphs the first token includes recording the graph and comes with the others of its block.
+  Reading a prompt is the pass over it that fills the caches. A whole song is written from nothing, with the
+  room that `generate` gives it.
+- **Kernels of a step** are those of `graphs`, by the profiler over two blocks of steps. Where a kernel begins
+  while the one before it ends, the time of both counts, so that together they may exceed the step.
 """
 KEY = ("size", "method", "context", "batch")
 

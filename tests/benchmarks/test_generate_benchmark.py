@@ -1,6 +1,7 @@
 """The benchmark of generation, on a tiny model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,15 @@ def test_files_of_one_device_become_one_page(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             module.main(args)
+
+
+def test_the_committed_page_is_that_of_its_figures(tmp_path):
+    results = Path(module.__file__).parent / "results"
+    module.main(
+        ["--from", str(results / "generation_cpu.json"), "--output", str(tmp_path / "generation_cpu.md")]
+    )
+    assert (tmp_path / "generation_cpu.md").read_text() == (results / "generation_cpu.md").read_text()
+    assert (results / "generation_cpu_speed.png").is_file()
 
 
 def test_songs_by_graphs_are_counted_from_the_second_block_on(monkeypatch, tmp_path):
