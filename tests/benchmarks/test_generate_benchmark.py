@@ -119,6 +119,7 @@ def test_kernels_are_told_by_step(monkeypatch, tmp_path):
         return rows
 
     monkeypatch.setattr(step_kernels, "profiled", profiled)
+    monkeypatch.setattr(module, "waits", lambda *_: [])  # which take long without kernels
     _, page = run("--methods", "graphs", "--tokens", "96", "--kernels", *NO_WAITS, folder=tmp_path)
     assert "| `project_kernel` | 12.0 | 30.0 | 59% |" in page and "| together | 15.0 | 51.0 |  |" in page
 
