@@ -18,16 +18,15 @@ from .launch_cache import Launcher
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
 _LOG2_E = log2(2.718281828459045)
 _MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
-_PROGRAMS = 512  # of attention: as many parts of the lists of keys as make about so many
-_MOST_PARTS = 32
-_MOST_HEADS, _MANY = 8, 8  # heads that a program of attention takes, if there are so many songs
+_PROGRAMS = 1024  # of attention: as many parts of the lists of keys as make about so many
+_MOST_PARTS = 16
+_MOST_HEADS, _MANY = 4, 8  # heads that a program of attention takes, if there are so many songs
 _ONE_TILE, _MANY_TILE = 4096, 8192  # numbers of a tile of keys, for one head and for several
 _DOWN_PARTS = 4  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
 _PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 8, 16
-_ROW_PAIRS, _ROW_COLUMNS, _ROW_DOWN_COLUMNS, _ROW_HEAD_COLUMNS = 4, 8, 4, 8
-_ROW_WEIGHTS = 16384  # of one row a program takes whole rows of weights, but at most so many at once
+_ROW_PAIRS, _ROW_COLUMNS, _ROW_DOWN_COLUMNS, _ROW_HEAD_COLUMNS = 2, 8, 2, 8
 
 _list, _attend = Launcher(attention.list_kernel), Launcher(attention.attend_kernel)
 _project, _attended = Launcher(products.project_kernel), Launcher(products.attended_kernel)
@@ -36,12 +35,13 @@ _gate, _down, _head = (
 )
 
 
-def overlap_options(device: torch.device) -> dict[str, bool]:
+def overlap_options(device: torch.device, slots: int) -> dict[str, bool]:
     """For the launch of a kernel that calls `decode_products.begin`, last of all: whether it is launched
-    while the one before it runs (programmatic dependent launch, of NVIDIA GPUs from Hopper on)."""
+    while the one before it runs (programmatic dependent launch, of NVIDIA GPUs from Hopper on). With many
+    songs, programs that wait take room from those that run."""
     compiled = isinstance(attention.attend_kernel, triton.JITFunction)
     nvidia = compiled and device.type == "cuda" and torch.version.hip is None
-    if nvidia and torch.cuda.get_device_capability(device)[0] >= 9:
+    if slots == 1 and nvidia and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
 
@@ -106,7 +106,7 @@ class Rows:
 
         self.slots, self.heads, self.dim, self.hidden = slots, heads, dim, hidden
         self.room, self.bars, self.places = room, bars, room + 2 * bars + 1
-        self.overlap = overlap_options(device)
+        self.overlap = overlap_options(device, slots)
         self._group = 1 if slots < _MANY else min(_MOST_HEADS, heads & -heads)
         programs = slots * heads // self._group
         self.splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // programs + 1) // 2))
@@ -169,7 +169,7 @@ class Rows:
                 *(self._q, keys),
             ),
             (self.slots, self.places, eps),
-            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width, 2 * pairs),
+            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width),
             num_warps=4, **self.overlap,
         )  # fmt: skip
         _attend(
@@ -178,7 +178,7 @@ class Rows:
             (self.slots, self.places, self.dim**-0.5 * _LOG2_E),
             HEADS=heads, GROUP=group, DIM=self.dim, SPLITS=self.splits,
             BLOCK=max(1, (_ONE_TILE if group == 1 else _MANY_TILE) // (group * self.dim)),
-            num_warps=4, **self.overlap,
+            num_warps=2 if group == 1 else 4, **self.overlap,
         )  # fmt: skip
         _attended(
             (3 * blocks, self._tiles),
@@ -187,7 +187,7 @@ class Rows:
                 *(self.x, keys),
             ),
             (self.slots, self.places),
-            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width, 2 * pairs),
+            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width),
             num_warps=4, **self.overlap,
         )  # fmt: skip
         _gate(
@@ -195,23 +195,22 @@ class Rows:
             (self.x, w.norm_ffn, w.gate_up, self._hidden),
             (self.slots, eps),
             WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._columns,
-            BLOCK=self._block(width, 2 * self._columns),
-            num_warps=4, **self.overlap,
+            BLOCK=self._block(width), num_warps=4, **self.overlap,
         )  # fmt: skip
         _down(
             (*self._down_done.shape, self._down_parts),
             (self._hidden, w.down, self.x, self._down_sums, self._down_done),
             (self.slots,),
             WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._down_columns, SPLITS=self._down_parts,
-            BLOCK=self._block(self.hidden, self._down_columns),
-            num_warps=4, **self.overlap,
+            BLOCK=self._block(self.hidden), num_warps=4, **self.overlap,
         )  # fmt: skip
 
-    def _block(self, width: int, columns: int) -> int:
-        """Channels that a program loads at once: enough bytes on their way to hide how long memory takes, and
-        few enough for three tiles of the rows, and of weights, in the shared memory of any GPU."""
+    def _block(self, width: int) -> int:
+        """Channels that a program loads at once: of one row all; else enough bytes on their way to hide how
+        long memory takes, and few enough for three tiles of the rows, and of weights, in the shared memory of
+        any GPU."""
         if self._rows == 1:
-            return min(triton.next_power_of_2(width), _ROW_WEIGHTS // columns)
+            return triton.next_power_of_2(width)
         size = self.x.element_size()
         return min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), triton.next_power_of_2(width))
 
@@ -231,7 +230,6 @@ class Rows:
             (self.x, gain, weight, gates, guesses, out),
             (self.slots, len(weight), eps),
             WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns,
-            BLOCK=self._block(width, columns),
-            num_warps=4, **self.overlap,
+            BLOCK=self._block(width), num_warps=4, **self.overlap,
         )  # fmt: skip
         return out

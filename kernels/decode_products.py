@@ -5,6 +5,10 @@ where the two streams have such; rows of other modes are computed as if they rea
 is kept. A program takes a few columns of the result for ROWS rows, so that each weight is read once for them;
 weights of a stream that none of its rows belongs to are not read.
 
+A single row is a vector: matrix instructions would compute 16. Its weights, those of the stream that reads,
+are on their way to the registers before what is multiplied with them is there; BLOCK is then a whole row of
+them.
+
 Tiles: R rows, C columns of the result, K channels of the input. PAIRS pairs of channels are rotated by RoPE.
 """
 
@@ -28,18 +32,38 @@ def begin(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
-def _fetch(w_ptr, column, columns, WIDTH: tl.constexpr, OVERLAPS: tl.constexpr):
-    """Asks for rows `column` [C], of `columns`, of w [columns, WIDTH], before `begin` waits: weights are
-    there already."""
-    if OVERLAPS:
-        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        row = w_ptr + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * WIDTH
-        for start in tl.static_range(0, WIDTH, 8 * LINE):
-            line = tl.minimum(start + tl.arange(0, 8) * LINE, WIDTH - 1)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row + line[None, :]], tl.int32,
-                is_pure=False, pack=1,
-            )  # fmt: skip
+def _rows_of(w_ptr, column, ok, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """[C, BLOCK] of the rows `column` of w [columns, WIDTH] that are `ok`."""
+    k = tl.arange(0, BLOCK)
+    mask = ok[:, None] & (k < WIDTH)[None, :]
+    return tl.load(w_ptr + column.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _row(x_ptr, gain_ptr, eps, BLOCK: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr):
+    """x [BLOCK], float32, of the only row; if NORMS with the gains on it, and what else norms it, or 1."""
+    k = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
+    if NORMS:
+        gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
+        return x * gain, 1 / tl.sqrt(tl.sum(x * x, 0) / WIDTH + eps)
+    else:
+        return x, tl.full([], 1, tl.float32)
+
+
+@triton.jit
+def _row_product(x, w):
+    """[1, C]: x [K], float32, times the transpose of w [C, K]."""
+    return tl.sum(w.to(tl.float32) * x[None, :], 1)[None, :]
+
+
+@triton.jit
+def _two_row_products(
+    x_ptr, gain_ptr, eps, first_w, second_w, BLOCK: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr
+):
+    """[1, C] twice: the only row of x [1, WIDTH], normed if NORMS, times the transposes of [C, BLOCK]."""
+    x, rstd = _row(x_ptr, gain_ptr, eps, BLOCK, WIDTH, NORMS)
+    return _row_product(x, first_w) * rstd, _row_product(x, second_w) * rstd
 
 
 @triton.jit
@@ -50,9 +74,7 @@ def _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH: tl.constexpr, NORMS: tl.cons
     scaled = x
     if NORMS:
         gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
-        scaled = x.to(tl.float32) * gain[None, :]
-        if x.shape[0] > 1:
-            scaled = scaled.to(x.dtype)
+        scaled = (x.to(tl.float32) * gain[None, :]).to(x.dtype)
     return x, scaled
 
 
@@ -71,15 +93,10 @@ def _rstd(squares, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def _add_product(total, x, w_ptr, column, column_mask, k, WIDTH: tl.constexpr):
-    """total [R, C] + x [R, K] times the transpose of rows `column` of w [columns, WIDTH].
-
-    One row needs no matrix instructions, which would compute 16."""
+    """total [R, C] + x [R, K] times the transpose of rows `column` of w [columns, WIDTH]."""
     mask = column_mask[:, None] & (k < WIDTH)[None, :]
     w = tl.load(w_ptr + column.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0)
-    if x.shape[0] == 1:
-        return total + tl.sum(w.to(tl.float32) * x.to(tl.float32), 1)[None, :]
-    else:
-        return tl.dot(x, tl.trans(w), total, input_precision="ieee")
+    return tl.dot(x, tl.trans(w), total, input_precision="ieee")
 
 
 @triton.jit
@@ -100,6 +117,10 @@ def _two_products(
     APART further. Nothing else reads `gain_ptr` and `eps`.
 
     The norm's root is taken of the products, since a pass before them would wait for memory once more."""
+    if row.shape[0] == 1:
+        first_w = _rows_of(w_ptr, column, ok, BLOCK, WIDTH)
+        second_w = _rows_of(w_ptr, column + APART, ok, BLOCK, WIDTH)
+        return _two_row_products(x_ptr, gain_ptr, eps, first_w, second_w, BLOCK, WIDTH, NORMS)
     first = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     second = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     squares = tl.zeros([row.shape[0]], tl.float32)
@@ -150,12 +171,15 @@ def project_kernel(
     row_mask = row < rows
     column = part * WIDTH + head * DIM + pair
     ok = pair < HALF
-    _fetch(w_r_ptr, column, 3 * WIDTH, WIDTH, OVERLAPS)
-    _fetch(w_r_ptr, column + HALF, 3 * WIDTH, WIDTH, OVERLAPS)
+    if ROWS == 1:
+        first_w = _rows_of(w_r_ptr, column, ok, BLOCK, WIDTH)
+        second_w = _rows_of(w_r_ptr, column + HALF, ok, BLOCK, WIDTH)
     begin(OVERLAPS)
     mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
-    if some_read:
+    if ROWS == 1:  # does not wait for the mode
+        first, second = _two_row_products(x_ptr, gain_r_ptr, eps, first_w, second_w, BLOCK, WIDTH, True)
+    elif some_read:
         first, second = _two_products(
             x_ptr, gain_r_ptr, eps, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
         )
@@ -201,15 +225,18 @@ def attended_kernel(
     column = head * DIM + pair
     ok = pair < HALF
     mask = row_mask[:, None] & ok[None, :]
-    if part == 0:
-        _fetch(w_r_ptr, column, WIDTH, WIDTH, OVERLAPS)
-        _fetch(w_r_ptr, column + HALF, WIDTH, WIDTH, OVERLAPS)
+    if ROWS == 1:
+        projects = ok & (part == 0)
+        first_w = _rows_of(w_r_ptr, column, projects, BLOCK, WIDTH)
+        second_w = _rows_of(w_r_ptr, column + HALF, projects, BLOCK, WIDTH)
     begin(OVERLAPS)
     mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
     summarizes = (mode == _SUMMARIZES)[:, None]
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if part == 0:
-        if some_read:
+        if ROWS == 1:
+            first, second = _two_row_products(o_ptr, o_ptr, 0.0, first_w, second_w, BLOCK, WIDTH, False)
+        elif some_read:
             first, second = _two_products(
                 o_ptr, o_ptr, 0.0, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
             )
@@ -246,12 +273,16 @@ def gate_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < HIDDEN
-    _fetch(w_ptr, column, HIDDEN, WIDTH, OVERLAPS)
-    _fetch(w_ptr, column + HIDDEN, 2 * HIDDEN, WIDTH, OVERLAPS)
+    if ROWS == 1:
+        gate_w = _rows_of(w_ptr, column, ok, BLOCK, WIDTH)
+        up_w = _rows_of(w_ptr, column + HIDDEN, ok, BLOCK, WIDTH)
     begin(OVERLAPS)
-    gate, up = _two_products(
-        x_ptr, gain_ptr, eps, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, True
-    )
+    if ROWS == 1:
+        gate, up = _two_row_products(x_ptr, gain_ptr, eps, gate_w, up_w, BLOCK, WIDTH, True)
+    else:
+        gate, up = _two_products(
+            x_ptr, gain_ptr, eps, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, True
+        )
     out = gate * tl.sigmoid(gate) * up
     mask = row_mask[:, None] & ok[None, :]
     tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -272,16 +303,20 @@ def down_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < WIDTH
-    if SPLITS == 1:
-        _fetch(w_ptr, column, WIDTH, HIDDEN, OVERLAPS)
+    if ROWS == 1:
+        w = _rows_of(w_ptr, column, ok, BLOCK, HIDDEN)
     begin(OVERLAPS)
     split = tl.program_id(2)
     PART: tl.constexpr = (HIDDEN + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, PART, BLOCK):
-        k = split * PART + start + tl.arange(0, BLOCK)
-        hidden, _ = _tile(hidden_ptr, w_ptr, row, row_mask, k, HIDDEN, False)
-        total = _add_product(total, hidden, w_ptr, column, ok, k, HIDDEN)
+    if ROWS == 1:
+        hidden, _ = _row(hidden_ptr, hidden_ptr, 0.0, BLOCK, HIDDEN, False)
+        total = _row_product(hidden, w)
+    else:
+        for start in range(0, PART, BLOCK):
+            k = split * PART + start + tl.arange(0, BLOCK)
+            hidden, _ = _tile(hidden_ptr, w_ptr, row, row_mask, k, HIDDEN, False)
+            total = _add_product(total, hidden, w_ptr, column, ok, k, HIDDEN)
     mask = row_mask[:, None] & ok[None, :]
     offs = row[:, None] * WIDTH + column[None, :]
     if SPLITS == 1:
@@ -312,19 +347,26 @@ def head_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask, ok = row < rows, column < columns
     number = tl.arange(0, 16)
-    _fetch(w_ptr, column, columns, WIDTH, OVERLAPS)
+    if ROWS == 1:
+        w, gates_w = (
+            _rows_of(w_ptr, column, ok, BLOCK, WIDTH),
+            _rows_of(gates_ptr, number, number < GUESSES, BLOCK, WIDTH),
+        )
     begin(OVERLAPS)
     total, gates = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, 16], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        x, scaled = _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH, True)
-        total = _add_product(total, scaled, w_ptr, column, ok, k, WIDTH)
-        if GUESSES:
-            gates = _add_product(gates, scaled, gates_ptr, number, number < GUESSES, k, WIDTH)
-        squares = _add_squares(squares, x)
-    rstd = _rstd(squares, eps, WIDTH)
-    total, gates = total * rstd, gates * rstd
+    if ROWS == 1:
+        total, gates = _two_row_products(x_ptr, gain_ptr, eps, w, gates_w, BLOCK, WIDTH, True)
+    else:
+        squares = tl.zeros([ROWS], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            x, scaled = _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH, True)
+            total = _add_product(total, scaled, w_ptr, column, ok, k, WIDTH)
+            if GUESSES:
+                gates = _add_product(gates, scaled, gates_ptr, number, number < GUESSES, k, WIDTH)
+            squares = _add_squares(squares, x)
+        rstd = _rstd(squares, eps, WIDTH)
+        total, gates = total * rstd, gates * rstd
     for i in tl.static_range(GUESSES):
         guess = tl.load(guess_ptr + row * GUESSES + i, mask=row_mask, other=0)
         gate = tl.sum(tl.where((number == i)[None, :], gates, 0), 1)

@@ -90,6 +90,19 @@ def _redistributed(scaled, logits, among, temperature, number):
 
 
 @triton.jit
+def _both(count, mass, other_count, other_mass):
+    return count + other_count, mass + other_mass
+
+
+@triton.jit
+def _is_enough(probability, bits, bound, top_k, top_p):
+    """Whether less than `top_k` and `top_p` is above a bound."""
+    above = bits > bound
+    count, mass = tl.reduce((above.to(tl.int32), tl.where(above, probability, 0)), 0, _both)
+    return (count < top_k) & (mass < top_p)
+
+
+@triton.jit
 def _kept(probability, top_k, top_p):
     """Which are among the `top_k` greatest, and before which less than `top_p` is: those from a bound on.
 
@@ -97,12 +110,18 @@ def _kept(probability, top_k, top_p):
     """
     bits = probability.to(tl.int32, bitcast=True)
     low, high = tl.zeros([], tl.int32), tl.full([], 0x3F800001, tl.int32)  # the bound is in low..high
-    for _ in range(30):
+    for _ in range(15):  # two bits at once: what is summed for one need not wait for the other
         middle = low + (high - low) // 2
-        above = bits > middle
-        greater = tl.sum(tl.where(above, probability, 0), 0)
-        enough = (tl.sum(above.to(tl.int32), 0) < top_k) & (greater < top_p)
-        low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
+        below, above = low + (middle - low) // 2, middle + 1 + (high - middle - 1) // 2
+        enough, enough_below, enough_above = (
+            _is_enough(probability, bits, middle, top_k, top_p),
+            _is_enough(probability, bits, below, top_k, top_p),
+            _is_enough(probability, bits, above, top_k, top_p),
+        )
+        upper = tl.where(enough_above, above, high)
+        lower = tl.where(enough_below, low, below + 1)
+        low = tl.where(enough, lower, tl.where(enough_above, middle + 1, above + 1))
+        high = tl.where(enough, tl.where(enough_below, below, middle), upper)
     return bits >= high
 
 

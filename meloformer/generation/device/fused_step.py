@@ -13,7 +13,7 @@ from .fused import FusedForward
 from .step import BLOCK, Step
 
 _read, _draw = Launcher(read_kernel.read_kernel), Launcher(draw_kernel.draw_kernel)
-_TOKENS = 2048  # that a program compares at once
+_TOKENS = 4096  # that a program compares at once
 
 
 class FusedStep(Step):

@@ -35,12 +35,12 @@ assert NO_INSTRUMENT * (len(vocab.T) + 1) * vocab.VOCAB_SIZE < 2**31  # places a
 @triton.jit
 def _followed(history_ptr, end, key, block_end, BLOCK: tl.constexpr):
     """The last index below `end` at which the int32 history has `key`; -1 if there is none."""
-    found = tl.full([], -1, tl.int32)
+    found = tl.full([BLOCK], -1, tl.int32)
     for first in range(0, block_end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         same = tl.load(history_ptr + at, mask=at < end, other=-1) == key
-        found = tl.maximum(found, tl.max(tl.where(same & (at < end), at, -1), 0))
-    return found.to(tl.int64)
+        found = tl.where(same & (at < end), at, found)
+    return tl.max(found, 0).to(tl.int64)
 
 
 @triton.jit
