@@ -17,6 +17,7 @@ from ..model.transformer import MeloFormer
 from ..tokens import attributes, vocab
 from ..tokens.tokenizer import HIDTokenizer
 from .constraints import Constraints
+from .device.kept import Kept
 from .device.loop import cannot_write, require_gpu, write_on_device
 from .draft import DEFAULT_MAX_TOKENS, UNCONSTRAINED, Draft
 from .load import load_model
@@ -85,7 +86,8 @@ class Generator:
             song goes on with a window of whole bars.
         attention: name of the backend for passes over whole prompts, or "auto".
         graphs: write by CUDA graphs, many tokens between two looks of the host: for a model on a GPU. What is
-            drawn differs from what is drawn without.
+            drawn differs from what is drawn without. Slots and graph are kept for the next call that they
+            serve, and with them their memory, as long as there is the generator.
 
     Raises:
         UserError: the backend cannot be used, or there is no GPU for `graphs`.
@@ -102,6 +104,7 @@ class Generator:
             require_gpu(model.device)
         self.model, self.max_context, self._graphs = model, max_context, graphs
         self._attention = pick_attention(attention, model.device, model.config)
+        self._kept = Kept()
 
     @classmethod
     def load(
@@ -183,7 +186,8 @@ class Generator:
         if self._graphs:
             reason = cannot_write(drafts)
             if reason is None:
-                return write_on_device(self.model, drafts, self.max_context, self._attention)
+                return write_on_device(self.model, drafts, self.max_context, self._attention, self._kept)
+            self._kept.release()  # for the caches of the other loop
             warnings.warn(f"songs are written {reason}", stacklevel=3)
         return write(self.model, drafts, self.max_context, self._attention)
 

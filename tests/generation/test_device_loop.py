@@ -93,8 +93,8 @@ def test_a_song_longer_than_its_window_goes_on(model):
     mine, its = draft(), draft()
     slots = Slots(model, [mine], 256, graphs=False)
     windows, begin = [], slots.step.begin
-    slots.step.begin = lambda slot, state, ids, queue: (
-        windows.append(len(ids)) or begin(slot, state, ids, queue)
+    slots.step.begin = lambda slot, state, ids, *more: (
+        windows.append(len(ids)) or begin(slot, state, ids, *more)
     )
     list(slots.write())
     by_host(model, [its], 256)

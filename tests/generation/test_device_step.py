@@ -59,10 +59,10 @@ def full_forward(model: MeloFormer, ids: np.ndarray) -> torch.Tensor:
     return model(*padded_batch(model, ids))[0, : len(ids), : vocab.VOCAB_SIZE]
 
 
-def begin(step: Step, slot: int, ids: np.ndarray, prompt: int) -> None:
+def begin(step: Step, slot: int, ids: np.ndarray, prompt: int, **limits: int) -> None:
     """Let a slot write `ids`, of which `prompt` are the prompt."""
     draft = Draft(ids[:prompt], max_tokens=len(ids) - prompt)
-    step.begin(slot, draft.state(), ids[:prompt], queue=ids[prompt:].tolist())
+    step.begin(slot, draft.state(), ids[:prompt], queue=ids[prompt:].tolist(), **limits)
 
 
 @pytest.mark.parametrize("config", ids_of, ids=ids_of.get)
@@ -130,9 +130,16 @@ def test_the_memory_of_a_slot_is_known(config):
 def test_a_song_that_is_full_waits():
     model = tiny_model(CONFIG)
     by_tokens, by_bars = Step(model, 1, 50, BARS, queue=ROOM), Step(model, 1, ROOM, 2, queue=ROOM)
-    for step, room in ((by_tokens, 50), (by_bars, None)):
+    large = Step(model, 1, ROOM, BARS, queue=ROOM)
+    limits = {"room": 50}, {"bars": 2}
+    for step, room, limit in (
+        (by_tokens, 50, {}),
+        (by_bars, None, {}),
+        (large, 50, limits[0]),
+        (large, None, limits[1]),
+    ):
         ids = song(7, 66)
-        begin(step, 0, ids, 1)
+        begin(step, 0, ids, 1, **limit)
         for _ in range(len(ids)):
             step()
         assert step.full[0] and step.draft.active[0]
@@ -151,7 +158,7 @@ def test_steps_of_empty_slots_change_nothing_of_songs():
     before, fresh = Step(model, 2, ROOM, BARS, queue=ROOM), Step(model, 2, ROOM, BARS, queue=ROOM)
     for _ in range(3):
         before()
-    before.rewind()
+    before.clear()
     for step in (before, fresh):
         begin(step, 1, ids, 1)
         for _ in range(len(ids) - 1):

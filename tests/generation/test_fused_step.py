@@ -83,6 +83,13 @@ def composed(seed: int, prompt: int, tokens: int) -> tuple:
     return state, ids[:prompt], ids[prompt:].tolist()
 
 
+def test_songs_that_are_full(model):
+    """Of tokens, and of bars, before the slot is."""
+    tokens, bars = composed(7, 58, 75), composed(7, 58, 75)
+    drawn = run(model, [(*tokens, 62), (*bars, None, 2)], 10)
+    assert len(drawn[0]) == 5 and vocab.family_of(drawn[1][-1]).name == "CHORD" and len(drawn[1]) < 9
+
+
 def drafted(seed: int, prompt: np.ndarray | None = None, **wishes) -> tuple:
     draft = Draft(prompt, seed=seed, **wishes)
     return draft.state(), np.array(draft.ids)

@@ -23,7 +23,7 @@ GRAMMAR = (
     *("onset", "pitch", "length", "velocity", "listed"),
 )
 SAMPLING = ("seed", "top_k")
-STEP = ("pending", "complete", "full", "queued", "next")
+STEP = ("pending", "complete", "full", "queued", "next", "room", "bar_room")
 
 (_D_BARS, _D_MAX_TOKENS, _D_NEW_BARS, _D_NEW_TOKENS, _D_HAS_NOTE, _D_INSTRUMENT, _D_NOTES) = map(
     tl.constexpr, range(7)
@@ -33,7 +33,7 @@ STEP = ("pending", "complete", "full", "queued", "next")
     tl.constexpr, range(7)
 )
 (_G_BPM, _G_GROUP, _G_ONSET, _G_PITCH, _G_LENGTH, _G_VELOCITY, _G_LISTED) = map(tl.constexpr, range(7, 14))
-_PENDING, _COMPLETE, _FULL, _QUEUED, _NEXT = map(tl.constexpr, range(5))
+_PENDING, _COMPLETE, _FULL, _QUEUED, _NEXT, _ROOM, _BAR_ROOM = map(tl.constexpr, range(len(STEP)))
 _FAMILY, _VALUE, _SWITCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 _BOS, _EOS, _BAND, _CHORD, _TS, _CUT, _BPM, _INST, _T, _P, _L, _V = map(
     tl.constexpr, (t.BOS, t.EOS, t.BAND, t.CHORD, t.TS, t.CUT, t.BPM, t.INST, t.T, t.P, t.L, t.V)
@@ -130,7 +130,7 @@ def draw_kernel(
     logits_ptr, mode_ptr, step_ptr, draft_ptr, grammar_ptr, sampling_ptr, of_id_ptr, steps_ptr, parts_ptr,
     within_ptr, pitches_ptr, chords_ptr, of_chords_ptr, of_pitches_ptr, density_ptr, place_ptr,
     temperature_ptr, top_p_ptr, min_p_ptr, of_kind_ptr, queue_ptr, position_ptr, bars_ptr, drawn_ptr,
-    column_ptr, slots, room, bars_room, queue_room,
+    column_ptr, slots, queue_room,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Draws from logits, float32 [S, VOCAB_SIZE], and brings all state up to date."""
@@ -292,7 +292,7 @@ def draw_kernel(
                     part = (part + 1) % parts
                     rest = tl.load(steps_ptr + signature) - part * _MAX_BAR_STEPS
                     bar_steps = tl.minimum(rest, _MAX_BAR_STEPS)
-                full = tl.load(bars_ptr + s) >= bars_room
+                full = tl.load(bars_ptr + s) >= tl.load(step_ptr + _BAR_ROOM * slots)
             else:
                 full = tl.load(bars_ptr + s) < 0
             if mine == _TS:
@@ -317,7 +317,7 @@ def draw_kernel(
             has_note = tl.where(mine == _P, 1, has_note)
             new_tokens += 1
             finished = new_tokens >= tl.load(draft_ptr + _D_MAX_TOKENS * slots)
-            full |= tl.load(position_ptr + s) + 1 >= room
+            full |= tl.load(position_ptr + s) + 1 >= tl.load(step_ptr + _ROOM * slots)
             tl.store(step_ptr + _PENDING * slots, token)
             if full:
                 tl.store(step_ptr + _FULL * slots, tl.full([], 1, tl.int64))

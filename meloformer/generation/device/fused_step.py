@@ -63,7 +63,7 @@ class FusedStep(Step):
                 *(sampling.min_p, sampling.of_kind, self.queue, reader.position, reader.bars, self.drawn),
                 self.column,
             ),
-            (slots, reader.room, reader.bar_room, self.queue.shape[1]),
+            (slots, self.queue.shape[1]),
             COLUMNS=BLOCK, BLOCK=triton.next_power_of_2(vocab.VOCAB_SIZE), num_warps=8,
             **rows.overlap,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The generation loop where songs are written on the device: the host reads tokens every `BLOCK` steps."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ..loop import context
 from ..sampling import Sampling
 from .cache import bytes_of_a_slot
 from .draft import MAX_CHORDS, fits
+from .kept import Kept, Shape, SlotSet, weights_of
 from .step import BLOCK, Step
 
 MAX_SLOTS = 64
@@ -52,10 +53,19 @@ def cannot_write(drafts: Sequence[Draft]) -> str | None:
 
 
 def write_on_device(
-    model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str
+    model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str, kept: Kept | None = None
 ) -> Iterator[int]:
-    """As `generation.loop.write`, of drafts that `cannot_write` says nothing against."""
-    yield from Slots(model, drafts, max_context, attention).write()
+    """As `generation.loop.write`, of drafts that `cannot_write` says nothing against.
+
+    Args:
+        kept: where slots are taken from if some that serve are there, and kept afterwards, however it ends.
+    """
+    slots = Slots(model, drafts, max_context, attention, kept=kept)
+    try:
+        yield from slots.write()
+    finally:
+        if kept is not None:
+            kept.keep(slots.set)
 
 
 def step_for(model: MeloFormer) -> type[Step]:
@@ -98,6 +108,10 @@ class Slots:
         graphs: whether a step is recorded as a CUDA graph; None: on a GPU.
         step: the kind of step; None: `step_for` the model.
         queues: by draft the tokens that come next whatever is drawn, for measurements.
+        kept: see `write_on_device`.
+
+    Attributes:
+        set: the slots.
     """
 
     def __init__(
@@ -110,6 +124,7 @@ class Slots:
         graphs: bool | None = None,
         step: type[Step] | None = None,
         queues: Sequence[Sequence[int]] = (),
+        kept: Kept | None = None,
     ):
         self._drafts, self._queues = drafts, queues
         self._cuda = model.device.type == "cuda"
@@ -117,11 +132,15 @@ class Slots:
         room = -(-min(max_context, longest + 1) // _ROOM) * _ROOM
         self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
         queue = max(map(len, queues), default=0)
-        step = step_for(model) if step is None else step
-        slots = min(slots, len(drafts), self._most_slots(model))
-        self.step = step(model, slots, room, self._bars, attention, queue=queue)
-        graphs = self._cuda if graphs is None else graphs
-        self._run: Callable[[], None] = Graph(self.step) if graphs else self.step
+        shape, weights = Shape(min(slots, len(drafts)), room, self._bars, queue), weights_of(model)
+        found = None if kept is None else kept.take(shape, weights)
+        if found is None:
+            step = step_for(model) if step is None else step
+            most = min(shape.slots, self._most_slots(model))
+            made = step(model, most, room, self._bars, attention, queue=queue)
+            graphs = self._cuda if graphs is None else graphs
+            found = SlotSet(made, Graph(made) if graphs else made, shape, weights)
+        self.set, self.step, self._run = found, found.step, found.run
         self._waiting = deque(range(len(drafts)))
         self._stays: dict[int, _Stay] = {}  # by slot
         self._begun = 0
@@ -187,7 +206,7 @@ class Slots:
             draft.end()
             return
         queue = self._queues[number][draft.new_tokens :] if self._queues else ()
-        self.step.begin(slot, draft.state(), window, queue)
+        self.step.begin(slot, draft.state(), window, queue, self._room, self._bars)
         self._begun += 1
         self._stays[slot] = _Stay(number, self._begun)
 
@@ -221,7 +240,7 @@ class Graph:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 step()
-            step.rewind()
+            step.clear()
 
     def __call__(self) -> None:
         self._graph.replay()

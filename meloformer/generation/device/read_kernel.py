@@ -16,9 +16,9 @@ from . import tables as t
 
 # Rows of the integers of `SlotReader` and `Step`, and of `tables.Tables.of_id`.
 READER = ("position", "bars", "inst", "onsets", "head", "onset", "length", "velocity")
-STEP = ("pending", "complete", "full", "queued", "next")
+STEP = ("pending", "complete", "full", "queued", "next", "room", "bar_room")
 _POSITION, _BARS, _INST, _ONSETS, _HEAD, _ONSET, _LENGTH, _VELOCITY = map(tl.constexpr, range(len(READER)))
-_PENDING, _COMPLETE, _FULL, _QUEUED, _NEXT = map(tl.constexpr, range(len(STEP)))
+_PENDING, _COMPLETE, _FULL = map(tl.constexpr, range(3))
 _FAMILY, _VALUE, _KIND, _SWITCH = map(tl.constexpr, range(4))
 _OF_CHORD, _OF_INST, _OF_T, _OF_L, _OF_V = map(tl.constexpr, (t.CHORD, t.INST, t.T, t.L, t.V))
 _OF_BAND, _FAMILIES = tl.constexpr(t.BAND), tl.constexpr(t.FAMILIES)

@@ -20,6 +20,7 @@ from .sampling import SlotSampling
 from .tables import SlotNumbers, Tables, advance, read
 
 BLOCK = 32  # steps of which the tokens are kept until they are read
+_NAMES = ("pending", "complete", "full", "queued", "next", "room", "bar_room")
 _NOTHING = -1
 
 
@@ -44,6 +45,7 @@ class Step(SlotNumbers):
         pending: the last token of each song, which the model has not read.
         complete: bars whose summary is in the cache.
         full: 1 for songs that must begin anew with fewer tokens.
+        room, bar_room: how many tokens and bars of each song the model sees.
         drawn: int64 [S, BLOCK], the tokens of the last steps, -1 where there was none; a step writes to the
             column after the one before, the first one after the last.
     """
@@ -59,7 +61,7 @@ class Step(SlotNumbers):
         queue: int = 0,
     ):
         device, config = model.device, model.config
-        super().__init__(("pending", "complete", "full", "queued", "next"), slots, device)
+        super().__init__(_NAMES, slots, device)
         self._model, self._attention = model, pick_attention(attention, device, config)
         self.tables = Tables(device)
         self.reader = SlotReader(slots, self.tables, room, bars, device)
@@ -73,7 +75,15 @@ class Step(SlotNumbers):
         self.all.zero_()
 
     @torch.inference_mode()
-    def begin(self, slot: int, state: DraftState, ids: np.ndarray, queue: Sequence[int] = ()) -> None:
+    def begin(
+        self,
+        slot: int,
+        state: DraftState,
+        ids: np.ndarray,
+        queue: Sequence[int] = (),
+        room: int | None = None,
+        bars: int | None = None,
+    ) -> None:
         """Put a song into a slot.
 
         Args:
@@ -81,6 +91,7 @@ class Step(SlotNumbers):
             ids: [n], 0 < n <= room, of at most as many bars as there is room for: the tokens of it that the
                 model sees, the beginning of a document.
             queue: the tokens that come next.
+            room, bars: of how many tokens and bars the song is full; None: of those that there is room for.
         """
         ids = np.asarray(ids, dtype=np.int64)
         seen = ids[:-1]
@@ -97,10 +108,16 @@ class Step(SlotNumbers):
         self.queue[slot, : len(queue)] = torch.tensor(
             list(queue), dtype=torch.int64, device=self.queue.device
         )
-        self.put(slot, pending=ids[-1], complete=complete, full=0, queued=len(queue), next=0)
+        self.put(
+            slot,
+            **{"pending": ids[-1], "complete": complete, "full": 0, "queued": len(queue), "next": 0},
+            room=self.reader.room if room is None else room,
+            bar_room=self.reader.bar_room if bars is None else bars,
+        )
 
-    def rewind(self) -> None:
-        """Let the next step write to the first column of `drawn`."""
+    def clear(self) -> None:
+        """Take the songs out of all slots, and let the next step write to the first column of `drawn`."""
+        self.draft.active.zero_()
         self.column.zero_()
 
     def end(self, slot: int) -> None:
@@ -134,7 +151,7 @@ class Step(SlotNumbers):
         appended = self.draft.take(drawn, reads)
         advance(self.pending, appended, drawn)
         begins_bar = self.tables.family[drawn] == t.CHORD
-        full = (reader.position + 1 >= reader.room) | begins_bar & (reader.bars >= reader.bar_room)
+        full = (reader.position + 1 >= self.room) | begins_bar & (reader.bars >= self.bar_room)
         advance(self.full, appended & full, 1)
         self.drawn.index_copy_(1, self.column, torch.where(reads, drawn, _NOTHING)[:, None])
         self.column.copy_((self.column + 1) % BLOCK)
