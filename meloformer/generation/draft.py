@@ -1,6 +1,7 @@
 """One song while it is being written: what may come next, and where it may end. It knows no model."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class DraftState(NamedTuple):
         bars, max_tokens, constraints, sampling, seed: as for `Draft`.
         instrument, notes: as of `Steering`.
         has_note: whether there is one in the song.
+        ids: all tokens so far.
     """
 
     grammar: GrammarState
@@ -39,6 +41,7 @@ class DraftState(NamedTuple):
     constraints: Constraints
     sampling: Sampling
     seed: int
+    ids: Sequence[int]
 
 
 class Draft:
@@ -166,6 +169,7 @@ class Draft:
             constraints=self._constraints,
             sampling=self._sampling,
             seed=self._random.initial_seed(),
+            ids=self.ids,
         )
 
     def _drawn_from(self, logits: Tensor) -> int:

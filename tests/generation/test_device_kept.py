@@ -130,10 +130,10 @@ def test_what_is_kept_makes_room_for_the_other_loop(made):
 
 
 def test_which_slots_serve():
-    large = Shape(8, 512, 128, 0)
-    assert large.serves(large) and large.serves(Shape(8 // SPARE, 256, 16, 0))
-    assert not large.serves(Shape(8 // SPARE - 1, 256, 16, 0))
-    for field in range(4):
+    large = Shape(8, 512, 128, 64, 256)
+    assert large.serves(large) and large.serves(Shape(8 // SPARE, 256, 16, 0, 0))
+    assert not large.serves(Shape(8 // SPARE - 1, 256, 16, 0, 0))
+    for field in range(5):
         more = [size + (number == field) for number, size in enumerate(large)]
         assert not large.serves(Shape(*more))
 
@@ -144,7 +144,7 @@ def test_at_most_one_set_is_kept():
     class Nothing:
         clear = staticmethod(lambda: None)
 
-    sets = [SlotSet(Nothing(), None, Shape(1, 256, 128, 0), weights_of(model)) for _ in range(2)]
+    sets = [SlotSet(Nothing(), None, Shape(1, 256, 128, 0, 0), weights_of(model)) for _ in range(2)]
     for one in sets:
         kept.keep(one)
     assert kept.take(*sets[0][2:]) is sets[1] and kept.take(*sets[0][2:]) is None

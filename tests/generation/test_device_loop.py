@@ -1,5 +1,7 @@
 """Songs that are written in slots: the same as by the loop of the host, whoever else is written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from meloformer.errors import UserError
 from meloformer.generation import generator
 from meloformer.generation.constraints import Constraints
 from meloformer.generation.device.loop import Slots, why_not
+from meloformer.generation.device.sampling import SlotSampling
 from meloformer.generation.device.step import Step
+from meloformer.generation.device.tables import Tables
 from meloformer.generation.draft import Draft, OutlinedDraft
 from meloformer.generation.generator import Generator
 from meloformer.generation.loop import write
@@ -20,6 +24,7 @@ from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
 from meloformer.tokens.tokenizer import HIDTokenizer
 
+from helpers.riffs import riffs
 from helpers.untrained import untrained
 
 GREEDY = Sampling(temperature=0)
@@ -41,6 +46,27 @@ def by_host(model, drafts: list[Draft], max_context: int = 512) -> None:
         pass
 
 
+class SameDraws:
+    """In place of `Sampling`, for the loop of the host: what slots draw, from the logits that it has."""
+
+    def __init__(self, sampling: Sampling, seed: int):
+        self._sampling = SlotSampling(1, Tables(torch.device("cpu")), torch.device("cpu"))
+        self._sampling.load(0, sampling, seed)
+        self.draft: Draft | None = None
+
+    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        count = len(self.draft.ids) - self.draft.begin
+        return int(self._sampling.draw(logits[None], torch.tensor([count])))
+
+
+def twins(make, *args, sampling: Sampling, seed: int, **others) -> tuple[Draft, Draft]:
+    """The same draft for slots and for the loop of the host, which draws with the same noise."""
+    draws = SameDraws(sampling, seed)
+    mine, its = (make(*args, sampling=one, seed=seed, **others) for one in (sampling, draws))
+    draws.draft = its
+    return mine, its
+
+
 def wishes() -> list[dict]:
     return [
         {"max_tokens": 20},
@@ -59,6 +85,28 @@ def test_songs_are_those_of_the_host(model):
         assert one.ids == other.ids and one.complete == other.complete
         assert np.array_equal(one.song(), other.song())
         assert turns.count(number) == one.new_tokens
+
+
+def test_repetition_is_held_back_as_by_the_host(model):
+    """In short bars of few notes, of which some are played again; in windows, too."""
+    constraints = Constraints(
+        signature=vocab.SIGNATURE_INDEX[1, 16],
+        chords=(vocab.CHORD.start,),
+        registers={0: (60, 60), vocab.DRUMS: (36, 37)},
+        densities={0: 3, vocab.DRUMS: 3},
+        instruments=(0, vocab.DRUMS),
+    )
+    options = {"bars": 40, "max_tokens": 90, "sampling": Sampling(temperature=1.5, top_k=200)}
+    pairs = []
+    for penalty, prompt in ((0.0, riffs(13)), (2.0, riffs(13)), (-8.0, riffs(13)), (-8.0, None)):
+        held = replace(constraints, repetition_penalties={0: penalty, vocab.DRUMS: penalty})
+        prompt = None if prompt is None else np.array(prompt)
+        pairs.append(twins(Draft, prompt, seed=0, constraints=held, **options))
+    mine, its = zip(*pairs)
+    in_slots(model, mine, 256)
+    by_host(model, its, 256)
+    assert [one.ids for one in mine] == [one.ids for one in its]
+    assert len({tuple(one.ids) for one in mine}) == 4
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(model):
@@ -119,7 +167,6 @@ def test_why_a_draft_is_left_to_the_host():
     assert "given" in why_not(OutlinedDraft(Outline(header, (), (vocab.DRUMS,), 0, 0, 0)))
     many = Constraints(chords=(vocab.CHORD.start,) * 1000)
     assert "chords" in why_not(Draft(constraints=many))
-    assert "repetition" in why_not(Draft(constraints=Constraints(repetition_penalties={0: 1.0})))
     assert "draws" in why_not(Draft(sampling=object()))
 
 

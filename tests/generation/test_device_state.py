@@ -6,6 +6,7 @@ import torch
 
 from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
+from meloformer.generation.device.copies import SlotCopies
 from meloformer.generation.device.draft import MAX_CHORDS, SlotDraft, fits
 from meloformer.generation.device.reader import SlotReader
 from meloformer.generation.device.tables import Tables
@@ -14,6 +15,8 @@ from meloformer.model.token_reader import TokenReader
 from meloformer.tokens import vocab
 from meloformer.tokens.grammar import Grammar, check
 from meloformer.tokens.tokenizer import HIDTokenizer
+
+from helpers.riffs import begun, riffs
 
 CPU = torch.device("cpu")
 TABLES = Tables(CPU)
@@ -70,6 +73,13 @@ WISHES = {
         )
     },
     "few tokens": {"max_tokens": 37},
+    "no repetition": {
+        "prompt": np.array(riffs(5)),
+        "constraints": Constraints(
+            densities={0: 2.5},
+            repetition_penalties={i: 1.5 for i in range(100)} | {vocab.DRUMS: 0.7},
+        ),
+    },
     "a prompt": {"prompt": prompt(1), "bars": 2},
     "a prompt and wishes": {
         "prompt": prompt(2),
@@ -83,6 +93,12 @@ WISHES = {
         "constraints": Constraints(signature=5),
     },
 }
+
+
+PENALIZED = [
+    {"constraints": Constraints(repetition_penalties={0: 1.0})},
+    {"constraints": Constraints(scale=(0, 2, 4), repetition_penalties={0: 0.5, vocab.DRUMS: 2.0})},
+]
 
 
 class Beside:
@@ -109,11 +125,12 @@ def test_masks_and_ends_are_those_of_drafts():
     random = np.random.default_rng(0)
     songs = [Beside(seed, **wishes) for seed, wishes in enumerate(WISHES.values())]
     songs += [Beside(seed, song(seed)[1:], max_tokens=200) for seed in (3, 4)]
+    songs += [Beside(7, riffs(6)[1:], max_tokens=150, **penalized) for penalized in PENALIZED]
     waiting = [Beside(50 + seed, **WISHES[name]) for seed, name in enumerate(("a scale", "two bars", "none"))]
-    slots = SlotDraft(len(songs), TABLES, CPU)
+    slots = SlotDraft(len(songs), TABLES, CPU, song=1 << 16)
     for slot, one in enumerate(songs):
         slots.load(slot, one.draft.state())
-    compared = 0
+    compared = held_back = 0
     for _ in range(150):
         turn = torch.from_numpy(random.random(len(songs)) < 0.8)
         active = [slot for slot in range(len(songs)) if not songs[slot].draft.finished]
@@ -128,6 +145,7 @@ def test_masks_and_ends_are_those_of_drafts():
                 assert torch.equal(masks[slot], mask), (slot, songs[slot].draft.ids[-5:])
                 if bias is not None:
                     torch.testing.assert_close(biases[slot][mask], bias)
+                    held_back += slot >= len(songs) - len(PENALIZED) and bool(bias.any())
                 compared += 1
             else:
                 turn[slot] = False
@@ -139,7 +157,7 @@ def test_masks_and_ends_are_those_of_drafts():
             if waiting:
                 songs[slot] = waiting.pop()
                 slots.load(slot, songs[slot].draft.state())
-    assert compared > 1000 and not waiting
+    assert compared > 1000 and held_back > 80 and not waiting
     for one in songs:
         check(one.draft.song())
 
@@ -175,6 +193,25 @@ def test_the_grammar_may_be_taken_over_anywhere():
         slots.load(0, grammar.state())
         assert np.array_equal(slots.allowed()[0].numpy(), grammar.allowed())
         grammar.push(token)
+
+
+def test_what_was_played_may_be_taken_over_anywhere():
+    """As when a song has outgrown its window: in the middle of a bar, beside the same song from the first."""
+    ids = np.array([*riffs(7), *begun(4)])
+    wishes = Constraints(repetition_penalties={0: 1.0, vocab.DRUMS: 1.0})
+    draft = Draft(constraints=wishes, max_tokens=250)
+    slots = SlotCopies(2, TABLES, CPU, 256)
+    slots.load(0, draft.state())
+    for token in ids[1:].tolist():
+        slots.push(torch.full((2,), token), torch.tensor([True, False]))
+        draft.take(token)
+        slots.load(1, draft.state())
+        first, anew = slots.all.unbind(dim=1)
+        assert torch.equal(first, anew) and torch.equal(*slots.starts)
+        for log in (slots.log, slots.more):
+            assert torch.equal(*log[:, : slots.size[0]])
+    with pytest.raises(ValueError, match="room for 150"):
+        SlotCopies(1, TABLES, CPU, 150).load(0, Draft(ids, max_tokens=20, constraints=wishes).state())
 
 
 def test_too_many_chords_do_not_fit():

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
-from meloformer.generation.device import draw_kernel, read_kernel
+from meloformer.generation.device import copies_kernel, draw_kernel, read_kernel
 from meloformer.generation.device.fused_step import FusedStep
 from meloformer.generation.device.step import Step
 from meloformer.generation.draft import Draft
@@ -20,6 +20,7 @@ from meloformer.tokens.tokenizer import HIDTokenizer
 
 from helpers.model_cases import tiny_model
 from helpers.plan_cases import DEVICE
+from helpers.riffs import begun, notes, riffs
 
 CONFIG = ModelConfig(layers=1, dim=32, heads=1, ffn=40)
 ROOM, BARS = 200, 40
@@ -47,6 +48,8 @@ def numbers(step: Step) -> dict[str, torch.Tensor]:
     """What must be the same, by name; without the columns that no song has."""
     reader, draft, grammar = step.reader, step.draft, step.draft.grammar
     found = {"step": step.all, "reader": reader.all, "draft": draft.all, "grammar": grammar.all}
+    found |= {"copies": draft.copies.all, "starts": draft.copies.starts}
+    found |= {"log": draft.copies.log[:, :-1], "more": draft.copies.more[:, :-1]}
     for name in ("tokens", "places", "bar_of", "inst_of", "kind_of", "onset_of", "labels", "followers"):
         found[name] = getattr(reader, name)[:, :-1]
     return found | {"last": reader.last, "place": grammar.place[:, :-1], "drawn": step.drawn}
@@ -59,7 +62,7 @@ def run(model, songs: list, steps: int, replaced: dict | None = None) -> list[li
         songs: by slot what `Step.begin` is called with, or None for an empty slot.
         replaced: by number of the step the slot and the song that begins then.
     """
-    both = [one(model, len(songs), ROOM, BARS, queue=ROOM) for one in (Step, FusedStep)]
+    both = [one(model, len(songs), ROOM, BARS, queue=ROOM, song=ROOM) for one in (Step, FusedStep)]
     drawn = [[] for _ in songs]
     for number in range(steps):
         beginning = dict(enumerate(songs)) if number == 0 else dict([(replaced or {}).get(number, (0, None))])
@@ -101,6 +104,7 @@ def test_the_fields_are_in_the_order_of_the_kernels(model):
     assert step.reader.names == read_kernel.READER
     assert step.draft.names == draw_kernel.DRAFT and step.draft.grammar.names == draw_kernel.GRAMMAR
     assert step.sampling.names == draw_kernel.SAMPLING
+    assert step.draft.copies.names == copies_kernel.COPIES
 
 
 def test_composed_songs(model):
@@ -152,6 +156,24 @@ def test_songs_that_are_drawn(model):
     drawn = run(model, songs, 34, {20: (6, drafted(9, sampling=Sampling(**WILD)))})
     met = {vocab.family_of(token).name for tokens in drawn for token in tokens}
     assert {"BAND", "CHORD", "TS", "BPM", "INST", "T", "P", "L", "V"} <= met, met
+
+
+def test_copies_that_are_asked_for(model):
+    """By penalties below 0, so strong that nothing else is drawn: bars are played on as they began."""
+    wishes = Constraints(repetition_penalties={0: -60.0, vocab.DRUMS: -60.0})
+    songs = [
+        (*drafted(0, np.array(riffs(5)), max_tokens=40, constraints=wishes), begun(tokens))
+        for tokens in (2, 3, 6)
+    ]
+    again = Draft(np.array(riffs(5)), max_tokens=40, constraints=wishes)
+    for token in begun(5):  # as a song begins anew, which has outgrown its room
+        again.take(token)
+    songs.append((again.state(), np.array(again.ids)))
+    drawn = run(model, songs, 17)
+    drawn[3] = begun(5) + drawn[3]
+    want = notes(begun(9))
+    for tokens in drawn:
+        assert notes(tokens)[: len(want)] == want, tokens
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from ..constraints import Constraints
 from ..draft import DraftState
 from ..steering import MOST, OUTSIDE_SCALE, PER_NOTE
 from . import tables as t
+from .copies import SlotCopies
 from .grammar import SlotGrammar
 from .tables import SlotNumbers, Tables, advance, read
 
@@ -29,6 +30,9 @@ def fits(constraints: Constraints) -> bool:
 class SlotDraft(SlotNumbers):
     """`Draft`, `Constraints` and `Steering`.
 
+    Args:
+        song: see `SlotCopies`.
+
     Attributes:
         active: 1 while the song is being written.
         bpm, signature: what is wished, as values of BPM and TS.
@@ -43,10 +47,11 @@ class SlotDraft(SlotNumbers):
         density: float32 [S, instruments + 1], notes a bar; -1 where none is wished.
     """
 
-    def __init__(self, slots: int, tables: Tables, device: torch.device):
+    def __init__(self, slots: int, tables: Tables, device: torch.device, song: int = 0):
         super().__init__(_NAMES, slots, device)
         self._tables = tables
         self.grammar = SlotGrammar(slots, tables, device)
+        self.copies = SlotCopies(slots, tables, device, song)
 
         def empty(*shape: int, dtype=torch.bool) -> Tensor:
             return torch.zeros((slots, *shape), dtype=dtype, device=device)
@@ -68,7 +73,7 @@ class SlotDraft(SlotNumbers):
         """Go on with a draft in this slot.
 
         Raises:
-            ValueError: its wishes do not fit, see `fits`.
+            ValueError: its wishes do not fit, see `fits`, or the song does not, see `SlotCopies`.
         """
         wishes = state.constraints
         if not fits(wishes):
@@ -103,6 +108,7 @@ class SlotDraft(SlotNumbers):
         ):
             into[slot] = torch.as_tensor(values, device=into.device)
         self.grammar.load(slot, state.grammar)
+        self.copies.load(slot, state)
         self.put(
             slot,
             **{name: getattr(state, name) for name in _NAMES[:7]},
@@ -168,7 +174,8 @@ class SlotDraft(SlotNumbers):
         too_few = (PER_NOTE * missing).clamp(max=MOST)[:, None] * self._leaves
         too_many = (PER_NOTE * (1 - missing)).clamp(max=MOST)[:, None] * self._begins_note
         differs = torch.where((missing > 0)[:, None], too_few, too_many)
-        return torch.where((density >= 0)[:, None], bias - differs, bias)
+        bias = torch.where((density >= 0)[:, None], bias - differs, bias)
+        return self.copies.held_back(bias, self._instrument_row())
 
     def take(self, token: Tensor, where: Tensor) -> Tensor:
         """`Draft.take` for the songs in `where` (bool [S]). Songs that are finished by it become inactive.
@@ -193,6 +200,7 @@ class SlotDraft(SlotNumbers):
         advance(self.new_bars, appended & begins, self.new_bars + 1)
         advance(self.new_tokens, appended, self.new_tokens + 1)
         grammar.push(token, appended)
+        self.copies.push(token, appended)
         finished = where & (ends | (self.new_tokens >= self.max_tokens))
         advance(self.active, finished, 0)
         return appended

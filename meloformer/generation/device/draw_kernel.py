@@ -10,8 +10,9 @@ import triton.language as tl
 
 from ...kernels.decode_products import READS, SUMMARIZES, begin
 from ...tokens import vocab
-from ..steering import MOST, PER_NOTE
+from ..steering import BARS_BACK, MOST, PER_NOTE
 from . import tables as t
+from .copies_kernel import held_back, push
 from .draft import MAX_CHORDS
 
 DRAFT = (
@@ -47,6 +48,7 @@ _EOS_ID, _TS_START, _BPM_START = (
 _PITCHES, _INSTRUMENTS = tl.constexpr(len(vocab.P)), tl.constexpr(vocab.NO_INSTRUMENT)
 _PLACES, _DRUMS = tl.constexpr(len(vocab.BAND) + 1), tl.constexpr(vocab.DRUMS)
 _MAX_BAR_STEPS, _MAX_CHORDS = tl.constexpr(vocab.MAX_BAR_STEPS), tl.constexpr(MAX_CHORDS)
+_STARTS = tl.constexpr(len(vocab.INST) * BARS_BACK)
 _MOST, _PER_NOTE = tl.constexpr(MOST), tl.constexpr(PER_NOTE)
 _READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
 _LOW, _INFINITY = tl.constexpr(0xFFFFFFFF), tl.constexpr(float("inf"))
@@ -130,7 +132,7 @@ def draw_kernel(
     logits_ptr, mode_ptr, step_ptr, draft_ptr, grammar_ptr, sampling_ptr, of_id_ptr, steps_ptr, parts_ptr,
     within_ptr, pitches_ptr, chords_ptr, of_chords_ptr, of_pitches_ptr, density_ptr, place_ptr,
     temperature_ptr, top_p_ptr, min_p_ptr, of_kind_ptr, queue_ptr, position_ptr, bars_ptr, drawn_ptr,
-    column_ptr, slots, queue_room,
+    column_ptr, copies_ptr, log_ptr, more_ptr, starts_ptr, penalty_ptr, slots, queue_room, log_room,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Draws from logits, float32 [S, VOCAB_SIZE], and brings all state up to date."""
@@ -146,6 +148,9 @@ def draw_kernel(
     else:
         draft_ptr += s
         grammar_ptr += s
+        copies_ptr += s
+        log_ptr += s * log_room
+        more_ptr += s * log_room
         # The grammar: what may follow.
         after, signature = (
             tl.load(grammar_ptr + _G_AFTER * slots),
@@ -247,6 +252,9 @@ def draw_kernel(
             else:
                 begins_note = (family == _T) | is_pitch
                 logits -= tl.where(begins_note, tl.minimum((1 - missing) * _PER_NOTE, _MOST), 0)
+        penalty = tl.load(penalty_ptr + s * (_INSTRUMENTS + 1) + row)
+        if penalty != 0:
+            logits = held_back(logits, copies_ptr, log_ptr, more_ptr, penalty, slots, family, number)
         logits = tl.where(allowed, logits, -_INFINITY)
         logits -= tl.max(logits, 0)
         temperature = tl.load(temperature_ptr + s).to(tl.float32)
@@ -315,6 +323,7 @@ def draw_kernel(
             velocity = tl.where(begins_group, -1, tl.where(mine == _V, its, velocity))
             notes += (mine == _P).to(tl.int64)
             has_note = tl.where(mine == _P, 1, has_note)
+            push(copies_ptr, log_ptr, more_ptr, starts_ptr + s * _STARTS, slots, mine, its, token)
             new_tokens += 1
             finished = new_tokens >= tl.load(draft_ptr + _D_MAX_TOKENS * slots)
             full |= tl.load(position_ptr + s) + 1 >= tl.load(step_ptr + _ROOM * slots)

@@ -20,9 +20,16 @@ class FusedStep(Step):
     """`Step` for a model that `fused.has_kernels`; arguments and attributes are the same."""
 
     def __init__(
-        self, model: MeloFormer, slots: int, room: int, bars: int, attention: str = "auto", queue: int = 0
+        self,
+        model: MeloFormer,
+        slots: int,
+        room: int,
+        bars: int,
+        attention: str = "auto",
+        queue: int = 0,
+        song: int = 0,
     ):
-        super().__init__(model, slots, room, bars, attention, FusedForward, queue)
+        super().__init__(model, slots, room, bars, attention, FusedForward, queue, song)
         config, device = model.config, model.device
         names = tuple(model.feature_embeddings)
         self._uses = sum(1 << InputFeatures._fields.index(name) for name in names)
@@ -54,6 +61,7 @@ class FusedStep(Step):
         )  # fmt: skip
         logits = forward.logits(reader.position, self._bar, reader.inst, self._guesses)
         draft, grammar, sampling = self.draft, self.draft.grammar, self.sampling
+        copies = draft.copies
         _draw(
             (slots,),
             (
@@ -61,9 +69,9 @@ class FusedStep(Step):
                 *(tables.steps, tables.parts, draft.within, draft.pitches, draft.chords, draft.of_chords),
                 *(draft.of_pitches, draft.density, grammar.place, sampling.temperature, sampling.top_p),
                 *(sampling.min_p, sampling.of_kind, self.queue, reader.position, reader.bars, self.drawn),
-                self.column,
+                *(self.column, copies.all, copies.log, copies.more, copies.starts, copies.penalty),
             ),
-            (slots, self.queue.shape[1]),
+            (slots, self.queue.shape[1], copies.log.shape[1]),
             COLUMNS=BLOCK, BLOCK=triton.next_power_of_2(vocab.VOCAB_SIZE), num_warps=8,
             **rows.overlap,
         )  # fmt: skip

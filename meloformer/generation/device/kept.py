@@ -19,12 +19,14 @@ class Shape(NamedTuple):
     slots: how many songs are written side by side.
     room, bars: how many tokens and bars of each the model sees.
     queue: how many tokens can be laid down that come next.
+    song: how many tokens there are at most in songs in which repetition is held back.
     """
 
     slots: int
     room: int
     bars: int
     queue: int
+    song: int
 
     def serves(self, other: "Shape") -> bool:
         large_enough = all(mine >= its for mine, its in zip(self, other))

@@ -33,8 +33,6 @@ def why_not(draft: Draft) -> str | None:
     state = draft.state()
     if not fits(state.constraints):
         return f"progressions of more than {MAX_CHORDS} chords"
-    if any(state.constraints.repetition_penalties.values()):
-        return "songs in which repetition is held back"
     if type(state.sampling) is not Sampling:
         return "draws of another kind"
     return None
@@ -132,12 +130,14 @@ class Slots:
         room = -(-min(max_context, longest + 1) // _ROOM) * _ROOM
         self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
         queue = max(map(len, queues), default=0)
-        shape, weights = Shape(min(slots, len(drafts)), room, self._bars, queue), weights_of(model)
+        holds = any(any(draft.state().constraints.repetition_penalties.values()) for draft in drafts)
+        song = 1 << longest.bit_length() if holds else 0  # of few lengths, so that slots serve again
+        shape, weights = Shape(min(slots, len(drafts)), room, self._bars, queue, song), weights_of(model)
         found = None if kept is None else kept.take(shape, weights)
         if found is None:
             step = step_for(model) if step is None else step
             most = min(shape.slots, self._most_slots(model))
-            made = step(model, most, room, self._bars, attention, queue=queue)
+            made = step(model, most, room, self._bars, attention, queue=queue, song=song)
             graphs = self._cuda if graphs is None else graphs
             found = SlotSet(made, Graph(made) if graphs else made, shape, weights)
         self.set, self.step, self._run = found, found.step, found.run

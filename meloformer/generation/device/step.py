@@ -37,6 +37,7 @@ class Step(SlotNumbers):
         attention: the backend of the full passes over prompts.
         forward: makes the model's part of the step, see `PlainForward`.
         queue: how many tokens can be laid down that come next, whatever is drawn.
+        song: how many tokens the songs have at most in which repetition is held back.
 
     Raises:
         UserError: the backend cannot be used, see `pick_attention`.
@@ -59,13 +60,14 @@ class Step(SlotNumbers):
         attention: str = "auto",
         forward: Callable = PlainForward,
         queue: int = 0,
+        song: int = 0,
     ):
         device, config = model.device, model.config
         super().__init__(_NAMES, slots, device)
         self._model, self._attention = model, pick_attention(attention, device, config)
         self.tables = Tables(device)
         self.reader = SlotReader(slots, self.tables, room, bars, device)
-        self.draft = SlotDraft(slots, self.tables, device)
+        self.draft = SlotDraft(slots, self.tables, device, song)
         self.sampling = SlotSampling(slots, self.tables, device)
         self.cache = SlotCache(config, slots, room, bars, model.token_embedding.weight.dtype, device)
         self._forward = forward(model, self.cache, self.reader)
