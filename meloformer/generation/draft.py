@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,23 @@ PLAIN_SAMPLING = Sampling()
 UNCONSTRAINED = Constraints()
 
 
+OPEN = -1  # in a queue of tokens that are given: here tokens are drawn, until a bar ends
+
+
+class GivenState(NamedTuple):
+    """Of a song of which something is given, and the model writes in some bars.
+
+    queue: ids of the tokens that are given from here on, and `OPEN` after those of a bar in which the model
+        writes; it ends with the last of these.
+    within: bool [VOCAB_SIZE], what may follow in such bars.
+    beside: whether nothing is written yet in the current one: no note may follow, then.
+    """
+
+    queue: Sequence[int]
+    within: np.ndarray
+    beside: bool
+
+
 class DraftState(NamedTuple):
     """What decides how a draft goes on. Numbers are -1 for what there is not.
 
@@ -28,6 +46,8 @@ class DraftState(NamedTuple):
         instrument, notes: as of `Steering`.
         has_note: whether there is one in the song.
         ids: all tokens so far.
+        given: of a song of which something is given: then `new_tokens` and `max_tokens` count what is given
+            so far, too, and neither ends are asked for, nor time signature, tempo and band.
     """
 
     grammar: GrammarState
@@ -42,6 +62,7 @@ class DraftState(NamedTuple):
     sampling: Sampling
     seed: int
     ids: Sequence[int]
+    given: GivenState | None = None
 
 
 class Draft:
@@ -114,6 +135,9 @@ class Draft:
             return False
         self._append(token)
         return True
+
+    def append_given(self) -> None:
+        """Append what comes whatever is drawn: of new songs nothing is given."""
 
     def draw(self, logits: Tensor) -> bool:
         """Append a token that is drawn, or end the song.
@@ -256,6 +280,10 @@ class OutlinedDraft(Draft):
         self._steering.forbid(self._allowed, self._grammar.bar_ends)
         return False
 
+    def append_given(self) -> None:
+        while self.append_required():
+            pass
+
     def draw(self, logits: Tensor) -> bool:
         token = self._drawn_from(logits)
         if token == vocab.EOS or token in vocab.CHORD:
@@ -264,6 +292,47 @@ class OutlinedDraft(Draft):
         self._drawn += 1
         self._append(token)
         return True
+
+    def take(self, token: int) -> bool:
+        """Append the next token that is given, or one that was drawn.
+
+        Where the model writes, an EOS ends the bar, or a CHORD, which is that of the next one. If nothing is
+        to be written after it, the rest of the given song is appended instead.
+
+        Raises:
+            ValueError: another token is given here, or the grammar does not allow it.
+        """
+        if self._open and not self._given and (token == vocab.EOS or token in vocab.CHORD):
+            self._open = False
+            if not any(bar.is_open for bar in self._left):
+                self.append_given()
+                return False
+        if self.append_required():
+            if self.ids[-1] != token:
+                raise ValueError(f"token {token} where {self.ids[-1]} is given")
+        else:
+            self._drawn += 1
+            self._append(token)
+        return True
+
+    def state(self) -> DraftState:
+        queue = [*self._given, *([OPEN] if self._open else ())]
+        for bar in self._left:
+            queue += [*bar.tokens, *([OPEN] if bar.is_open else ())]
+        while queue and queue[-1] != OPEN:
+            queue.pop()
+        appended = len(self.ids) - self.begin
+        return (
+            super()
+            .state()
+            ._replace(
+                max_tokens=self._max_tokens + appended - self._drawn,
+                new_tokens=appended,
+                has_note=True,
+                constraints=replace(self._constraints, signature=None, bpm=None, instruments=None),
+                given=GivenState(queue, self._within, len(self.ids) == self._given_end),
+            )
+        )
 
     def stop(self) -> None:
         """Keep of the current bar what is given, and the rest of the song."""

@@ -109,6 +109,51 @@ def test_repetition_is_held_back_as_by_the_host(model):
     assert len({tuple(one.ids) for one in mine}) == 4
 
 
+ADDED = (48, 73)
+
+
+def outlines() -> list[tuple[Outline, dict]]:
+    """What stays of a song that is longer than a window, and how the rest is written."""
+    song = compose(5, bars=6)
+    steered = Constraints(densities=dict.fromkeys(range(129), 4.0), chords=(vocab.CHORD.start + 3,))
+    copied = replace(
+        steered, scale=(0, 4, 7), strict_scale=True, repetition_penalties=dict.fromkeys(ADDED, -4.0)
+    )
+    played = attributes.band(HIDTokenizer().encode(song)).tolist()
+    return [
+        (Outline.of(song, ADDED), {"constraints": steered}),
+        (Outline.of(song, ADDED[:1], bars=(2, 5)), {"constraints": copied}),
+        (Outline.of(song, played[:1], bars=(3, 4), chords=(vocab.CHORD.start,)), {}),
+        (Outline.of(song, played, bars=(6, 6)), {"constraints": steered}),
+        (Outline.of(song, ADDED), {"constraints": steered, "max_tokens": 9}),
+    ]
+
+
+def test_what_is_given_stays_and_the_rest_is_as_by_the_host(model):
+    """Beside songs of which nothing is given, in windows, and in fewer slots than songs."""
+    pairs = []
+    for seed, (outline, options) in enumerate(outlines()):
+        options = {"max_tokens": 60, "sampling": WILD} | options
+        pairs.append(twins(OutlinedDraft, outline, seed=seed, **options))
+    pairs.insert(1, twins(Draft, seed=9, max_tokens=40, sampling=WILD))
+    mine, its = zip(*pairs)
+    in_slots(model, mine, 256, slots=4)
+    by_host(model, its, 256)
+    for number, (one, other) in enumerate(zip(mine, its)):
+        assert one.ids == other.ids and one.finished, number
+        assert np.array_equal(one.song(), other.song())
+        check(one.song())
+    new = []
+    for draft, (outline, _) in zip([mine[0], *mine[2:]], outlines()):
+        ids = draft.song()
+        scanned, is_open = attributes.scan(ids), np.array([bar.is_open for bar in outline.bars])
+        written = np.isin(scanned.inst, outline.written) & is_open[scanned.bar]
+        given = [*outline.header, *(token for bar in outline.bars for token in bar.tokens), vocab.EOS]
+        assert ids[~written].tolist() == given
+        new.append(vocab.P.mask(ids[written]).sum())
+    assert min(new[:2]) > 0
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(model):
     def drafts(seeds) -> list[Draft]:
         return [Draft(seed=seed, max_tokens=28, bars=4, sampling=WILD) for seed in seeds]
@@ -163,8 +208,6 @@ def test_whoever_is_stopped_costs_nothing_more(model):
 
 def test_why_a_draft_is_left_to_the_host():
     assert why_not(Draft()) is None
-    header = (vocab.BOS, vocab.BAND.start)
-    assert "given" in why_not(OutlinedDraft(Outline(header, (), (vocab.DRUMS,), 0, 0, 0)))
     many = Constraints(chords=(vocab.CHORD.start,) * 1000)
     assert "chords" in why_not(Draft(constraints=many))
     assert "draws" in why_not(Draft(sampling=object()))

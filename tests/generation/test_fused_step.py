@@ -1,5 +1,6 @@
 """The step of Triton kernels beside the plain one: all state after every step."""
 
+import miditoolkit
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,8 @@ from meloformer.generation.constraints import Constraints
 from meloformer.generation.device import copies_kernel, draw_kernel, read_kernel
 from meloformer.generation.device.fused_step import FusedStep
 from meloformer.generation.device.step import Step
-from meloformer.generation.draft import Draft
+from meloformer.generation.draft import Draft, OutlinedDraft
+from meloformer.generation.outline import Outline
 from meloformer.generation.sampling import Sampling
 from meloformer.kernels import decode
 from meloformer.model.transformer import ModelConfig
@@ -174,6 +176,34 @@ def test_copies_that_are_asked_for(model):
     want = notes(begun(9))
     for tokens in drawn:
         assert notes(tokens)[: len(want)] == want, tokens
+
+
+def outlined(seed: int, song: miditoolkit.MidiFile, begun: bool = False, **options) -> tuple:
+    """A song in whose given bars a flute is to play, up to where it may, or has `begun` to."""
+    wishes = Constraints(scale=(0, 4, 7), strict_scale=True, registers={73: (60, 80)}, densities={73: 1.0})
+    outline = Outline.of(song, (73,), options.pop("bars"))
+    draft = OutlinedDraft(outline, seed=seed, constraints=wishes, sampling=Sampling(**WILD), **options)
+    draft.append_given()
+    if begun:
+        draft.take(vocab.INST.start + int(vocab.INSTRUMENT_RANK[73]))
+    return draft.state(), np.array(draft.ids), draft.state().given.queue
+
+
+def test_songs_of_which_something_is_given(model):
+    """Several bars, one alone, few tokens that may be drawn, and one in which some are."""
+    song = HIDTokenizer().decode(np.array([*riffs(5), vocab.EOS]))
+    song.instruments = [track for track in song.instruments if track.is_drum]
+    songs = [
+        outlined(0, song, bars=(2, 5)),
+        outlined(1, song, bars=(3, 3)),
+        outlined(2, song, bars=(1, 2), max_tokens=2),
+        outlined(3, song, bars=(1, 5), begun=True),
+    ]
+    drawn = run(model, songs, 34)
+    bars = [sum(token in vocab.CHORD for token in tokens) for tokens in drawn]
+    assert bars[0] >= 2 and bars[1] <= 1 and len(drawn[2]) < 20 and bars[3] >= 1
+    assert drawn[1][-1] == vocab.EOS or drawn[1][-1] in vocab.CHORD
+    assert any(token in vocab.P for token in drawn[3][:3])
 
 
 @pytest.mark.gpu

@@ -107,6 +107,19 @@ def test_the_chords_can_be_given(model, song):
     ]
 
 
+def test_tokens_of_another_writer_are_taken_if_what_is_given_is_there(song):
+    outline = Outline.of(song, NEW, bars=(2, 2))
+    given = [token for bar in outline.bars for token in bar.tokens]
+    last = len(outline.bars[0].tokens) + len(outline.bars[1].tokens)
+    draft = OutlinedDraft(outline)
+    assert all(draft.take(token) for token in given[:last])
+    assert not draft.take(vocab.CHORD.start) and draft.finished  # nothing is added
+    assert draft.song().tolist() == [*outline.header, *given, vocab.EOS]
+    draft = OutlinedDraft(outline)
+    with pytest.raises(ValueError, match=f"where {given[0]} is given"):
+        draft.take(vocab.CHORD.stop)
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 40, 150])
 def test_a_stop_keeps_the_given_song(model, song, stop_after):
     outline = Outline.of(song, NEW)

@@ -69,7 +69,8 @@ class SlotCopies(SlotNumbers):
         self.penalty[slot] = torch.from_numpy(values).to(device)
         holds = bool(values.any())
         ids = np.array(state.ids if holds else (), dtype=np.int64)
-        most = len(ids) + state.max_tokens - state.new_tokens
+        given = 0 if state.given is None else len(state.given.queue)
+        most = len(ids) + state.max_tokens - state.new_tokens + given
         if holds and most >= self.log.shape[1]:
             raise ValueError(f"a song of {most} tokens, and there is room for {self.log.shape[1] - 1}")
         family = self._tables.family.cpu().numpy()[ids]

@@ -18,7 +18,7 @@ MAX_CHORDS = 256  # of a progression that a slot can hold
 _INSTRUMENTS = vocab.NO_INSTRUMENT  # rows by instrument; one more is for none
 _NAMES = (
     *("bars", "max_tokens", "new_bars", "new_tokens", "has_note", "instrument", "notes"),  # of DraftState
-    *("bpm", "signature", "lists", "chord_count", "scale", "active"),
+    *("bpm", "signature", "lists", "chord_count", "scale", "given", "active"),
 )
 
 
@@ -39,6 +39,7 @@ class SlotDraft(SlotNumbers):
         lists: 1 if the instruments of the band are wished.
         chord_count: how many chords are wished, 0 for none.
         scale: 1 if notes outside a scale are discouraged.
+        given: 0 in songs of which nothing is given. 2 where the last token was: no note may follow; else 1.
         within: bool [S, VOCAB_SIZE], ids that violate no wish, whatever comes before them.
         pitches: bool [S, instruments + 1, 128], which may be played; of no instrument in the last row.
         chords: int64 [S, MAX_CHORDS], ids.
@@ -78,7 +79,7 @@ class SlotDraft(SlotNumbers):
         wishes = state.constraints
         if not fits(wishes):
             raise ValueError(f"at most {MAX_CHORDS} chords, got {len(wishes.chords)}")
-        within = wishes.allowed_ids()
+        within = wishes.allowed_ids() if state.given is None else state.given.within.copy()
         of_chords = np.zeros(vocab.VOCAB_SIZE, dtype=np.float32)
         of_pitches = of_chords.copy()
         if wishes.chords is None and wishes.scale is not None:
@@ -117,6 +118,7 @@ class SlotDraft(SlotNumbers):
             lists=wishes.instruments is not None,
             chord_count=len(wishes.chords or ()),
             scale=wishes.scale is not None and not wishes.strict_scale,
+            given=0 if state.given is None else 1 + state.given.beside,
             active=1,
         )
 
@@ -143,6 +145,7 @@ class SlotDraft(SlotNumbers):
         allowed[:, CHORD.stop :] &= ~begins
         allowed[:, TS.start : TS.stop] &= ~grammar.inside_bar()[:, None]
         last, no_note = self._last_bar(), self.has_note == 0
+        allowed &= self._leaves | (self.given != 2)[:, None]
         no_end = (self.new_bars == 0) | no_note | (self.bars >= 0) & ~last
         allowed[:, vocab.EOS] &= ~no_end
         allowed[:, CHORD.start : CHORD.stop] &= ~(last & no_note)[:, None]
@@ -177,8 +180,14 @@ class SlotDraft(SlotNumbers):
         bias = torch.where((density >= 0)[:, None], bias - differs, bias)
         return self.copies.held_back(bias, self._instrument_row())
 
-    def take(self, token: Tensor, where: Tensor) -> Tensor:
+    def take(
+        self, token: Tensor, where: Tensor, laid: Tensor | bool = False, last: Tensor | bool = False
+    ) -> Tensor:
         """`Draft.take` for the songs in `where` (bool [S]). Songs that are finished by it become inactive.
+
+        Args:
+            laid: bool [S], which tokens were not drawn.
+            last: bool [S], which end the last bar in which something is drawn.
 
         Returns:
             Where the token was appended.
@@ -187,7 +196,7 @@ class SlotDraft(SlotNumbers):
         family = tables.family[token]
         chord = family == t.CHORD
         begins = chord & grammar.bar_ends()
-        ends = (family == t.EOS) | chord & self._last_bar()
+        ends = (family == t.EOS) | chord & self._last_bar() | last
         appended = where & ~ends
 
         inst = family == t.INST
@@ -199,6 +208,9 @@ class SlotDraft(SlotNumbers):
         advance(self.has_note, note, 1)
         advance(self.new_bars, appended & begins, self.new_bars + 1)
         advance(self.new_tokens, appended, self.new_tokens + 1)
+        given = appended & (self.given > 0)
+        advance(self.max_tokens, given & laid, self.max_tokens + 1)  # which is of those that are drawn
+        advance(self.given, given, torch.where(given & laid, 2, 1))
         grammar.push(token, appended)
         self.copies.push(token, appended)
         finished = where & (ends | (self.new_tokens >= self.max_tokens))

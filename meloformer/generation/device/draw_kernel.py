@@ -17,7 +17,7 @@ from .draft import MAX_CHORDS
 
 DRAFT = (
     *("bars", "max_tokens", "new_bars", "new_tokens", "has_note", "instrument", "notes"),
-    *("bpm", "signature", "lists", "chord_count", "scale", "active"),
+    *("bpm", "signature", "lists", "chord_count", "scale", "given", "active"),
 )
 GRAMMAR = (
     *("after", "first_bar", "signature", "part", "bar_steps", "cut", "after_cut", "bpm", "group"),
@@ -29,7 +29,9 @@ STEP = ("pending", "complete", "full", "queued", "next", "room", "bar_room")
 (_D_BARS, _D_MAX_TOKENS, _D_NEW_BARS, _D_NEW_TOKENS, _D_HAS_NOTE, _D_INSTRUMENT, _D_NOTES) = map(
     tl.constexpr, range(7)
 )
-(_D_BPM, _D_SIGNATURE, _D_LISTS, _D_CHORD_COUNT, _D_SCALE, _D_ACTIVE) = map(tl.constexpr, range(7, 13))
+(_D_BPM, _D_SIGNATURE, _D_LISTS, _D_CHORD_COUNT, _D_SCALE, _D_GIVEN, _D_ACTIVE) = map(
+    tl.constexpr, range(7, 14)
+)
 (_G_AFTER, _G_FIRST_BAR, _G_SIGNATURE, _G_PART, _G_BAR_STEPS, _G_CUT, _G_AFTER_CUT) = map(
     tl.constexpr, range(7)
 )
@@ -48,6 +50,7 @@ _EOS_ID, _TS_START, _BPM_START = (
 _PITCHES, _INSTRUMENTS = tl.constexpr(len(vocab.P)), tl.constexpr(vocab.NO_INSTRUMENT)
 _PLACES, _DRUMS = tl.constexpr(len(vocab.BAND) + 1), tl.constexpr(vocab.DRUMS)
 _MAX_BAR_STEPS, _MAX_CHORDS = tl.constexpr(vocab.MAX_BAR_STEPS), tl.constexpr(MAX_CHORDS)
+_CHORD_START, _CHORD_STOP = tl.constexpr(vocab.CHORD.start), tl.constexpr(vocab.CHORD.stop)
 _STARTS = tl.constexpr(len(vocab.INST) * BARS_BACK)
 _MOST, _PER_NOTE = tl.constexpr(MOST), tl.constexpr(PER_NOTE)
 _READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
@@ -233,10 +236,17 @@ def draw_kernel(
         last_bar = (new_bars == bars) & bar_ends
         allowed &= (family == _CHORD) | lists | (new_tokens != 0)
         allowed &= (family != _TS) | ~((part > 0) & (after_cut == 0))
+        given = tl.load(draft_ptr + _D_GIVEN * slots)
+        max_tokens = tl.load(draft_ptr + _D_MAX_TOKENS * slots)
+        allowed &= (given != 2) | (family < _T) | (family > _V)
         no_end = (new_bars == 0) | (has_note == 0) | ((bars >= 0) & ~last_bar)
         allowed &= (number != _EOS_ID) | ~no_end
         allowed &= (family != _CHORD) | ~(last_bar & (has_note == 0))
         allowed = tl.where(required >= 0, number == required, allowed)
+        next_queued, queued = tl.load(step_ptr + _NEXT * slots), tl.load(step_ptr + _QUEUED * slots)
+        queue_ptr += s * queue_room + next_queued
+        laid = (next_queued < queued) & (tl.load(queue_ptr) >= 0)
+        allowed = (allowed | laid) & real  # where nothing would be
 
         # The draw.
         logits = tl.load(logits_ptr + s * _VOCABULARY + number, mask=real, other=0)
@@ -276,20 +286,23 @@ def draw_kernel(
             noise = _noise(tl.load(sampling_ptr + s), new_tokens, number)
             chance = tl.where(keep & allowed, probability / noise, -1.0)
             token = tl.argmax(chance, 0).to(tl.int64)
-        next_queued = tl.load(step_ptr + _NEXT * slots)
-        queued = next_queued < tl.load(step_ptr + _QUEUED * slots)
-        if queued:
-            token = tl.load(queue_ptr + s * queue_room + next_queued)
+        ends = ((token >= _CHORD_START) & (token < _CHORD_STOP)) | (token == _EOS_ID)
+        ends = (next_queued < queued) & ~laid & ends  # what was open
+        follows = ends & (next_queued + 1 < queued)
+        if laid | follows:
+            token = tl.load(queue_ptr + follows.to(tl.int64))
+        next_queued += (laid | ends).to(tl.int64) + follows.to(tl.int64)
+        laid |= follows
 
         # The song with it.
         tl.debug_barrier()  # all has been loaded, by every warp
-        tl.store(step_ptr + _NEXT * slots, next_queued + queued.to(tl.int64))
+        tl.store(step_ptr + _NEXT * slots, next_queued)
         mine, its = (
             tl.load(of_id_ptr + _FAMILY * _VOCABULARY + token),
             tl.load(of_id_ptr + _VALUE * _VOCABULARY + token),
         )
         tl.store(drawn_ptr + s * COLUMNS + column, token)
-        finished = (mine == _EOS) | ((mine == _CHORD) & last_bar)
+        finished = (mine == _EOS) | ((mine == _CHORD) & last_bar) | (ends & ~follows)
         if not finished:
             if mine == _CHORD:
                 group, instrument = tl.full([], -1, tl.int64), tl.full([], -1, tl.int64)
@@ -325,7 +338,11 @@ def draw_kernel(
             has_note = tl.where(mine == _P, 1, has_note)
             push(copies_ptr, log_ptr, more_ptr, starts_ptr + s * _STARTS, slots, mine, its, token)
             new_tokens += 1
-            finished = new_tokens >= tl.load(draft_ptr + _D_MAX_TOKENS * slots)
+            if given > 0:
+                max_tokens += laid.to(tl.int64)
+                tl.store(draft_ptr + _D_MAX_TOKENS * slots, max_tokens)
+                tl.store(draft_ptr + _D_GIVEN * slots, 1 + laid.to(tl.int64))
+            finished = new_tokens >= max_tokens
             full |= tl.load(position_ptr + s) + 1 >= tl.load(step_ptr + _ROOM * slots)
             tl.store(step_ptr + _PENDING * slots, token)
             if full:

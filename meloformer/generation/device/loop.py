@@ -28,8 +28,6 @@ FOR_CACHES = 0.7  # of the memory that is free
 
 def why_not(draft: Draft) -> str | None:
     """Why a draft must be written by `generation.loop`, in words, if it must."""
-    if type(draft) is not Draft:
-        return "songs of which something is given"
     state = draft.state()
     if not fits(state.constraints):
         return f"progressions of more than {MAX_CHORDS} chords"
@@ -126,12 +124,17 @@ class Slots:
     ):
         self._drafts, self._queues = drafts, queues
         self._cuda = model.device.type == "cuda"
-        longest = max(len(draft.ids) + draft.state().max_tokens for draft in drafts)
+        states = [draft.state() for draft in drafts]
+        given = [len(state.given.queue) if state.given is not None else 0 for state in states]
+        longest = max(
+            len(state.ids) + state.max_tokens - state.new_tokens + more for state, more in zip(states, given)
+        )
         room = -(-min(max_context, longest + 1) // _ROOM) * _ROOM
         self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
-        queue = max(map(len, queues), default=0)
-        holds = any(any(draft.state().constraints.repetition_penalties.values()) for draft in drafts)
-        song = 1 << longest.bit_length() if holds else 0  # of few lengths, so that slots serve again
+        holds = any(any(state.constraints.repetition_penalties.values()) for state in states)
+        # Of few lengths, so that slots serve again.
+        song = 1 << longest.bit_length() if holds else 0
+        queue = 1 << max(*map(len, queues), *given, 0).bit_length() if queues or any(given) else 0
         shape, weights = Shape(min(slots, len(drafts)), room, self._bars, queue, song), weights_of(model)
         found = None if kept is None else kept.take(shape, weights)
         if found is None:
@@ -183,6 +186,8 @@ class Slots:
     def _look_at(self, slot: int, number: int, full: bool) -> None:
         """After the tokens of a block: begin anew what is full, and end what is finished."""
         draft = self._drafts[number]
+        if full:
+            draft.append_given()
         if not draft.finished and full:
             self._begin(slot, number, self._window(np.array(draft.ids), again=True))
         if draft.finished:
@@ -194,6 +199,7 @@ class Slots:
         while free and self._waiting:
             number = self._waiting.popleft()
             draft = self._drafts[number]
+            draft.append_given()  # is read at once, up to where the model writes
             if draft.finished:
                 continue
             self._begin(free[0], number, self._window(np.array(draft.ids), again=False))
@@ -205,8 +211,11 @@ class Slots:
         if window is None:
             draft.end()
             return
+        state = draft.state()
         queue = self._queues[number][draft.new_tokens :] if self._queues else ()
-        self.step.begin(slot, draft.state(), window, queue, self._room, self._bars)
+        if state.given is not None:
+            queue = state.given.queue
+        self.step.begin(slot, state, window, queue, self._room, self._bars)
         self._begun += 1
         self._stays[slot] = _Stay(number, self._begun)
 

@@ -10,7 +10,7 @@ from ...model.device import pick_attention
 from ...model.transformer import MeloFormer
 from ...tokens import vocab
 from ..decoder import Recording, padded_batch
-from ..draft import DraftState
+from ..draft import OPEN, DraftState
 from . import tables as t
 from .cache import SlotCache
 from .draft import SlotDraft
@@ -92,7 +92,8 @@ class Step(SlotNumbers):
             state: how it goes on.
             ids: [n], 0 < n <= room, of at most as many bars as there is room for: the tokens of it that the
                 model sees, the beginning of a document.
-            queue: the tokens that come next.
+            queue: the tokens that come next, and `OPEN` where some are drawn first, up to a CHORD or EOS; in
+                place of that comes what lies behind.
             room, bars: of how many tokens and bars the song is full; None: of those that there is room for.
         """
         ids = np.asarray(ids, dtype=np.int64)
@@ -137,20 +138,27 @@ class Step(SlotNumbers):
         reads = ready & ~summarizes
         facts = reader.push(token, reads)
         bar = torch.where(summarizes, self.complete, facts.bar)
-        drawn = self._draw(self._forward(facts, reads, summarizes, bar))
-        self._take(drawn, reads)
+        self._take(self._draw(self._forward(facts, reads, summarizes, bar)), reads)
         advance(self.complete, summarizes, self.complete + 1)
 
     def _draw(self, logits: Tensor) -> Tensor:
         logits = logits.float() + self.draft.bias()
-        allowed = self.draft.allowed()
-        drawn = self.sampling.draw(logits.masked_fill(~allowed, -torch.inf), self.draft.new_tokens)
-        return torch.where(self.next < self.queued, read(self.queue, self.next), drawn)
+        allowed = self.draft.allowed() | self._laid()[:, None]  # where nothing would be
+        return self.sampling.draw(logits.masked_fill(~allowed, -torch.inf), self.draft.new_tokens)
+
+    def _laid(self) -> Tensor:
+        """Where the next token lies in the queue: bool [S]."""
+        return (self.next < self.queued) & (read(self.queue, self.next) != OPEN)
 
     def _take(self, drawn: Tensor, reads: Tensor) -> None:
-        reader = self.reader
-        advance(self.next, reads & (self.next < self.queued), self.next + 1)
-        appended = self.draft.take(drawn, reads)
+        reader, family = self.reader, self.tables.family[drawn]
+        queued, laid = self.next < self.queued, self._laid()
+        ends = queued & ~laid & ((family == t.CHORD) | (family == t.EOS))  # what was open
+        follows = ends & (self.next + 1 < self.queued)
+        laid |= follows
+        drawn = torch.where(laid, read(self.queue, self.next + follows), drawn)
+        advance(self.next, reads & (laid | ends), self.next + 1 + follows)
+        appended = self.draft.take(drawn, reads, laid, ends & ~follows)
         advance(self.pending, appended, drawn)
         begins_bar = self.tables.family[drawn] == t.CHORD
         full = (reader.position + 1 >= self.room) | begins_bar & (reader.bars >= self.bar_room)
