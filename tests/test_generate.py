@@ -268,10 +268,14 @@ def test_the_melody_of_a_given_song_can_be_kept(checkpoint, tmp_path, given, cap
     assert "Piccolo plays the melody" in capsys.readouterr().err
 
 
-def test_bars_of_a_given_song_are_replaced(checkpoint, tmp_path, given):
+@pytest.mark.parametrize("loop", [[], ["--graphs"]], ids=["host", "slots"])
+def test_bars_of_a_given_song_are_replaced(checkpoint, tmp_path, given, loop, monkeypatch, capsys):
+    monkeypatch.setattr(module, "require_gpu", lambda device: None)  # the steps of slots run anywhere
     words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--given", str(given)]
     band = sorted({note[0] for note in notes_of(given)})
-    module.main([*words, "--replace_bars", "2-3", "--instruments", str(band[0]), "--temperature", "4"])
+    more = ["--temperature", "4", "--repetition_penalty", "1", *loop]
+    module.main([*words, "--replace_bars", "2-3", "--instruments", str(band[0]), *more])
+    assert "--graphs" not in capsys.readouterr().err
     before, after = notes_of(given), notes_of(tmp_path / "x.mid")
     assert {note for note in before if note[0] != band[0]} <= after
     assert {note[0] for note in before ^ after} == {band[0]}

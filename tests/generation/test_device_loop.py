@@ -233,6 +233,7 @@ class TestGraphs:
     def songs(self, model, graphs: bool, **options) -> list[list[int]]:
         sampling = Sampling(top_p=0.95, kind_temperatures={"instrument": 0.5})
         drafts = [Draft(seed=seed, max_tokens=200 + 40 * seed, sampling=sampling) for seed in range(5)]
+        drafts += [OutlinedDraft(one, max_tokens=200, sampling=WILD, **more) for one, more in outlines()[:2]]
         list(Slots(model, drafts, 512, graphs=graphs, slots=3, **options).write())
         for draft in drafts:
             check(draft.song())

@@ -207,6 +207,15 @@ def test_songs_of_which_something_is_given(model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [test_composed_songs, test_songs_that_are_drawn])
+@pytest.mark.parametrize(
+    "case",
+    [
+        test_composed_songs,
+        test_songs_that_are_full,
+        test_songs_that_are_drawn,
+        test_copies_that_are_asked_for,
+        test_songs_of_which_something_is_given,
+    ],
+)
 def test_compiled(model, case):
     case(model.to("cuda"))
