@@ -106,8 +106,8 @@ def make_parser() -> cli.Parser:
     add("--int8", action="store_true", help="on a CPU: weights of 8 bits, faster and slightly less exact")
     add(
         "--graphs",
-        action="store_true",
-        help="on a GPU: write by CUDA graphs, in bfloat16: faster; a seed gives another song than without",
+        action=argparse.BooleanOptionalAction,
+        help="write by CUDA graphs, in bfloat16; a seed gives another song than without (default: on a GPU)",
     )
     add(
         "--num",
@@ -203,12 +203,13 @@ def write_songs(
     if prompt is not None and constraints.instruments is not None:
         prompt = attributes.with_instruments(prompt, constraints.instruments)
     device = pick_device(args.device)
-    if args.graphs:
+    graphs = device.type == "cuda" if args.graphs is None else args.graphs
+    if graphs:
         require_gpu(device)
     if args.int8:
         require_int8(device)
     model, max_context = load_model(Path(args.checkpoint), device)
-    if args.graphs:
+    if graphs:
         model = model.bfloat16()
     attention = pick_attention(args.attention, model.device, model.config)
     bars = args.bars if given is None else given.outline.whole_bars
@@ -225,13 +226,13 @@ def write_songs(
         stream = BarStream(number, draft.begin) if args.stream else None
         songs.append(Song(draft, progress, *paths_of(args, number).values(), stream))
     drafts = [song.draft for song in songs]
-    reason = cannot_write(drafts) if args.graphs else None
-    if args.graphs and reason is None:
+    reason = cannot_write(drafts) if graphs else None
+    if graphs and reason is None:
         turns = write_on_device(model, drafts, max_context, attention)
     else:
         turns = write(model, drafts, max_context, attention, args.int8)
     if reason is not None:
-        print(f"--graphs: songs are written {reason}", file=sys.stderr)
+        print(f"songs are written {reason}", file=sys.stderr)
     for number in turns:
         songs[number].show()
         if request.reason is not None:

@@ -85,9 +85,9 @@ class Generator:
         max_context: the most tokens that it sees at once, best those of the rows it was trained on. A longer
             song goes on with a window of whole bars.
         attention: name of the backend for passes over whole prompts, or "auto".
-        graphs: write by CUDA graphs, many tokens between two looks of the host: for a model on a GPU. What is
-            drawn differs from what is drawn without. Slots and graph are kept for the next call that they
-            serve, and with them their memory, as long as there is the generator.
+        graphs: write by CUDA graphs, many tokens between two looks of the host; None, the default, does so on
+            a GPU. What is drawn differs from what is drawn without. Slots and graph are kept for the next
+            call that they serve, and with them their memory, as long as there is the generator.
 
     Raises:
         UserError: the backend cannot be used, or there is no GPU for `graphs`.
@@ -98,8 +98,9 @@ class Generator:
         model: MeloFormer,
         max_context: int = MAX_CONTEXT,
         attention: str = "auto",
-        graphs: bool = False,
+        graphs: bool | None = None,
     ):
+        graphs = model.device.type == "cuda" if graphs is None else graphs
         if graphs:
             require_gpu(model.device)
         self.model, self.max_context, self._graphs = model, max_context, graphs
@@ -112,19 +113,20 @@ class Generator:
         folder: str | os.PathLike,
         device: str | torch.device = "auto",
         attention: str = "auto",
-        graphs: bool = False,
+        graphs: bool | None = None,
     ) -> "Generator":
         """From a checkpoint, an export, or the output folder of a training run.
 
         Args:
             device: auto, cpu, cuda or cuda:N; auto is a GPU if there is one.
             attention: see `Generator`.
-            graphs: see `Generator`; the weights are rounded to bfloat16.
+            graphs: see `Generator`; with them the weights are rounded to bfloat16.
 
         Raises:
             UserError: there is no such checkpoint, it is damaged, or device or attention cannot be used.
         """
         model, max_context = load_model(Path(folder), pick_device(str(device)))
+        graphs = model.device.type == "cuda" if graphs is None else graphs
         if graphs:
             require_gpu(model.device)
             model = model.to(torch.bfloat16)
