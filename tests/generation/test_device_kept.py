@@ -49,13 +49,13 @@ def same(one: list, other: list) -> bool:
     return len(one) == len(other) and all(map(np.array_equal, one, other))
 
 
-THREE = {"num": 3, "seed": 5, "max_tokens": 40, "sampling": WILD}
+THREE = {"num": 3, "seed": 5, "max_tokens": 25, "sampling": WILD}
 
 
 def test_a_second_call_writes_what_a_fresh_generator_does(made):
     kept = Generator(untrained(), 256, graphs=True)
     chords = Constraints(chords=(vocab.CHORD.start + 3,), signature=74, bpm=93, instruments=(33,))
-    kept.generate(chords, num=3, seed=1, max_tokens=60, sampling=Sampling(temperature=0))
+    kept.generate(chords, num=3, seed=1, max_tokens=30, sampling=Sampling(temperature=0))
     songs = [song.ids for song in kept.generate(**THREE)]
     assert len(made) == 1
     again = kept.generate(prompt=songs[1], num=2, seed=8, max_tokens=25, sampling=WILD)
@@ -87,7 +87,7 @@ def test_after_a_call_that_was_left_or_failed(made, monkeypatch):
 
 
 def test_two_calls_at_once_have_slots_of_their_own(made):
-    kept, long = Generator(untrained(), 256, graphs=True), {"bars": 2, "max_tokens": 90, "sampling": WILD}
+    kept, long = Generator(untrained(), 256, graphs=True), {"bars": 2, "max_tokens": 60, "sampling": WILD}
     bars = kept.stream(**long)
     next(bars)
     songs = [song.ids for song in kept.generate(**THREE)]
