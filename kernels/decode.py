@@ -35,13 +35,17 @@ _gate, _down, _head = (
 )
 
 
-def overlap_options(device: torch.device, slots: int) -> dict[str, bool]:
-    """For the launch of a kernel that calls `decode_products.begin`, last of all: whether it is launched
-    while the one before it runs (programmatic dependent launch, of NVIDIA GPUs from Hopper on). With many
-    songs, programs that wait take room from those that run."""
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can be launched there while the one before it runs (programmatic dependent launch)."""
     compiled = isinstance(attention.attend_kernel, triton.JITFunction)
     nvidia = compiled and device.type == "cuda" and torch.version.hip is None
-    if slots == 1 and nvidia and torch.cuda.get_device_capability(device)[0] >= 9:
+    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlap_options(device: torch.device, slots: int) -> dict[str, bool]:
+    """For the launch of a kernel that calls `decode_products.begin`, last of all. Launches overlap for one
+    song: with many, programs that wait take room from those that run."""
+    if slots == 1 and can_overlap(device):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
 

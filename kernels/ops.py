@@ -23,7 +23,8 @@ from .update_forward import forward_kernel
 
 _LOG2_E = log2(2.718281828459045)
 _BLOCK_M = 16  # rows of a tile of summaries: the fewest that a matrix instruction multiplies
-_SUMMARY_PROGRAMS = 1024  # so many, or fewer summaries in each: a long bar is read by one program alone
+_MOST_SUMMARIES = 8  # of a program
+_SUMMARY_PROGRAMS = 512  # so many, or fewer summaries in each: a long bar is read by one program alone
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
 _key_gradient = Launcher(key_gradient_kernel)
 _summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
@@ -81,8 +82,8 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
 
 
 def _summaries_of_program(count: int) -> int:
-    """Of `count` summaries of all rows and heads: a power of two, at most `_BLOCK_M`."""
-    own = _BLOCK_M
+    """Of `count` summaries of all rows and heads: a power of two, at most `_MOST_SUMMARIES`."""
+    own = _MOST_SUMMARIES
     while own > 1 and count < own * _SUMMARY_PROGRAMS:
         own //= 2
     return own

@@ -29,7 +29,15 @@ def test_kernels_fit_a_hopper_gpu(tmp_path):
         *("project_kernel", "attend_kernel", "attended_kernel", "gate_kernel", "down_kernel"),
         *("head_kernel", "draw_kernel"),
     ]
+    one, many = built[: len(built) // 2], built[len(built) // 2 :]  # songs
     for build in built:
         assert build["shared"] <= SHARED, build
+    for build in many:
+        assert build["waits"] == 0, build
         if build["kernel"] in products:  # weights are on their way while others are multiplied
             assert build["cp_async"] and build["mma"], build
+    for build in one:
+        # Launches overlap: a program loads its weights before it waits for what they are multiplied with.
+        assert build["waits"] == 1, build
+        if build["kernel"] in products:
+            assert build["ahead"] > 0 and not build["mma"], build

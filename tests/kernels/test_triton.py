@@ -98,9 +98,10 @@ def test_head_dims(dim, phase):
     check_phase(case("documents"), phase, dim=dim)
 
 
-@pytest.mark.parametrize("programs", [1, 8, 10**6])
-def test_any_number_of_summaries_in_a_program(programs, monkeypatch):
-    monkeypatch.setattr(ops, "_SUMMARY_PROGRAMS", programs)
+@pytest.mark.parametrize("most", [1, 4, 16])
+def test_any_number_of_summaries_in_a_program(most, monkeypatch):
+    monkeypatch.setattr(ops, "_MOST_SUMMARIES", most)
+    monkeypatch.setattr(ops, "_SUMMARY_PROGRAMS", 1)
     for name in ("documents", "rows"):
         check_phase(case(name), "summarize", heads=2)
 
