@@ -49,7 +49,7 @@ class TestPage:
 
 def test_the_projects_own_page_is_made_of_its_results():
     folder = ROOT / "benchmarks" / "results"
-    names = ["attention_h200.json", "flex_h200.json"]
+    names = ["songs.json", "packed.json", "batches.json", "flexattention.json"]
     pictures = ["attention_h200_rows.png", "attention_h200_lengths.png"]
-    merged = merge([load(folder / name) for name in names], names)
+    merged = merge([load(folder / "attention_h200" / name) for name in names], names)
     assert (folder / "attention_h200.md").read_text() == page(merged, pictures, names)

@@ -86,13 +86,12 @@ def test_files_of_one_device_become_one_page(tmp_path):
             module.main(args)
 
 
-def test_the_committed_page_is_that_of_its_figures(tmp_path):
+@pytest.mark.parametrize("name", ["generation_cpu", "generation_h200"])
+def test_the_committed_page_is_that_of_its_figures(name, tmp_path):
     results = Path(module.__file__).parent / "results"
-    module.main(
-        ["--from", str(results / "generation_cpu.json"), "--output", str(tmp_path / "generation_cpu.md")]
-    )
-    assert (tmp_path / "generation_cpu.md").read_text() == (results / "generation_cpu.md").read_text()
-    assert (results / "generation_cpu_speed.png").is_file()
+    module.main(["--from", str(results / f"{name}.json"), "--output", str(tmp_path / f"{name}.md")])
+    assert (tmp_path / f"{name}.md").read_text() == (results / f"{name}.md").read_text()
+    assert (results / f"{name}_speed.png").is_file()
 
 
 def test_songs_by_graphs_are_counted_from_the_second_block_on(monkeypatch, tmp_path):
