@@ -49,7 +49,11 @@ def piano_roll(midi: MidiFile, path: str | os.PathLike, title: str = "") -> None
         UserError: the file cannot be written.
     """
     parts = parts_of(midi)
-    bar_lines = bar_lines_of(midi, max((int(part.notes[:, 1].max()) for part in parts), default=0))
+    # A drum that is struck last may be held over a bar line: that bar would be empty.
+    ends = [
+        int(part.notes[:, 0].max()) + 1 if part.is_drum else int(part.notes[:, 1].max()) for part in parts
+    ]
+    bar_lines = bar_lines_of(midi, max(ends, default=0))
     rows = _rows(bar_lines)
     melodic = [part for part in parts if not part.is_drum]
     drums = [part for part in parts if part.is_drum]

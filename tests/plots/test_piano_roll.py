@@ -123,6 +123,11 @@ def test_bars_are_numbered_from_one_and_drawn_to_scale(figure_of):
     assert [text for text in texts(axes) if "/" in text] == ["4/4", "2/4"]
 
 
+def test_a_drum_that_is_held_adds_no_empty_bar(figure_of):
+    midi = song(part(0, (60, 0, 1920)), part(0, (42, 1800, 2280), drum=True))
+    assert figure_of(piano_roll, midi).axes[0].get_xlim() == (0, 1920)
+
+
 @pytest.mark.parametrize("bars", [1, 24, 25, 80, 81, 641, 5000])
 def test_rows_hold_every_bar_once(bars):
     rows = plot._rows(range(bars + 1))
