@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.common.failures import check_gpu
 from benchmarks.common.machine import describe
 from benchmarks.common.readme_section import update_section
@@ -41,6 +43,12 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
         "precision": args.precision,
         "compile": args.compile,
         "data": f"{len(shards)} {'songs' if args.data_dir else 'composed songs'}, {digest}",
+        "songs_name": args.songs_name
+        or (args.data_dir.resolve().name if args.data_dir else "composed songs"),
+        "song_tokens": {
+            "median": round(float(np.median(shards.lengths))),
+            "mean": round(float(shards.lengths.mean())),
+        },
         "warmup": args.warmup,
         "steps": args.steps,
     }
@@ -178,6 +186,11 @@ def make_parser() -> cli.Parser:
     add("--steps", type=cli.positive_int, default=20, help="steps to measure")
     add("--data_dir", type=Path, help="shards from meloformer.preprocess; default: composed songs")
     add(
+        "--songs_name",
+        metavar="TEXT",
+        help="what the page calls these songs; default: the name of the folder, or 'composed songs'",
+    )
+    add(
         "--songs",
         type=cli.positive_int,
         default=160,
@@ -197,7 +210,7 @@ def make_parser() -> cli.Parser:
         type=Path,
         dest="sources",
         metavar="JSON",
-        help="make the page from these results",
+        help="make the page from these results, of one collection of songs or of several",
     )
     return parser
 

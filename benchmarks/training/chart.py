@@ -1,11 +1,13 @@
 """The chart of `benchmarks.train`: tokens per second by size, length and number of GPUs."""
 
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from benchmarks.common.attention_label import label_colours
 from benchmarks.common.charts import BAR_HEIGHT, draw_bars, draw_heading, draw_legend
+from benchmarks.training.page import songs_label
 from meloformer.plots.style import DPI, GREY, save_figure, style_axes
 
 
@@ -21,7 +23,8 @@ def draw(rows: list[dict], gpu: str, page: Path) -> str | None:
     groups: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if row["checkpoint_activations"] == "none":
-            group = groups.setdefault((row["size"], row["tokens_per_row"], row["gpus"]), {})
+            songs = songs_label(row["songs"]) if row["songs"] else ""
+            group = groups.setdefault((songs, row["size"], row["tokens_per_row"], row["gpus"]), {})
             group[row["attention"]] = max(row["tokens_per_s"], group.get(row["attention"], 0.0))
     if not groups:
         return None
@@ -35,7 +38,11 @@ def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
     colour = label_colours(
         sorted(found, key=lambda name: (name.startswith("dense"), name))
     )  # dense comes last
-    heights = [(len(group) + 1.2) * BAR_HEIGHT for group in groups.values()]
+    labels = [_label(*key) for key in groups]
+    heights = [
+        max(len(group) + 1.2, label.count("\n") + 1.2 if songs else 0) * BAR_HEIGHT
+        for ((songs, *_), group), label in zip(groups.items(), labels)
+    ]
     height = 1.75 + sum(heights)
     figure = Figure(figsize=(9.0, height), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.2, 0.6 / height, 0.72, sum(heights) / height))
@@ -53,7 +60,7 @@ def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
         top += room
     axes.set_xlim(0, 1.15 * max(value for group in groups.values() for value in group.values()))
     axes.set_ylim(top, 0)
-    axes.set_yticks(ticks, [_label(*key) for key in groups])
+    axes.set_yticks(ticks, labels)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("tokens per second", color=GREY, fontsize=9)
     style_axes(axes)
@@ -63,5 +70,6 @@ def _figure(groups: dict[tuple, dict[str, float]], gpu: str) -> Figure:
     return figure
 
 
-def _label(size: str, tokens: int, gpus: int) -> str:
-    return f"{size}{f', {gpus} GPUs' if gpus > 1 else ''}\n{tokens:,} tokens per row"
+def _label(songs: str, size: str, tokens: int, gpus: int) -> str:
+    lines = "".join(f"{line}\n" for line in textwrap.wrap(songs, 24)).replace("$", r"\$")
+    return f"{lines}{size}{f', {gpus} GPUs' if gpus > 1 else ''}\n{tokens:,} tokens per row"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from benchmarks.common.attention_label import attention_label
 from benchmarks.common.machine import provenance
-from benchmarks.common.markdown import cell, table
+from benchmarks.common.markdown import cell, escape, table
 from benchmarks.training.kernel_times import KINDS, OTHERS
 from meloformer.errors import UserError
 
@@ -38,9 +38,14 @@ MEANINGS = """\
   FlashAttention-2 over all documents in one call.
 - Batches are full: the rows of one epoch, repeated. In training the last step of an epoch has padding.
 """
+SONGS_MEANING = """\
+- **Songs**: the collection that was trained on, and the median length of its songs in tokens. Rows of several
+  collections are never set beside each other: times dense is over dense on the same songs, and so on.
+"""
 # Settings that all files of a page share.
-COMMON = ("data", "precision", "compile", "gradient_accumulation_steps")
-KEYS = ("size", "attention", "tokens_per_row", "checkpoint_activations", "gpus", "rows_per_batch")
+COMMON = ("precision", "compile", "gradient_accumulation_steps")
+# What makes rows the same one; `data` is the setting of the file, the rest are the row's own.
+KEYS = ("data", "size", "attention", "tokens_per_row", "checkpoint_activations", "gpus", "rows_per_batch")
 NAMES = ["size", "attention", "tokens per row", "recomputed", "GPUs", "rows per batch"]
 
 
@@ -52,20 +57,42 @@ def joined(results: list[dict], sources: list[str]) -> list[dict]:
         sources: names of the files, for messages.
 
     Raises:
-        UserError: they were measured on different GPUs, or with different settings or data.
+        UserError: they were measured on different GPUs, with different settings, or on different songs that
+            not all of them name.
     """
     settings, machine = results[0]["settings"], results[0]["machine"]
+    songs = _songs(results)
     for result, source in zip(results, sources):
         pairs = [("GPU", machine["gpu"], result["machine"]["gpu"])]
-        pairs += [(name, settings[name], result["settings"][name]) for name in COMMON]
+        unnamed = settings["data"] not in songs or result["settings"]["data"] not in songs
+        common = ("data", *COMMON) if unnamed else COMMON
+        pairs += [(name, settings[name], result["settings"][name]) for name in common]
         for name, first, other in pairs:
             if first != other:
                 raise UserError(
                     f"{source} and {sources[0]} differ in {name} ({other} and {first}): no page of both"
                 )
-    every = [_named(row) for result in results for row in result["rows"]]
+    every = []
+    for result in results:
+        data = result["settings"]["data"]
+        every += [_named(row) | {"data": data, "songs": songs.get(data)} for row in result["rows"]]
     rows = list({tuple(row[key] for key in KEYS): row for row in every}.values())
     return [row for i, row in enumerate(rows) if "failed" not in row or not _repeated(row, rows[i + 1 :])]
+
+
+def _songs(results: list[dict]) -> dict[str, dict]:
+    """`name` and `median` length of the songs, by the setting `data`; results of before they were named have
+    none."""
+    return {
+        settings["data"]: {"name": settings["songs_name"], "median": settings["song_tokens"]["median"]}
+        for settings in (result["settings"] for result in results)
+        if "songs_name" in settings
+    }
+
+
+def songs_label(songs: dict) -> str:
+    """Of the `songs` of a row that names them."""
+    return f"{songs['name']}, {songs['median']:,} tokens"
 
 
 def measured_rows(rows: list[dict]) -> list[dict]:
@@ -81,7 +108,7 @@ def page(results: list[dict], sources: list[str], picture: str | None = None) ->
         "# Speed and memory of training\n",
         f"![Tokens per second by size]({picture})\n" if picture else "",
         f"{machine['gpu'] or 'CPU'}; steps of {settings['gradient_accumulation_steps']} batch(es) of "
-        f"{settings['data']}; layers {_compiled(settings['compile'])}.\n",
+        f"{_collections(results)}; layers {_compiled(settings['compile'])}.\n",
         _speed(measured),
         _memory(measured),
         _scaling(measured),
@@ -90,29 +117,49 @@ def page(results: list[dict], sources: list[str], picture: str | None = None) ->
         _gpu_time(measured),
         _failed(rows),
         "## How to read the tables\n",
-        MEANINGS,
+        MEANINGS + (SONGS_MEANING if _songs(results) else ""),
         *(_made(result, source) for result, source in zip(results, sources)),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def readme_body(results: list[dict], sources: list[str], page_path: str) -> str:
-    """Table for the README: how fast each size trains on one GPU, at the length of the first row and without
-    recomputation. Of several sparse rows of a size the first is taken; dense appears only as a ratio.
+    """Table for the README: how fast training is on one GPU, at the length of the first row and without
+    recomputation. Where the songs are named, a line for each collection and attention, of the size of the
+    first row; else one for each size, its first sparse row, and dense appears only as a ratio.
 
     Args:
         page_path: relative to the README.
     """
     every = measured_rows(joined(results, sources))
     alike = {"gpus": 1, "checkpoint_activations": "none", "tokens_per_row": every[0]["tokens_per_row"]}
-    rows: dict[str, dict] = {}
+    rows: dict[tuple, dict] = {}
+    if every[0]["songs"]:
+        alike["size"] = every[0]["size"]
+        what = f"the {alike['size']} model of {every[0]['parameters'] / 1e6:.0f}M parameters, "
+        first = [
+            ("songs", lambda row: escape(row["songs"]["name"])),
+            ("song length, tokens", lambda row: f"{row['songs']['median']:,}"),
+            (
+                "attention",
+                lambda row: row["attention"] + (f", {way}" if (way := row.get("dense_way")) else ""),
+            ),
+        ]
+    else:
+        what = ""
+        first = [
+            ("size", lambda row: row["size"]),
+            ("parameters", lambda row: f"{row['parameters'] / 1e6:.0f}M"),
+            ("attention", lambda row: row["attention"]),
+        ]
     for row in every:
-        if row["attention"] not in ("dense", "flex") and alike.items() <= row.items():
-            rows.setdefault(row["size"], row)
+        if alike.items() <= row.items():
+            if row["songs"]:
+                rows.setdefault((row["data"], row["attention"]), row)
+            elif row["attention"] not in ("dense", "flex"):
+                rows.setdefault((row["size"],), row)
     columns: list[tuple[str, Callable[[dict], str]]] = [
-        ("size", lambda row: row["size"]),
-        ("parameters", lambda row: f"{row['parameters'] / 1e6:.0f}M"),
-        ("attention", lambda row: row["attention"]),
+        *first,
         ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
         ("times dense", lambda row: cell(_times(row, every, "dense"), "{:.2f}")),
         ("MFU", lambda row: cell(row["mfu"], "{:.1%}")),
@@ -122,8 +169,8 @@ def readme_body(results: list[dict], sources: list[str], page_path: str) -> str:
     machine = results[0]["machine"]
     return "\n".join([
         table([head for head, _ in columns], lines),
-        f"One {machine['gpu'] or 'CPU'}, rows of {alike['tokens_per_row']:,} tokens, {machine['date']}: "
-        f"[all figures and what they mean]({page_path}).",
+        f"One {machine['gpu'] or 'CPU'}, {what}rows of {alike['tokens_per_row']:,} tokens, "
+        f"{machine['date']}: [all figures and what they mean]({page_path}).",
     ])  # fmt: skip
 
 
@@ -131,6 +178,21 @@ def _named(row: dict) -> dict:
     """The row with the label of the attention that "auto" chose."""
     used = row | {"attention": row.get("attention_used", row["attention"])}
     return used | {"attention": attention_label(used)}
+
+
+def _collections(results: list[dict]) -> str:
+    """The songs of all results, with what is known of them."""
+    found = {}
+    for settings in (result["settings"] for result in results):
+        if "songs_name" in settings:
+            lengths = settings["song_tokens"]
+            found[settings["data"]] = (
+                f"{escape(settings['songs_name'])} ({settings['data']}; median {lengths['median']:,} and "
+                f"mean {lengths['mean']:,} tokens)"
+            )
+        else:
+            found.setdefault(settings["data"], settings["data"])
+    return ", of ".join(found.values())
 
 
 def _compiled(flag: bool | None) -> str:
@@ -276,7 +338,8 @@ def _repeated(row: dict, later: list[dict]) -> bool:
 
 
 def _names(row: dict) -> list[str]:
-    return [f"{row[key]:,}" if isinstance(row[key], int) else row[key] for key in KEYS]
+    named = [escape(songs_label(row["songs"]))] if row["songs"] else []
+    return named + [f"{row[key]:,}" if isinstance(row[key], int) else row[key] for key in KEYS[1:]]
 
 
 def _others(row: dict, rows: list[dict], free: tuple[str, ...]) -> list[dict]:
@@ -299,4 +362,7 @@ def _times(row: dict, rows: list[dict], attention: str) -> float | None:
 
 
 def _table(heads: list[str], lines: list[list[str]]) -> str:
-    return table(heads, lines, left=2)
+    """A table whose lines begin with `_names`: without songs `heads` is all of them, else they come first."""
+    if lines and len(lines[0]) > len(heads):
+        heads = ["songs", *heads]
+    return table(heads, lines, left=heads.index("attention") + 1)

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import train
 from benchmarks.training import measure as train_run
 from meloformer.composer import compose
+from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
 from meloformer.model.transformer import SIZES
 from meloformer.training import stepper
@@ -69,6 +70,11 @@ def test_without_data_songs_are_composed(tmp_path, monkeypatch):
     assert [row["checkpoint_activations"] for row in rows] == ["none", "layer"]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
     text = target.read_text()
+    songs = json.loads(target.with_suffix(".json").read_text())["settings"]
+    lengths = ShardSet(tmp_path / "kept" / "shards").lengths
+    mean = round(sum(lengths.tolist()) / 2)  # and the median, of two songs
+    assert songs["songs_name"] == "composed songs" and songs["song_tokens"] == {"median": mean, "mean": mean}
+    assert f"| composed songs, {mean:,} tokens | small |" in text
     assert "2 composed songs" in text and "## Memory and speed by recomputation" in text
 
     monkeypatch.setattr(compose, "compose", None)  # nothing is composed any more
@@ -114,11 +120,13 @@ def test_skipped_steps_are_no_figures(data, tmp_path, monkeypatch):
 def test_kind_rules_have_rows_of_their_own_beside_one_dense_one(data, tmp_path):
     target = tmp_path / "page.md"
     args = ["--attention", "reference,dense", "--kind_rules", "alike,next", "--data_dir", str(data)]
-    train.main([*QUICK, *args, "--output", str(target)])
-    alike, following, dense = json.loads(target.with_suffix(".json").read_text())["rows"]
+    train.main([*QUICK, *args, "--songs_name", "few songs", "--output", str(target)])
+    result = json.loads(target.with_suffix(".json").read_text())
+    assert result["settings"]["songs_name"] == "few songs"
+    alike, following, dense = result["rows"]
     assert [r["kind_rule"] for r in (alike, following, dense)] == ["alike", "next", "any"]
     assert alike["loss"] != following["loss"]
-    assert [line.split(" | ")[1] for line in table_rows(target.read_text(), "Speed")] == [
+    assert [line.split(" | ")[2] for line in table_rows(target.read_text(), "Speed")] == [
         "reference, near 0 1", "reference, next, near 0 1", "dense",
     ]  # fmt: skip
 

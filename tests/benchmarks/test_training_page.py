@@ -163,6 +163,48 @@ def test_of_equal_rows_the_last_counts():
     assert "Nothing was measured." in text and table_rows(text, "Not measured")[0].endswith("| a \\| b |")
 
 
+def of_songs(name, median, *speeds):
+    """Results of one collection, as they were measured since songs have names."""
+    triton, dense = (row("base", which, 24576, v) for which, v in zip(("triton", "dense"), speeds))
+    lengths = {"median": median, "mean": median + 1000}
+    named = {"data": f"160 songs, {name[:3]}", "songs_name": name, "song_tokens": lengths}
+    return of(triton, dense | {"dense_way": "cudnn"}, **named)
+
+
+def test_collections_of_songs_make_one_page(tmp_path):
+    readme, page_path = tmp_path / "README.md", tmp_path / "p.md"
+    readme.write_text("<!-- training: x -->\n<!-- end of training -->\n")
+    three = [of_songs("pop | rock", 12_000, 6e5, 3e5), of_songs("POP909", 6_000, 5e5, 4e5)]
+    three += [of_songs("composed songs", 9_000, 4e5, 5e5)]
+    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    for path, result in zip(paths, three):
+        path.write_text(json.dumps({"format": train.FORMAT} | result))
+    words = ["--output", str(page_path), "--readme", str(readme)]
+    train.main(["--from", *map(str, paths), *words])
+    text, body = page_path.read_text(), readme.read_text()
+    speed = [line.split(" | ") for line in table_rows(text, "Speed")]
+    songs = ["| pop \\| rock, 12,000 tokens", "| POP909, 6,000 tokens", "| composed songs, 9,000 tokens"]
+    assert [line[0] for line in speed] == [name for name in songs for _ in range(2)]
+    assert [line[10] for line in speed] == ["2.00", "1.00", "1.25", "1.00", "0.80", "1.00"]
+    assert "POP909 (160 songs, POP; median 6,000 and mean 7,000 tokens)" in text
+    assert "- **Songs**: the collection" in text
+    for part in text.split("\n\n"):
+        if part.startswith("|"):
+            assert len({len(re.split(r"(?<!\\)\|", line)) for line in part.splitlines()}) == 1, part
+    rows = [line.split(" | ") for line in body.splitlines() if line.startswith("| ")][2:]
+    assert rows[0] == ["| pop \\| rock", "12,000", "triton", "600,000", "2.00", "40.0%", "20.0 |"]
+    assert rows[3][:5] == ["| POP909", "6,000", "dense, cudnn", "400,000", "1.00"]
+    assert len(rows) == 6 and "the base model of 85M parameters, rows of 24,576 tokens" in body
+
+
+def test_songs_that_only_some_files_name_are_not_set_side_by_side():
+    named, old = of_songs("POP909", 6_000, 5e5, 4e5), of(row("base", "triton", 512, 1e6))
+    with pytest.raises(UserError, match="b and a differ in data"):
+        page([named, old], ["a", "b"])
+    old["settings"]["data"] = named["settings"]["data"]  # the same songs, so their name is known
+    assert table_rows(page([old, named], ["a", "b"]), "Speed")[0].startswith("| POP909, 6,000 tokens | base ")
+
+
 @pytest.mark.parametrize("change", [{"data": "others"}, {"compile": True}, {"precision": "fp32"}], ids=str)
 def test_results_that_cannot_be_compared_make_no_page(change):
     with pytest.raises(UserError, match=r"b and a differ in \w+ .*: no page of both"):
