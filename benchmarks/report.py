@@ -7,6 +7,7 @@ no GPU (`--from`), and compares two of them (`--compare`). See docs/benchmarks.m
 import argparse
 import sys
 import time
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from benchmarks.attention import measure, metrics
 from benchmarks.attention.compare import compare
 from benchmarks.attention.page import page
 from benchmarks.attention.results import FORMAT, load, merge
+from benchmarks.common.attention_label import ORIGINAL_RULE
 from benchmarks.common.failures import check_gpu, free_memory, one_line
 from benchmarks.common.machine import describe
 from benchmarks.common.results_file import save, write
@@ -26,10 +28,15 @@ from benchmarks.songs.loading import read_songs
 from benchmarks.songs.structures import causal_pairs, document_lengths, pack, visible_pairs
 from meloformer import cli
 from meloformer.errors import UserError
+from meloformer.kernels.structure import KIND_RULE, KIND_RULES, NEAR_BARS
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 24576, 49152, 98304)
 DEFAULT_COLUMNS = ("triton", *measure.DENSE, *measure.DOCUMENTS, "flex", "flex_sorted", "flex_fp32")
 DTYPES = ("bfloat16", "float16", "float32")
+# The original scheme is measured with its own near bars, every other rule with those of the default one.
+NEAR_BARS_OF = dict.fromkeys(KIND_RULES, NEAR_BARS) | {
+    ORIGINAL_RULE["kind_rule"]: tuple(map(int, ORIGINAL_RULE["near_bars"].split(",")))
+}
 
 
 def longest(column: str, args: argparse.Namespace) -> int | None:
@@ -40,12 +47,21 @@ def longest(column: str, args: argparse.Namespace) -> int | None:
 
 
 class Batch(NamedTuple):
-    """What a row of the report is measured on; length None is the length of the song itself."""
+    """What a row of the report is measured on; length None is the length of the song itself.
+
+    Every kind rule but the default one is part of the name, so that files and pages keep its rows apart.
+    """
 
     name: str
     documents: list[np.ndarray]
     length: int | None
     rows: int = 1
+    kind_rule: str = KIND_RULE
+
+    def by_rule(self, kind_rule: str) -> "Batch":
+        if kind_rule == KIND_RULE:
+            return self
+        return self._replace(name=f"{self.name}, {kind_rule}", kind_rule=kind_rule)
 
 
 def batches_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[Batch]:
@@ -53,18 +69,20 @@ def batches_of(found: dict[str, np.ndarray], args: argparse.Namespace) -> list[B
     lengths = args.lengths or ([] if args.whole else LENGTHS)
     whole = [Batch(name, [ids], None) for name, ids in found.items()] if args.whole else []
     songs = list(found.values())
-    return whole + [
+    packed = [
         Batch(f"{'' if rows == 1 else f'{rows} rows '}packed to {n:,}", songs, n, rows)
         for rows in args.rows
         for n in lengths
     ]
+    return [batch.by_rule(rule) for batch in whole + packed for rule in args.kind_rules]
 
 
 def measure_row(batch: Batch, args: argparse.Namespace, timer: Timer) -> dict:
     """One row of the report as JSON values; each figure is also printed as soon as it is known."""
     begun = time.perf_counter()
-    name, documents, length, rows = batch
-    structure = pack(documents, length, rows).to(args.device)
+    name, documents, length, rows, kind_rule = batch
+    near_bars = NEAR_BARS_OF[kind_rule]
+    structure = pack(documents, length, rows, near_bars, kind_rule).to(args.device)
     row = {
         "name": name,
         "packed": length is not None,
@@ -76,6 +94,8 @@ def measure_row(batch: Batch, args: argparse.Namespace, timer: Timer) -> dict:
         "causal_pairs": causal_pairs(structure),
         "columns": {},
     }
+    if kind_rule != KIND_RULE:
+        row |= {"kind_rule": kind_rule, "near_bars": ",".join(map(str, near_bars))}
     print(f"{name}: {row['tokens']:,} tokens, {metrics.visible_share(row):.1%} visible", flush=True)
     alone = row["documents"] == rows
     shape = measure.Shape(args.heads, args.dim, getattr(torch, args.dtype))
@@ -149,12 +169,16 @@ def numbers(text: str) -> list[int]:
     return [cli.positive_int(part) for part in text.split(",")]
 
 
-def columns(text: str) -> list[str]:
-    chosen = text.split(",")
-    for column in chosen:
-        if column not in measure.COLUMNS:
-            raise argparse.ArgumentTypeError(f"'{column}' is none of {', '.join(measure.COLUMNS)}")
-    return list(dict.fromkeys(chosen))
+def names_among(known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: some of the names `known`, separated by commas, each once."""
+
+    def parse(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(known)}")
+        return list(dict.fromkeys(text.split(",")))
+
+    return parse
 
 
 def parser() -> cli.Parser:
@@ -182,10 +206,18 @@ def parser() -> cli.Parser:
     p.add_argument("--whole", action="store_true", help="measure each song by itself, at its own length")
     p.add_argument(
         "--columns",
-        type=columns,
+        type=names_among(measure.COLUMNS),
         default=",".join(DEFAULT_COLUMNS),
         metavar="A,B",
         help=f"what to measure, among {', '.join(measure.COLUMNS)}",
+    )
+    p.add_argument(
+        "--kind_rules",
+        type=names_among(KIND_RULES),
+        default=KIND_RULE,
+        metavar="A,B",
+        help=f"measure every row by each of these kind rules, among {', '.join(KIND_RULES)}; "
+        f"{ORIGINAL_RULE['kind_rule']} with near bars {ORIGINAL_RULE['near_bars']}, as the original scheme",
     )
     p.add_argument("--heads", type=cli.positive_int, default=8, help="attention heads")
     p.add_argument("--dim", type=cli.positive_int, default=64, help="channels per head")

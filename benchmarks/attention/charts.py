@@ -34,6 +34,8 @@ def draw(result: dict, page: Path) -> list[str]:
     packed = sorted(
         (row for row in rows if row["packed"] and row.get("rows", 1) == 1), key=lambda row: row["tokens"]
     )
+    rule = next((row.get("kind_rule") for row in packed), None)  # two rules would make a zigzag of each line
+    packed = [row for row in packed if row.get("kind_rule") == rule]
     if songs:
         drawn.append(_save(by_row(songs[:_MOST_ROWS], _subtitle(result)), page, "rows"))
     if len(packed) > 1:
@@ -84,7 +86,7 @@ def by_row(rows: list[dict], subtitle: str) -> Figure:
     largest = max(max(_totals(row).values()) for row in rows)
     axes.set_xlim(smallest / 2, largest * 1.6)
     axes.set_ylim(group * len(rows), 0)
-    names = [f"{_short(row['name'])}\n{row['tokens']:,} tokens" for row in rows]
+    names = [_label(row) for row in rows]
     axes.set_yticks([(i + 0.5) * group for i in range(len(rows))], names)
     _style_axes(axes, x="milliseconds")
     axes.grid(axis="y", visible=False)
@@ -123,8 +125,11 @@ def by_length(rows: list[dict], subtitle: str) -> Figure:
     return figure
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
+def _label(row: dict) -> str:
+    """The name of a row, which may be long, above its length, and its rule where it names one."""
+    rule = f", {row['kind_rule']}" if "kind_rule" in row else ""
+    name = row["name"].removesuffix(rule)
+    return f"{name if len(name) <= 22 else name[:21] + '…'}\n{row['tokens']:,} tokens{rule}"
 
 
 def _style_axes(axes: Axes, x: str, y: str | None = None) -> None:

@@ -41,6 +41,11 @@ MEANINGS = """\
   includes compilation, as far as caches on disk did not save it.
 """
 
+RULE_MEANING = """\
+- **Behind the name of a row** stands the kind rule of its mask where it is not the default one; *alike* is
+  the original scheme, whose near bars are 0, 1, 2 and 4. Dense attention has no rule.
+"""
+
 
 def page(result: dict, pictures: list[str], sources: list[str]) -> str:
     """The Markdown page.
@@ -80,7 +85,7 @@ def page(result: dict, pictures: list[str], sources: list[str]) -> str:
         "## Not measured\n",
         not_measured(rows),
         "## How to read the tables\n",
-        meanings,
+        meanings + (RULE_MEANING if any("kind_rule" in row for row in rows) else ""),
         "## Provenance\n",
         "".join(origin) + "\nMade by `python -m benchmarks.report --from` of these files.\n",
     ]

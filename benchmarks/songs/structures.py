@@ -22,14 +22,20 @@ _PAIRS_AT_ONCE = 2**25
 _KIND_CLASS = {Kind.STRUCTURAL: 0, Kind.T: 1, Kind.P: 1, Kind.L: 2, Kind.V: 3}
 
 
-def pack(songs: list[np.ndarray], length: int | None = None, rows: int = 1) -> Structure:
+def pack(
+    songs: list[np.ndarray],
+    length: int | None = None,
+    rows: int = 1,
+    near_bars: tuple[int, ...] = NEAR_BARS,
+    kind_rule: str = KIND_RULE,
+) -> Structure:
     """Rows of songs back to back, on CPU: [rows, length]. Each row starts with another song.
 
     Songs are repeated until the row is full, and the last is cut. `length` None: every song once.
     """
     length = length or sum(map(len, songs))
     packed = [_row(songs[i % len(songs) :] + songs[: i % len(songs)], length) for i in range(rows)]
-    return _build(TokenProperties(*(torch.stack(fact) for fact in zip(*packed))))
+    return _build(TokenProperties(*(torch.stack(fact) for fact in zip(*packed))), near_bars, kind_rule)
 
 
 def _row(songs: list[np.ndarray], length: int) -> TokenProperties:
@@ -42,9 +48,7 @@ def _row(songs: list[np.ndarray], length: int) -> TokenProperties:
     return TokenProperties(*(torch.from_numpy(column[:length].astype(np.int64)) for column in columns))
 
 
-def _build(
-    tokens: TokenProperties, near_bars: tuple[int, ...] = NEAR_BARS, kind_rule: str = KIND_RULE
-) -> Structure:
+def _build(tokens: TokenProperties, near_bars: tuple[int, ...], kind_rule: str) -> Structure:
     """The structure of rows; its number of summaries is rounded up to one of a few sizes, as in training."""
     bars = 1
     for doc, bar in zip(tokens.doc, tokens.bar):

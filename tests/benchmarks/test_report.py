@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.attention import measure
-from benchmarks.attention.results import load
+from benchmarks.attention.compare import compare
+from benchmarks.attention.results import load, merge
 from benchmarks.songs import loading
 from meloformer.errors import UserError
 
@@ -45,6 +46,26 @@ class TestCommand:
         assert [row["rows"] for row in rows] == [1, 1, 3, 3]
         assert [row["documents"] > row["rows"] for row in rows] == [False, True] * 2
         assert rows[3]["visible_pairs"] > 2 * rows[1]["visible_pairs"]
+
+    def test_kind_rules(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(loading, "COMPOSED", 1)
+        monkeypatch.setattr(loading, "COMPOSED_BARS", 4)
+        made, real = [], report.pack
+        monkeypatch.setattr(report, "pack", lambda *args: made.append(real(*args)) or made[-1])
+        args = ["--whole", "--lengths", "300", "--kind_rules", "any,alike", *TINY]
+        report.main(["--columns", "reference", *args, "--output", str(tmp_path / "a.md")])
+        result = load(tmp_path / "a.json")
+        names = ["composed 0", "composed 0, alike", "packed to 300", "packed to 300, alike"]
+        assert [row["name"] for row in result["rows"]] == names
+        assert [(s.kind_rule, s.near_bars) for s in made] == [("any", (0, 1)), ("alike", (0, 1, 2, 4))] * 2
+        for plain, alike in zip(result["rows"][::2], result["rows"][1::2]):
+            assert "kind_rule" not in plain and "near_bars" not in plain
+            assert (alike["kind_rule"], alike["near_bars"]) == ("alike", "0,1,2,4")
+            assert alike["visible_pairs"] != plain["visible_pairs"]
+        text = (tmp_path / "a.md").read_text()
+        assert "*alike* is" in text and "| composed 0, alike |" in text
+        assert [row["name"] for row in merge([result, result], ["a", "a"])["rows"]] == names
+        assert "| composed 0, alike | reference | update forward" in compare(result, result)
 
     def test_rows_of_one_song_are_not_measured_twice(self, monkeypatch):
         monkeypatch.setattr(report.measure, "measure", lambda column, *_: {"failed": column})
@@ -105,9 +126,10 @@ class TestCommand:
             (["--lengths", "64,x"], "'x' is not a whole number"),
             (["--lengths", "0"], "0 is not at least 1"),
             (["--columns", "triton,cuda"], "'cuda' is none of triton"),
+            (["--kind_rules", "any,unlike"], "'unlike' is none of alike, next, any"),
             (["--from", "a.json", "--compare", "a.json", "b.json"], "not allowed with"),
         ],
-        ids=["length", "zero", "column", "both"],
+        ids=["length", "zero", "column", "rule", "both"],
     )
     def test_wrong_arguments(self, arguments, said, capsys):
         with pytest.raises(SystemExit, match="2"):
