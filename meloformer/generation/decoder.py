@@ -27,6 +27,7 @@ from ..model.transformer import MeloFormer
 from ..tokens import attributes, vocab
 from .cache import KeyValueCache, indices
 from .rows import RowModel
+from .threads import ALONE_BELOW, alone
 from .visible import VisibleKeys
 
 
@@ -83,6 +84,8 @@ class Decoder:
         self._visible = [self._no_keys() for _ in range(songs)]
         self._complete = [0] * songs  # bars whose summary is in the cache
         self._rows = RowModel(model, int8)
+        read = sum(weight.numel() * (1 if int8 else weight.element_size()) for weight in model.parameters())
+        self._small = model.device.type == "cpu" and read < ALONE_BELOW
         self._lists = self._visible[0].lists
         self.cache = KeyValueCache(model.config, songs, self._lists, dtype, self._device)
 
@@ -125,6 +128,10 @@ class Decoder:
         Returns:
             Logits [R, VOCAB_SIZE] of the tokens that follow, in the model's dtype, on its device.
         """
+        with alone(self._small and len(songs) == 1):
+            return self._step(songs, tokens)
+
+    def _step(self, songs: Sequence[int], tokens: Sequence[int]) -> Tensor:
         facts = [self._readers[song].push(token) for song, token in zip(songs, tokens)]
         for song, token in zip(songs, facts):
             self._begin_bar(song, token)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from meloformer.composer.compose import compose
+from meloformer.generation import decoder as module
 from meloformer.generation.decoder import Decoder, padded_batch
 from meloformer.kernels.structure import KIND_RULES
 from meloformer.model.transformer import MeloFormer, ModelConfig
@@ -178,3 +179,26 @@ def test_songs_may_share_a_prompt():
     for token in ids[100:].tolist():
         both, expected = decoder.step([2, 0], [token, other]), alone.step([0], [token])
         torch.testing.assert_close(both[:1], expected)
+
+
+def test_a_step_of_one_song_by_a_small_model_takes_one_thread(monkeypatch):
+    threads, had = [], torch.get_num_threads()
+    model, ids = tiny_model(CONFIG), song(3, tokens=40)
+    torch.set_num_threads(2)
+    try:
+        for below, songs in ((1e9, 1), (1e9, 2), (10, 1)):
+            monkeypatch.setattr(module, "ALONE_BELOW", below)
+            decoder = Decoder(model, songs=2)
+            through = decoder._through_layers
+
+            def noting(*arguments, through=through):
+                threads.append(torch.get_num_threads())
+                return through(*arguments)
+
+            decoder._through_layers = noting
+            decoder.prefill([0, 1], ids[:30])
+            decoder.step([*range(songs)], [int(ids[30])] * songs)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(had)
+    assert threads == [1, 2, 2]
