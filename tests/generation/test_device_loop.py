@@ -230,19 +230,21 @@ def test_a_generator_writes_in_slots_if_asked(model, monkeypatch):
 class TestGraphs:
     """A step recorded as a CUDA graph against the same step launched kernel by kernel."""
 
-    def songs(self, model, graphs: bool, **options) -> list[list[int]]:
+    def songs(self, model, graphs: bool, slots: int, **options) -> list[list[int]]:
         sampling = Sampling(top_p=0.95, kind_temperatures={"instrument": 0.5})
         drafts = [Draft(seed=seed, max_tokens=200 + 40 * seed, sampling=sampling) for seed in range(5)]
         drafts += [OutlinedDraft(one, max_tokens=200, sampling=WILD, **more) for one, more in outlines()[:2]]
-        list(Slots(model, drafts, 512, graphs=graphs, slots=3, **options).write())
+        list(Slots(model, drafts, 512, graphs=graphs, slots=slots, **options).write())
         for draft in drafts:
             check(draft.song())
         return [draft.ids for draft in drafts]
 
-    @pytest.mark.parametrize("step", [Step, None], ids=["plain", "fused"])
+    @pytest.mark.parametrize(("step", "slots"), [(Step, 3), (None, 3), (None, 1)], ids=["plain", "3", "1"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_songs_are_those_of_eager_steps(self, dtype, step):
+    def test_songs_are_those_of_eager_steps(self, dtype, step, slots):
         torch.manual_seed(0)
         model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=96)).eval().to("cuda", dtype)
-        by_graphs, eager, again = (self.songs(model, graphs, step=step) for graphs in (True, False, True))
+        by_graphs, eager, again = (
+            self.songs(model, graphs, slots, step=step) for graphs in (True, False, True)
+        )
         assert by_graphs == eager == again
