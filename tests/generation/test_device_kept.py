@@ -2,6 +2,10 @@
 
 import gc
 import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,3 +165,53 @@ def test_a_graph_is_launched_again():
     songs, again = ([song.ids for song in kept.generate(**THREE)] for _ in range(2))
     alone = [song.ids for song in Generator(model, 256, graphs=True).generate(**THREE)]
     assert same(songs, alone) and same(again, alone)
+
+
+def test_graphs_are_recorded_one_at_a_time_and_others_may_allocate_meanwhile(monkeypatch):
+    modes, recording, inside, go_on = [], [], Event(), Event()
+
+    @contextmanager
+    def record(graph, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        recording.append(len(recording))
+        inside.set()
+        assert go_on.wait(60)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    warm = [Event(), Event()]
+
+    def step(number: int):
+        def run():
+            warm[number].set()
+
+        run.all, run.clear = torch.zeros(1), lambda: None
+        return run
+
+    threads = [Thread(target=loop.Graph, args=(step(number),)) for number in range(2)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
+    assert warm[1].wait(60)
+    threads[1].join(0.2)  # long enough to begin to record, if nothing held it
+    while_one_records = len(recording)
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert while_one_records == 1
+    assert modes == ["thread_local"] * 2
+
+
+def test_where_triton_cannot_run_the_plain_step_is_taken(monkeypatch):
+    config = replace(untrained().config, heads=1)  # of 32 channels, for which there are kernels
+    model = SimpleNamespace(device=torch.device("cuda", 0), config=config)
+    monkeypatch.setattr(loop, "unavailable", lambda device: "the GPU has compute capability 7.5")
+    assert loop.step_for(model) is loop.Step
+    monkeypatch.setattr(loop, "unavailable", lambda device: None)
+    assert loop.step_for(model) is not loop.Step

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...kernels.triton_backend import unavailable
 from ...model.transformer import MeloFormer
 from ...tokens import vocab
 from ..draft import Draft
@@ -24,6 +25,7 @@ MAX_SLOTS = 64
 TOKENS_A_BAR, LEAST_BARS = 16, 128  # places for summaries: songs have four times as many tokens in a bar
 _ROOM = 256  # rooms are multiples
 FOR_CACHES = 0.7  # of the memory that is free
+_recording = Lock()  # to begin to record empties PyTorch's cache of memory, which no other recording survives
 
 
 def why_not(draft: Draft) -> str | None:
@@ -66,7 +68,7 @@ def write_on_device(
 
 def step_for(model: MeloFormer) -> type[Step]:
     """The kind of step: one of Triton kernels if there are such for the model, on its device."""
-    if model.device.type == "cuda" and find_spec("triton") is not None:
+    if model.device.type == "cuda" and unavailable(model.device) is None:
         from .fused import has_kernels  # imports triton
 
         if has_kernels(model.config):
@@ -247,7 +249,8 @@ class Graph:
                     step()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Another thread may write songs meanwhile: unless told otherwise, what it allocates ends this.
+            with _recording, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 step()
             step.clear()
 
