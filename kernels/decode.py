@@ -216,7 +216,8 @@ class Rows:
         if self._rows == 1:
             return triton.next_power_of_2(width)
         size = self.x.element_size()
-        return min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), triton.next_power_of_2(width))
+        width = max(triton.next_power_of_2(width), _MIN_ROWS)  # what a product needs along any side
+        return min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), width)
 
     def logits(self, gain: Tensor, weight: Tensor, gates: Tensor, guesses: Tensor, eps: float) -> Tensor:
         """Of the stream `x`, float32 [S, V].
