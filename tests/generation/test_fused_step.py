@@ -35,7 +35,10 @@ def few_programs(monkeypatch):
         return
     for name, value in (("_HEAD_COLUMNS", 2048), ("_PROGRAMS", 4), ("_PAIRS", 16), ("_COLUMNS", 64)):
         monkeypatch.setattr(decode, name, value)
-    monkeypatch.setattr(decode, "_DOWN_COLUMNS", 32)
+    for name, value in (("_DOWN_COLUMNS", 32), ("_ROW_HEAD_COLUMNS", 2048), ("_ROW_PAIRS", 16)):
+        monkeypatch.setattr(decode, name, value)
+    for name in ("_ROW_COLUMNS", "_ROW_DOWN_COLUMNS"):
+        monkeypatch.setattr(decode, name, 32)
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,10 @@ def test_logits_keys_and_lists_are_those_of_the_plain_forward(config, slots, mon
     """Songs of different lengths, whose bars end; some slots are empty, one is taken over by another song."""
     # Fewer and larger programs, since the interpreter is slow.
     monkeypatch.setattr(decode, "_HEAD_COLUMNS", 512)
+    monkeypatch.setattr(decode, "_ROW_HEAD_COLUMNS", 512)
     monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    for name in ("_ROW_PAIRS", "_ROW_COLUMNS", "_ROW_DOWN_COLUMNS"):
+        monkeypatch.setattr(decode, name, 8)
     if slots > 1:
         for name in ("_PAIRS", "_COLUMNS", "_DOWN_COLUMNS"):
             monkeypatch.setattr(decode, name, 32)
@@ -136,8 +139,10 @@ def errors(shape: ModelConfig, device: str, dtype: torch.dtype, slots: int, step
 
 def test_half_precision(monkeypatch):
     """float16 here: the interpreter has no products of bfloat16."""
-    monkeypatch.setattr(decode, "_HEAD_COLUMNS", 2048)
+    monkeypatch.setattr(decode, "_ROW_HEAD_COLUMNS", 2048)
     monkeypatch.setattr(decode, "_PROGRAMS", 4)
+    for name in ("_ROW_PAIRS", "_ROW_COLUMNS", "_ROW_DOWN_COLUMNS"):
+        monkeypatch.setattr(decode, name, 16)
     error = errors(ModelConfig(layers=2, dim=32, heads=1, ffn=40), "cpu", torch.float16, slots=1, steps=10)
     assert 0 < error["fused"] <= 2 * error["plain"], error
 
