@@ -19,17 +19,8 @@ _TOKENS = 4096  # that a program compares at once
 class FusedStep(Step):
     """`Step` for a model that `fused.has_kernels`; arguments and attributes are the same."""
 
-    def __init__(
-        self,
-        model: MeloFormer,
-        slots: int,
-        room: int,
-        bars: int,
-        attention: str = "auto",
-        queue: int = 0,
-        song: int = 0,
-    ):
-        super().__init__(model, slots, room, bars, attention, FusedForward, queue, song)
+    def __init__(self, model: MeloFormer, *arguments, **named):
+        super().__init__(model, *arguments, forward=FusedForward, **named)
         config, device = model.config, model.device
         names = tuple(model.feature_embeddings)
         self._uses = sum(1 << InputFeatures._fields.index(name) for name in names)
@@ -38,8 +29,8 @@ class FusedStep(Step):
         self._first = torch.tensor(begins, device=device)
         self._by_index = config.clocks[0][0]
         self._frequency = torch.cat([frequencies(*clock, device) for clock in config.clocks])
-        self._bar = torch.zeros((slots,), dtype=torch.int64, device=device)
-        self._guesses = torch.zeros((slots, read_kernel.GUESSES), dtype=torch.int64, device=device)
+        self._bar = torch.zeros_like(self.pending)
+        self._guesses = self._bar.new_zeros((len(self._bar), read_kernel.GUESSES))
 
     @torch.inference_mode()
     def __call__(self) -> None:
