@@ -5,7 +5,6 @@ keys (`decode_attention`), F inner width of the feed-forward network, V columns 
 """
 
 from dataclasses import dataclass
-from math import log2
 
 import torch
 import triton
@@ -14,9 +13,9 @@ from torch import Tensor
 from . import decode_attention as attention
 from . import decode_products as products
 from .launch_cache import Launcher
+from .tiles import LOG2_E
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
-_LOG2_E = log2(2.718281828459045)
 _MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
 _PROGRAMS = 1024  # of attention: as many parts of the lists of keys as make about so many
 _MOST_PARTS = 16
@@ -179,7 +178,7 @@ class Rows:
         _attend(
             (self.slots, heads // group, self.splits),
             (self._q, keys, self.list, self.count, self._attended, *self._parts, self._done),
-            (self.slots, self.places, self.dim**-0.5 * _LOG2_E),
+            (self.slots, self.places, self.dim**-0.5 * LOG2_E),
             HEADS=heads, GROUP=group, DIM=self.dim, SPLITS=self.splits,
             BLOCK=max(1, (_ONE_TILE if group == 1 else _MANY_TILE) // (group * self.dim)),
             num_warps=2 if group == 1 else 4, **self.overlap,

@@ -348,10 +348,8 @@ def head_kernel(
     row_mask, ok = row < rows, column < columns
     number = tl.arange(0, 16)
     if ROWS == 1:
-        w, gates_w = (
-            _rows_of(w_ptr, column, ok, BLOCK, WIDTH),
-            _rows_of(gates_ptr, number, number < GUESSES, BLOCK, WIDTH),
-        )
+        w = _rows_of(w_ptr, column, ok, BLOCK, WIDTH)
+        gates_w = _rows_of(gates_ptr, number, number < GUESSES, BLOCK, WIDTH)
     begin(OVERLAPS)
     total, gates = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, 16], tl.float32)
     if ROWS == 1:

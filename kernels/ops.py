@@ -8,7 +8,6 @@ included.
 """
 
 from collections.abc import Callable, Sequence
-from math import log2
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from .launch_cache import Launcher
 from .operators import register, register_gradient
 from .plan import BLOCK
 from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
+from .tiles import LOG2_E
 from .update_backward import key_gradient_kernel, query_gradient_kernel
 from .update_forward import forward_kernel
 
-_LOG2_E = log2(2.718281828459045)
 _BLOCK_M = 16  # rows of a tile of summaries: the fewest that a matrix instruction multiplies
 _MOST_SUMMARIES = 8  # of a program
 _SUMMARY_PROGRAMS = 512  # so many, or fewer summaries in each: a long bar is read by one program alone
@@ -49,7 +48,7 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     _summarize(
         (-(-summaries // own) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
-        (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * _LOG2_E, heads, summaries),
+        (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * LOG2_E, heads, summaries),
         OWN=own,
         **_summary_constants(q),
     )
@@ -62,7 +61,7 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     batch, heads, summaries, dim = q.shape
     regular, tokens = k_r.shape[2], 2048 // dim  # tokens of a program: found fastest by trial
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
-    scales = (dim**-0.5 * _LOG2_E, dim**-0.5, heads, summaries)
+    scales = (dim**-0.5 * LOG2_E, dim**-0.5, heads, summaries)
     own = _summaries_of_program(batch * heads * summaries)
     _summary_gradient(
         (2 * -(-summaries // own) * heads, batch),
@@ -165,7 +164,7 @@ class Update:
         _forward(
             programs,
             (*self.inputs, o, lse, self.partials, self.counters, *self.plan),
-            (*self.strides, *_strides(o), self.scale * _LOG2_E, self.heads, self.queries, *geometry),
+            (*self.strides, *_strides(o), self.scale * LOG2_E, self.heads, self.queries, *geometry),
             **_constants(launch, self.dim, not same_inst),
         )
 
@@ -181,7 +180,7 @@ class Update:
             (
                 *self.strides,
                 *_strides(do, dq),
-                *(self.scale * _LOG2_E, self.scale, self.heads, self.queries),
+                *(self.scale * LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
             **_constants(launch, self.dim, not same_inst),
@@ -198,7 +197,7 @@ class Update:
             (
                 *self.strides,
                 *_strides(do, dk_s, dk_r),
-                *(self.scale * _LOG2_E, self.scale, self.heads, self.queries),
+                *(self.scale * LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
             **_constants(launch, self.dim, not same_inst),

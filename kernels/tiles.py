@@ -12,6 +12,8 @@ Names and shapes in every kernel of the attention:
 See `plan.Plan` for the tensors of a plan.
 """
 
+from math import e, log2
+
 import triton
 import triton.language as tl
 
@@ -24,6 +26,8 @@ GEOMETRY = (
     *("heads", "queries", "summaries", "blocks"),
     *("first_block", "first_list", "group", "items", "first_counter"),
 )
+
+LOG2_E = log2(e)  # on scores before a softmax in base 2, whose exponentials are the cheaper ones
 
 # Below any logit, but finite: -inf - -inf would be NaN.
 LOWEST = tl.constexpr(-1e30)
