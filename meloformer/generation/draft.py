@@ -64,6 +64,12 @@ class DraftState(NamedTuple):
     ids: Sequence[int]
     given: GivenState | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens the song can have at its end."""
+        queue = () if self.given is None else self.given.queue
+        return len(self.ids) + self.max_tokens - self.new_tokens + len(queue)
+
 
 class Draft:
     """A song from its prompt on. Take turns: `append_required` until it returns False, then `draw`.

@@ -69,10 +69,9 @@ class SlotCopies(SlotNumbers):
         self.penalty[slot] = torch.from_numpy(values).to(device)
         holds = bool(values.any())
         ids = np.array(state.ids if holds else (), dtype=np.int64)
-        given = 0 if state.given is None else len(state.given.queue)
-        most = len(ids) + state.max_tokens - state.new_tokens + given
-        if holds and most >= self.log.shape[1]:
-            raise ValueError(f"a song of {most} tokens, and there is room for {self.log.shape[1] - 1}")
+        if holds and state.most_tokens >= self.log.shape[1]:
+            room = self.log.shape[1] - 1
+            raise ValueError(f"a song of {state.most_tokens} tokens, and there is room for {room}")
         family = self._tables.family.cpu().numpy()[ids]
         logged = np.isin(family, (t.INST, t.T, t.P))
         log = np.where(family == t.INST, 0, ids)[logged]

@@ -128,9 +128,7 @@ class Slots:
         self._cuda = model.device.type == "cuda"
         states = [draft.state() for draft in drafts]
         given = [len(state.given.queue) if state.given is not None else 0 for state in states]
-        longest = max(
-            len(state.ids) + state.max_tokens - state.new_tokens + more for state, more in zip(states, given)
-        )
+        longest = max(state.most_tokens for state in states)
         room = -(-min(max_context, longest + 1) // _ROOM) * _ROOM
         self._room, self._bars = room, max(room // TOKENS_A_BAR, LEAST_BARS)
         holds = any(any(state.constraints.repetition_penalties.values()) for state in states)
