@@ -14,7 +14,7 @@ from .errors import MidiError, UserError
 from .generation.arguments import add_wishes, read_constraints, read_sampling
 from .generation.as_json import BarStream, write_tokens
 from .generation.constraints import Constraints
-from .generation.device.loop import cannot_write, require_gpu, write_on_device
+from .generation.device.loop import cannot_write, uses_graphs, write_on_device
 from .generation.draft import DEFAULT_MAX_TOKENS, Draft, OutlinedDraft
 from .generation.given import Given, add_given, read_given
 from .generation.load import load_model
@@ -203,9 +203,7 @@ def write_songs(
     if prompt is not None and constraints.instruments is not None:
         prompt = attributes.with_instruments(prompt, constraints.instruments)
     device = pick_device(args.device)
-    graphs = device.type == "cuda" if args.graphs is None else args.graphs
-    if graphs:
-        require_gpu(device)
+    graphs = uses_graphs(args.graphs, device)
     if args.int8:
         require_int8(device)
     model, max_context = load_model(Path(args.checkpoint), device)

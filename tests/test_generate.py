@@ -15,6 +15,7 @@ from meloformer import generate as module
 from meloformer import stop
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
+from meloformer.generation.device import loop as device_loop
 from meloformer.midi.reader import read_midi
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
@@ -270,7 +271,7 @@ def test_the_melody_of_a_given_song_can_be_kept(checkpoint, tmp_path, given, cap
 
 @pytest.mark.parametrize("loop", [[], ["--graphs"]], ids=["host", "slots"])
 def test_bars_of_a_given_song_are_replaced(checkpoint, tmp_path, given, loop, monkeypatch, capsys):
-    monkeypatch.setattr(module, "require_gpu", lambda device: None)  # the steps of slots run anywhere
+    monkeypatch.setattr(device_loop, "require_gpu", lambda device: None)  # the steps of slots run anywhere
     words = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.mid"), "--given", str(given)]
     band = sorted({note[0] for note in notes_of(given)})
     more = ["--temperature", "4", "--repetition_penalty", "1", *loop]

@@ -18,7 +18,7 @@ from ..tokens import attributes, vocab
 from ..tokens.tokenizer import HIDTokenizer
 from .constraints import Constraints
 from .device.kept import Kept
-from .device.loop import cannot_write, require_gpu, write_on_device
+from .device.loop import cannot_write, uses_graphs, write_on_device
 from .draft import DEFAULT_MAX_TOKENS, UNCONSTRAINED, Draft
 from .load import load_model
 from .loop import MAX_CONTEXT, write
@@ -100,10 +100,8 @@ class Generator:
         attention: str = "auto",
         graphs: bool | None = None,
     ):
-        graphs = model.device.type == "cuda" if graphs is None else graphs
-        if graphs:
-            require_gpu(model.device)
-        self.model, self.max_context, self._graphs = model, max_context, graphs
+        self._graphs = uses_graphs(graphs, model.device)
+        self.model, self.max_context = model, max_context
         self._attention = pick_attention(attention, model.device, model.config)
         self._kept = Kept()
 
@@ -126,9 +124,8 @@ class Generator:
             UserError: there is no such checkpoint, it is damaged, or device or attention cannot be used.
         """
         model, max_context = load_model(Path(folder), pick_device(str(device)))
-        graphs = model.device.type == "cuda" if graphs is None else graphs
+        graphs = uses_graphs(graphs, model.device)
         if graphs:
-            require_gpu(model.device)
             model = model.to(torch.bfloat16)
         return cls(model, max_context, attention, graphs)
 

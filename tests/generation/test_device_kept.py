@@ -40,7 +40,7 @@ def made(monkeypatch) -> list[weakref.ref]:
         return make
 
     monkeypatch.setattr(loop, "step_for", noting)
-    monkeypatch.setattr(generator, "require_gpu", lambda device: None)
+    monkeypatch.setattr(loop, "require_gpu", lambda device: None)
     return found
 
 

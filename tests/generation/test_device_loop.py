@@ -8,8 +8,8 @@ import torch
 
 from meloformer.composer.compose import compose
 from meloformer.errors import UserError
-from meloformer.generation import generator
 from meloformer.generation.constraints import Constraints
+from meloformer.generation.device import loop
 from meloformer.generation.device.loop import Slots, why_not
 from meloformer.generation.device.sampling import SlotSampling
 from meloformer.generation.device.step import Step
@@ -216,7 +216,7 @@ def test_why_a_draft_is_left_to_the_host():
 def test_a_generator_writes_in_slots_if_asked(model, monkeypatch):
     with pytest.raises(UserError, match="needs a GPU"):
         Generator(model, graphs=True)
-    monkeypatch.setattr(generator, "require_gpu", lambda device: None)
+    monkeypatch.setattr(loop, "require_gpu", lambda device: None)
     graphs = Generator(model, 512, graphs=True)
     (song,) = graphs.generate(seed=5, max_tokens=20, sampling=WILD)
     draft = Draft(seed=5, max_tokens=20, sampling=WILD)

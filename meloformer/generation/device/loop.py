@@ -44,6 +44,17 @@ def require_gpu(device: torch.device) -> None:
         raise UserError(f"--graphs: needs a GPU, and the model is on {device}")
 
 
+def uses_graphs(asked: bool | None, device: torch.device) -> bool:
+    """Whether songs are written here: as `asked`; None: on a GPU.
+
+    Raises:
+        UserError: it is asked for, and there is no GPU.
+    """
+    if asked:
+        require_gpu(device)
+    return device.type == "cuda" if asked is None else asked
+
+
 def cannot_write(drafts: Sequence[Draft]) -> str | None:
     """Why not all of these drafts can be written in slots: a sentence, or None if they can."""
     reasons = [reason for reason in map(why_not, drafts) if reason is not None]
