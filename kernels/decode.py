@@ -1,7 +1,7 @@
 """A decoding step's layers as five Triton kernels each, on tensors that stay where they are.
 
 Shape suffixes: S rows, one for each song, E model width, H heads, D channels of a head, P places of a song's
-keys (`decode_attention`), F inner width of the feed-forward network, V columns of the head.
+keys (`decode_list`), F inner width of the feed-forward network, V columns of the head.
 """
 
 from dataclasses import dataclass
@@ -12,22 +12,30 @@ from torch import Tensor
 
 from . import decode_attention as attention
 from . import decode_products as products
+from .decode_list import list_kernel
 from .launch_cache import Launcher
 from .tiles import LOG2_E
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
 _MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
-_PROGRAMS = 1024  # of attention: as many parts of the lists of keys as make about so many
+_PROGRAMS = 1024  # of attention for few songs: as many parts of the lists of keys as make about so many
 _MOST_PARTS = 16
-_MOST_HEADS, _MANY = 4, 8  # heads that a program of attention takes, if there are so many songs
-_ONE_TILE, _MANY_TILE = 4096, 8192  # numbers of a tile of keys, for one head and for several
+_MANY = 8  # songs whose lists are shared out evenly: so many, or more
+_EACH = 4  # programs of attention for each multiprocessor, which all run at once, if there are so many songs
+_MOST_HEADS = 4  # that a program then takes
+_JOINED = 8  # parts of a list that it then joins at once
+_TILE, _MANY_TILE = 4096, 4096  # numbers of a tile of keys, for few songs and for many
+_WARPS, _MANY_WARPS = 2, 4  # of a program of attention
+_STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
+_REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
 _DOWN_PARTS = 4  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
 _PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 8, 16
 _ROW_PAIRS, _ROW_COLUMNS, _ROW_DOWN_COLUMNS, _ROW_HEAD_COLUMNS = 2, 8, 2, 8
 
-_list, _attend = Launcher(attention.list_kernel), Launcher(attention.attend_kernel)
+_list = Launcher(list_kernel)
+_attend, _attend_evenly = Launcher(attention.attend_kernel), Launcher(attention.attend_evenly_kernel)
 _project, _attended = Launcher(products.project_kernel), Launcher(products.attended_kernel)
 _gate, _down, _head = (
     Launcher(kernel) for kernel in (products.gate_kernel, products.down_kernel, products.head_kernel)
@@ -47,6 +55,12 @@ def overlap_options(device: torch.device, slots: int) -> dict[str, bool]:
     if slots == 1 and can_overlap(device):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # interpreted, a program after the other
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Rows:
         slots: S.
         heads, dim: H, and D: a power of two, 32 or more.
         hidden: F.
-        room, bars: of the songs' places, see `decode_attention`.
+        room, bars: of the songs' places, see `decode_list`.
 
     Attributes:
         mode: int64 [S], READS or SUMMARIZES, or 0 for a row without a song.
@@ -110,16 +124,18 @@ class Rows:
         self.slots, self.heads, self.dim, self.hidden = slots, heads, dim, hidden
         self.room, self.bars, self.places = room, bars, room + 2 * bars + 1
         self.overlap = overlap_options(device, slots)
-        self._group = 1 if slots < _MANY else min(_MOST_HEADS, heads & -heads)
-        programs = slots * heads // self._group
-        self.splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // programs + 1) // 2))
+        self._many = slots >= _MANY
+        self._group = min(_MOST_HEADS, heads & -heads) if self._many else 1
+        self._splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // (slots * heads) + 1) // 2))
+        self._shares = max(1, _multiprocessors(device) * _EACH * self._group // heads)
         self.mode, self.place, self.past, self.count, self.group = (integers() for _ in range(5))
         self.list = numbers(self.places, dtype=torch.int32)
         self.cos, self.sin = numbers(dim // 2), numbers(dim // 2)
         self.x, self._q, self._attended = (numbers(heads * dim) for _ in range(3))
         self._hidden = numbers(hidden)
-        shapes = (heads, self.splits, dim), (heads, self.splits), (heads, self.splits)
-        self._parts = [numbers(*shape, dtype=torch.float32) for shape in shapes]
+        parts = 2 * self._shares if self._many else slots * self._splits
+        shapes = (parts, heads, dim), (parts, heads), (parts, heads)
+        self._parts = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes]
         self._done = numbers(heads, dtype=torch.int32)
         self._rows = 1 if slots == 1 else min(_MAX_ROWS, max(_MIN_ROWS, triton.next_power_of_2(slots)))
         self._tiles = triton.cdiv(slots, self._rows)
@@ -163,7 +179,7 @@ class Rows:
     def layer(self, weights: Weights, keys: Tensor, eps: float) -> None:
         """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows."""
         w, heads, half = weights, self.heads, self.dim // 2
-        width, rows, pairs, group = heads * self.dim, self._rows, self._pairs, self._group
+        width, rows, pairs = heads * self.dim, self._rows, self._pairs
         blocks = heads * half // pairs
         _project(
             (3 * blocks, self._tiles),
@@ -175,14 +191,7 @@ class Rows:
             HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width),
             num_warps=4, **self.overlap,
         )  # fmt: skip
-        _attend(
-            (self.slots, heads // group, self.splits),
-            (self._q, keys, self.list, self.count, self._attended, *self._parts, self._done),
-            (self.slots, self.places, self.dim**-0.5 * LOG2_E),
-            HEADS=heads, GROUP=group, DIM=self.dim, SPLITS=self.splits,
-            BLOCK=max(1, (_ONE_TILE if group == 1 else _MANY_TILE) // (group * self.dim)),
-            num_warps=2 if group == 1 else 4, **self.overlap,
-        )  # fmt: skip
+        self._attend_lists(keys)
         _attended(
             (3 * blocks, self._tiles),
             (
@@ -207,6 +216,30 @@ class Rows:
             WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._down_columns, SPLITS=self._down_parts,
             BLOCK=self._block(self.hidden), num_warps=4, **self.overlap,
         )  # fmt: skip
+
+    def _attend_lists(self, keys: Tensor) -> None:
+        """From `_q` to `_attended`; `keys` as `layer` has them."""
+        tile, warps, stages = _TILE, _WARPS, _STAGES
+        if self._many:
+            tile, warps, stages = _MANY_TILE, _MANY_WARPS, _MANY_STAGES
+        line = self._group * self.dim  # numbers
+        block = max(1, tile // line)
+        loaded = warps * 32 * (16 // keys.element_size())  # by all threads at once, 16 bytes each
+        lines = min(block, max(1, loaded // line))
+        shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "num_warps": warps, **self.overlap}
+        tensors = self._q, keys, self.list, self.count, self._attended, *self._parts, self._done
+        numbers = self.slots, self.places, self.dim**-0.5 * LOG2_E
+        heads = {"HEADS": self.heads, "GROUP": self._group, "DIM": self.dim}
+        groups = self.heads // self._group
+        if self._many:
+            slots = triton.next_power_of_2(self.slots)
+            programs = self._shares, groups
+            heads |= {"SLOTS": slots, "PARTS": _JOINED}
+            registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
+            _attend_evenly(programs, tensors, numbers, **heads, **shapes, maxnreg=registers)
+        else:
+            programs = self.slots, groups, self._splits
+            _attend(programs, tensors, numbers, **heads, SPLITS=self._splits, **shapes)
 
     def _block(self, width: int) -> int:
         """Channels that a program loads at once: of one row all; else enough bytes on their way to hide how

@@ -1,107 +1,99 @@
-"""The Triton kernels by which a decoding step finds the places that a song's next token sees, and reads them.
+"""The Triton kernels by which a decoding step attends to the places that are listed for each song.
 
-A song's tokens and summaries lie along one axis of places: `room` tokens, the summaries of `bars` bars as
-other summaries see them, the same as tokens see them, and one that no song has. Which are visible changes
-little from token to token: all tokens of an instrument in a bar see the same, and one another. So each song
-has a list of places: it is made anew where such a group begins, and otherwise gets one place more.
+Lists of some songs are many times as long as those of others. For few songs each list is cut into as many
+parts as fill a GPU (`attend_kernel`). For many, programs that run at once take equal shares of all lists, as
+they lie end to end (`attend_evenly_kernel`): otherwise most of the GPU waits for the longest lists.
+
+Tiles: B places of a list, L lines of which each keeps a softmax of its own, G heads, D channels of a head.
+Line l takes the places l, l + L, ... of a tile. L is what the threads of a program load at once, so that what
+is summed over the places of a line lies in one thread, and nothing in the loop waits for other warps.
 """
 
 import triton
 import triton.language as tl
 
-from .decode_products import READS, SUMMARIZES, begin
-from .structure import NO_INSTRUMENT, Kind
+from .decode_products import begin
 from .tiles import LOWEST
 
-_READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
-_NO_INSTRUMENT, _STRUCTURAL = tl.constexpr(NO_INSTRUMENT), tl.constexpr(int(Kind.STRUCTURAL))
-
 
 @triton.jit
-def _append(list_ptr, count, place, seen):
-    """Stores those of `place` [BLOCK] that are `seen` behind `count` others; returns how many these are."""
-    here = seen.to(tl.int32)
-    tl.store(list_ptr + count + tl.cumsum(here, 0) - here, place, mask=seen)
-    return count + tl.sum(here, 0)
-
-
-@triton.jit
-def list_kernel(
-    bar_ptr, inst_ptr, kind_ptr, mode_ptr, position_ptr, own_bar_ptr, own_inst_ptr, group_ptr, list_ptr,
-    count_ptr, room, bars, NEAR: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+def _attend_listed(
+    q, keys_ptr, list_ptr, offs_hd, apart, count, first, last, step,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Brings list [S, places] and count [S] up to date for what each song reads or summarizes.
+    """What q [G, D] finds at every `step`-th place of a list from `first`, before `last`, a tile each.
 
-    bar, inst, kind: int32 [S, room + 1] of the tokens. mode, position, own_bar, own_inst: int64 [S], of the
-    song's last token; own_bar is the bar that is summarized. group: int64 [S], what the list was made for.
-    Bit d of NEAR: whether a token sees all of the bar d bars before. ALL: it sees all before it, and there
-    are no summaries.
+    keys: of the song, [places, STRIDE]; its values are `apart` further. offs_hd: [G, D] within a place.
+    Returns the sums of the weights exp2(score - peak) times the values [G, D], and peak and sums of weights
+    [G].
     """
-    begin(OVERLAPS)
-    s = tl.program_id(0)
-    mode = tl.load(mode_ptr + s)
-    places = room + 2 * bars + 1
-    list_ptr += s.to(tl.int64) * places
-    history = s.to(tl.int64) * (room + 1)
-    position, bar, inst = tl.load(position_ptr + s), tl.load(own_bar_ptr + s), tl.load(own_inst_ptr + s)
-    if mode == _READS:
-        group = bar * 0 if ALL else bar * (_NO_INSTRUMENT + 1) + inst
-        if tl.load(group_ptr + s) == group:
-            count = tl.load(count_ptr + s).to(tl.int32)
-            tl.store(list_ptr + count, position.to(tl.int32))
-            tl.store(count_ptr + s, count + 1)
-        else:
-            count = tl.zeros([], tl.int32)
-            if not ALL:
-                for first in range(0, bar, BLOCK):
-                    number = first + tl.arange(0, BLOCK)
-                    count = _append(list_ptr, count, room + bars + number, number < bar)
-            for first in range(0, position + 1, BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                read = at <= position
-                of_bar = tl.load(bar_ptr + history + at, mask=read, other=0)
-                of_inst = tl.load(inst_ptr + history + at, mask=read, other=0)
-                kind = tl.load(kind_ptr + history + at, mask=read, other=0)
-                seen = (of_inst == inst) | (of_inst == _NO_INSTRUMENT) & (kind == _STRUCTURAL)
-                distance = (bar - of_bar).to(tl.int32)
-                near = (NEAR >> tl.minimum(distance, 31)) & 1
-                seen = seen | (near == 1) & (distance < 31)
-                if ALL:
-                    seen = read
-                count = _append(list_ptr, count, at, seen & read)
-            tl.store(count_ptr + s, count)
-            tl.store(group_ptr + s, group)
-    elif mode == _SUMMARIZES:
-        count = tl.zeros([], tl.int32)
-        for first in range(0, bar + 1, BLOCK):
-            number = first + tl.arange(0, BLOCK)
-            count = _append(list_ptr, count, room + number, number <= bar)
-        for first in range(0, position + 1, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            of_bar = tl.load(bar_ptr + history + at, mask=at <= position, other=-1)
-            count = _append(list_ptr, count, at, of_bar == bar)
-        tl.store(count_ptr + s, count)
-        tl.store(group_ptr + s, tl.full([], -1, tl.int64))
-    else:
-        tl.store(count_ptr + s, tl.zeros([], tl.int32))
-        tl.store(group_ptr + s, tl.full([], -1, tl.int64))
+    GROUP: tl.constexpr = q.shape[0]
+    line = tl.arange(0, BLOCK // LINES)[:, None] * LINES + tl.arange(0, LINES)[None, :]  # [B / L, L]
+    peak = tl.full([LINES, GROUP], LOWEST, tl.float32)
+    total = tl.zeros([LINES, GROUP], tl.float32)
+    o = tl.zeros([LINES, GROUP, q.shape[1]], tl.float32)
+    for start in tl.range(first, last, step, num_stages=STAGES):
+        at = start + line
+        mask = at < count
+        place = tl.load(list_ptr + at, mask=mask, other=0).to(tl.int64)
+        # [B / L, L, G, D], as k and v are
+        offs = (place * STRIDE)[:, :, None, None] + offs_hd[None, None, :, :]
+        k = tl.load(keys_ptr + offs, mask=mask[:, :, None, None], other=0).to(tl.float32)
+        v = tl.load(keys_ptr + apart + offs, mask=mask[:, :, None, None], other=0).to(tl.float32)
+        score = tl.where(mask[:, :, None], tl.sum(k * q[None, None, :, :], 3), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 0))  # [L, G]
+        weight, kept = tl.exp2(score - new_peak[None, :, :]), tl.exp2(peak - new_peak)
+        total = total * kept + tl.sum(weight, 0)
+        o = o * kept[:, :, None] + tl.sum(v * weight[:, :, :, None], 0)
+        peak = new_peak
+    highest = tl.max(peak, 0)  # [G]
+    weight = tl.exp2(peak - highest[None, :])
+    return tl.sum(o * weight[:, :, None], 0), highest, tl.sum(total * weight, 0)
+
+
+@triton.jit
+def _store_part(o_ptr, peak_ptr, sum_ptr, part, channel, o, peak, total):
+    """The results of `_attend_listed` to part [G] of o [parts, D], peak and sum [parts]."""
+    tl.store(o_ptr + part[:, None] * channel.shape[0] + channel[None, :], o)
+    tl.store(peak_ptr + part, peak)
+    tl.store(sum_ptr + part, total)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+
+
+@triton.jit
+def _add_parts(o, peak, total, o_ptr, peak_ptr, sum_ptr, part, mask, channel):
+    """o [G, D], peak and total [G] with those of part [N, G] that are in the mask [N] added."""
+    peaks = tl.load(peak_ptr + part, mask=mask[:, None], other=LOWEST, cache_modifier=".cg")
+    totals = tl.load(sum_ptr + part, mask=mask[:, None], other=0, cache_modifier=".cg")
+    offs = part[:, :, None] * channel.shape[0] + channel[None, None, :]
+    values = tl.load(o_ptr + offs, mask=mask[:, None, None], other=0, cache_modifier=".cg")
+    new_peak = tl.maximum(peak, tl.max(peaks, 0))
+    weights, kept = tl.exp2(peaks - new_peak[None, :]), tl.exp2(peak - new_peak)
+    total = total * kept + tl.sum(totals * weights, 0)
+    return o * kept[:, None] + tl.sum(values * weights[:, :, None], 0), new_peak, total
+
+
+@triton.jit
+def _store_out(out_ptr, row, channel, o, total):
+    """o / total to rows [G] of out [.., D]; 0 where nothing was seen."""
+    o = o / tl.where(total > 0, total, 1)[:, None]
+    offs = row[:, None] * channel.shape[0] + channel[None, :]
+    tl.store(out_ptr + offs, o.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def attend_kernel(
     q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    LINES: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out [S, HEADS, DIM]: attention of q, of the same shape, to the places of each song's list; or 0.
 
     keys: [2, slots, places, HEADS, DIM] of a layer. A program takes GROUP heads, whose keys lie side by side,
-    and every SPLITS-th block of the list. Each line of its tile keeps a softmax of its own; they are joined
-    behind the loop, so that nothing in it waits for other warps. If there are parts, each leaves its best
-    score in peak, and the sums of exp2(score - peak), alone and times the values, in sum and o:
-    [S, HEADS, SPLITS(, DIM)], float32. The program that is the last of its song and heads to be done joins
-    them, in the order of the parts. done: int32 [S, HEADS], zeros before and after. scale makes scores of
-    base 2.
+    and every SPLITS-th block of the list. If there are parts, each leaves its best score in peak, and the
+    sums of exp2(score - peak), alone and times the values, in sum and o: [S, HEADS, SPLITS(, DIM)], float32.
+    The program that is the last of its song and heads to be done joins them, in the order of the parts. done:
+    int32 [S, HEADS], zeros before and after. scale makes scores of base 2.
     """
     begin(OVERLAPS)
     s, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -109,46 +101,91 @@ def attend_kernel(
     row = s * HEADS + head  # [GROUP]
     count = tl.load(count_ptr + s).to(tl.int32)
     q = tl.load(q_ptr + row[:, None] * DIM + channel[None, :]).to(tl.float32) * scale  # [GROUP, DIM]
-    offs_hd = head[:, None] * DIM + channel[None, :]  # [GROUP, DIM]
-    values_ptr = keys_ptr + tl.full([], 1, tl.int64) * slots * places * HEADS * DIM
-    peak = tl.full([BLOCK, GROUP], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK, GROUP], tl.float32)
-    o = tl.zeros([BLOCK, GROUP, DIM], tl.float32)
-    for first in tl.range(split * BLOCK, count, SPLITS * BLOCK, num_stages=2):
-        at = first + tl.arange(0, BLOCK)
-        mask = at < count  # [BLOCK]
-        place = tl.load(list_ptr + s * places + at, mask=mask, other=0)
-        # [BLOCK, GROUP, DIM], as k, v and o are
-        offs = ((s * places + place) * HEADS * DIM)[:, None, None] + offs_hd[None, :, :]
-        k = tl.load(keys_ptr + offs, mask=mask[:, None, None], other=0).to(tl.float32)
-        v = tl.load(values_ptr + offs, mask=mask[:, None, None], other=0).to(tl.float32)
-        score = tl.where(mask[:, None], tl.sum(k * q[None, :, :], 2), float("-inf"))  # [BLOCK, GROUP]
-        new_peak = tl.maximum(peak, score)
-        weight, kept = tl.exp2(score - new_peak), tl.exp2(peak - new_peak)
-        total = total * kept + weight
-        o = o * kept[:, :, None] + v * weight[:, :, None]
-        peak = new_peak
-    highest = tl.max(peak, 0)  # [GROUP]
-    weight = tl.exp2(peak - highest[None, :])
-    total = tl.sum(total * weight, 0)
-    o = tl.sum(o * weight[:, :, None], 0)  # [GROUP, DIM]
-    out_ptrs = out_ptr + row[:, None] * DIM + channel[None, :]
+    song = s * places
+    o, peak, total = _attend_listed(
+        q, keys_ptr + song * HEADS * DIM, list_ptr + song, head[:, None] * DIM + channel[None, :],
+        tl.full([], 1, tl.int64) * slots * places * HEADS * DIM, count, split * BLOCK, count, SPLITS * BLOCK,
+        HEADS * DIM, BLOCK, LINES, STAGES,
+    )  # fmt: skip
     if SPLITS == 1:
-        o = o / tl.where(total > 0, total, 1)[:, None]
-        tl.store(out_ptrs, o.to(out_ptr.dtype.element_ty))
+        _store_out(out_ptr, row, channel, o, total)
     else:
-        part = row * SPLITS + split  # [GROUP]
-        tl.store(o_ptr + part[:, None] * DIM + channel[None, :], o)
-        tl.store(peak_ptr + part, highest)
-        tl.store(sum_ptr + part, total)
-        tl.debug_barrier()  # all threads have stored before one of them says so
+        _store_part(o_ptr, peak_ptr, sum_ptr, row * SPLITS + split, channel, o, peak, total)
         done_ptr += s * HEADS + tl.program_id(1) * GROUP
         if tl.atomic_add(done_ptr, 1, sem="acq_rel") == SPLITS - 1:
-            parts = row[None, :] * SPLITS + tl.arange(0, SPLITS)[:, None]  # [SPLITS, GROUP]
-            peaks = tl.load(peak_ptr + parts, cache_modifier=".cg")
-            weights = tl.exp2(peaks - tl.max(peaks, 0)[None, :])
-            totals = tl.sum(weights * tl.load(sum_ptr + parts, cache_modifier=".cg"), 0)  # [GROUP]
-            values = tl.load(o_ptr + parts[:, :, None] * DIM + channel[None, None, :], cache_modifier=".cg")
-            o = tl.sum(values * weights[:, :, None], 0) / tl.where(totals > 0, totals, 1)[:, None]
-            tl.store(out_ptrs, o.to(out_ptr.dtype.element_ty))
+            number = tl.arange(0, SPLITS)
+            part = row[None, :] * SPLITS + number[:, None]  # [SPLITS, GROUP]
+            o, peak, total = tl.zeros_like(o), tl.full([GROUP], LOWEST, tl.float32), tl.zeros_like(total)
+            o, peak, total = _add_parts(
+                o, peak, total, o_ptr, peak_ptr, sum_ptr, part, number < SPLITS, channel
+            )
+            _store_out(out_ptr, row, channel, o, total)
             tl.store(done_ptr, 0)
+
+
+@triton.jit
+def attend_evenly_kernel(
+    q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """`attend_kernel`, but the lists of all songs lie end to end, in tiles of BLOCK places, of which programs
+    take equal shares, of GROUP heads each.
+
+    A song that one program has wholly is done then. Of others the part with the beginning is left in o, peak
+    and sum [2 programs, HEADS(, DIM)] at 2 program + 1, the next ones at 2 program, and they are joined in
+    their order, PARTS at once, by the program that is the last to be done. SLOTS: a power of two, slots or
+    more.
+    """
+    begin(OVERLAPS)
+    channel, head = tl.arange(0, DIM), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    offs_hd = head[:, None] * DIM + channel[None, :]  # [GROUP, DIM]
+    apart = tl.full([], 1, tl.int64) * slots * places * HEADS * DIM
+    song = tl.arange(0, SLOTS)
+    counts = tl.load(count_ptr + song, mask=song < slots, other=0).to(tl.int32)
+    # An empty list has a tile too: somebody must write zeros.
+    tiles = tl.where(song < slots, tl.maximum((counts + BLOCK - 1) // BLOCK, 1), 0)
+    ends, tiles_of_all = tl.cumsum(tiles, 0), tl.sum(tiles, 0)
+    program, programs = tl.program_id(0), tl.minimum(tl.num_programs(0), tiles_of_all)
+    share = program * tiles_of_all // programs
+    share_end = tl.minimum((program + 1) * tiles_of_all // programs, tiles_of_all)
+    first_song = tl.sum((ends <= share).to(tl.int32), 0)
+    last_song = tl.sum((ends < share_end).to(tl.int32), 0)
+    start = tl.sum(tl.where(ends <= share, tiles, 0), 0)  # the tile with which the song begins
+    if program >= programs:
+        last_song = first_song - 1
+    for s in range(first_song, last_song + 1):
+        wide = tl.full([], 0, tl.int64) + s
+        row = wide * HEADS + head  # [GROUP]
+        count = tl.load(count_ptr + s).to(tl.int32)
+        end = start + tl.maximum((count + BLOCK - 1) // BLOCK, 1)
+        first, last = tl.maximum(share, start), tl.minimum(share_end, end)
+        q = tl.load(q_ptr + row[:, None] * DIM + channel[None, :]).to(tl.float32) * scale  # [GROUP, DIM]
+        o, peak, total = _attend_listed(
+            q, keys_ptr + wide * places * HEADS * DIM, list_ptr + wide * places, offs_hd,
+            apart, count, (first - start) * BLOCK, (last - start) * BLOCK, BLOCK,
+            HEADS * DIM, BLOCK, LINES, STAGES,
+        )  # fmt: skip
+        if last - first == end - start:
+            _store_out(out_ptr, row, channel, o, total)
+        else:
+            begins = (first == start).to(tl.int32)
+            _store_part(
+                o_ptr, peak_ptr, sum_ptr, (2 * program + begins) * HEADS + head, channel, o, peak, total
+            )
+            # Tile t is of the last program whose share begins at t or before.
+            owner = ((start + 1) * programs - 1) // tiles_of_all
+            parts = (end * programs - 1) // tiles_of_all - owner + 1
+            song_done_ptr = done_ptr + s * HEADS + tl.program_id(1) * GROUP
+            if tl.atomic_add(song_done_ptr, 1, sem="acq_rel") == parts - 1:
+                o, peak, total = tl.zeros_like(o), tl.full([GROUP], LOWEST, tl.float32), tl.zeros_like(total)
+                for next_part in range(0, parts, PARTS):
+                    number = next_part + tl.arange(0, PARTS)
+                    part = 2 * (owner + number) + (number == 0).to(tl.int32)
+                    part = part[:, None] * HEADS + head[None, :]  # [PARTS, GROUP]
+                    o, peak, total = _add_parts(
+                        o, peak, total, o_ptr, peak_ptr, sum_ptr, part, number < parts, channel
+                    )
+                _store_out(out_ptr, row, channel, o, total)
+                tl.store(song_done_ptr, 0)
+        start = end

@@ -24,10 +24,13 @@ def test_kernels_fit_a_hopper_gpu(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     built = [json.loads(line) for line in run.stdout.splitlines()]
     products = ("project_kernel", "attended_kernel", "gate_kernel", "down_kernel", "head_kernel")
-    assert [build["kernel"] for build in built] == 2 * [
-        *("read_kernel", "list_kernel"),
-        *("project_kernel", "attend_kernel", "attended_kernel", "gate_kernel", "down_kernel"),
-        *("head_kernel", "draw_kernel"),
+    assert [build["kernel"] for build in built] == [
+        kernel
+        for attend in ("attend_kernel", "attend_evenly_kernel")
+        for kernel in (
+            *("read_kernel", "list_kernel", "project_kernel", attend, "attended_kernel"),
+            *("gate_kernel", "down_kernel", "head_kernel", "draw_kernel"),
+        )
     ]
     one, many = built[: len(built) // 2], built[len(built) // 2 :]  # songs
     for build in built:

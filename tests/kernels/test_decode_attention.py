@@ -1,0 +1,61 @@
+"""Attention of a decoding step to lists of very different lengths, shared out among programs."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from meloformer.kernels import decode
+
+HEADS, DIM, ROOM = 4, 32, 300
+COUNTS = [0, 1, 280, 16, 17, 0, 63, 150, 2]  # places that each song sees
+
+
+def rows_and_keys(counts: list[int], device: str) -> tuple[decode.Rows, torch.Tensor]:
+    """With random queries, lists in random order, and keys that nobody must read where no list has them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = decode.Rows(len(counts), HEADS, DIM, 8, ROOM, 0, torch.float32, torch.device(device))
+    keys = torch.randn((2, len(counts), rows.places, HEADS, DIM), generator=generator)
+    rows._q.copy_(torch.randn(rows._q.shape, generator=generator) * 3)
+    for song, count in enumerate(counts):
+        order = 1 + torch.randperm(ROOM - 1, generator=generator)
+        rows.list[song, :count] = order[:count].int()
+        keys[:, song, order[count:]] = torch.nan
+    rows.count.copy_(torch.tensor(counts))
+    return rows, keys.to(device)
+
+
+def attended(rows: decode.Rows, keys: torch.Tensor) -> torch.Tensor:
+    """[S, H * D] in float64; 0 for songs that see nothing."""
+    out = torch.zeros(rows._q.shape, dtype=torch.float64, device=keys.device)
+    for song, count in enumerate(rows.count.tolist()):
+        if count:
+            q = rows._q[song].view(HEADS, 1, DIM).double()
+            k, v = keys[:, song, rows.list[song, :count].long()].double().transpose(1, 2)
+            out[song] = (torch.softmax(q @ k.transpose(1, 2) * DIM**-0.5, 2) @ v).flatten()
+    return out
+
+
+@pytest.mark.parametrize(("shares", "heads"), [(1, 4), (3, 2), (16, 4), (60, 2)])
+def test_equal_shares_of_all_lists(shares, heads, monkeypatch):
+    """Songs that a program has wholly, that several have, more than are joined at once, and idle programs."""
+    for name, value in {"_EACH": shares * HEADS // heads, "_MOST_HEADS": heads, "_JOINED": 2}.items():
+        monkeypatch.setattr(decode, name, value)
+    monkeypatch.setattr(decode, "_MANY_TILE", 16 * heads * DIM)  # 16 places: 40 tiles in all
+    rows, keys = rows_and_keys(COUNTS, "cpu")
+    rows._attended.fill_(torch.nan)
+    for _ in range(2):  # counters are as before
+        rows._attend_lists(keys)
+    torch.testing.assert_close(rows._attended.double(), attended(rows, keys), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_compiled_shares_give_the_same_bits_each_time():
+    rows, keys = rows_and_keys([0, 1, 299, 16, 17, 250] * 8, "cuda")
+    found = []
+    for _ in range(20):
+        rows._attended.fill_(torch.nan)
+        rows._attend_lists(keys)
+        found.append(rows._attended.clone())
+    torch.testing.assert_close(found[0].double(), attended(rows, keys), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(one, found[0]) for one in found)
