@@ -28,10 +28,13 @@ _TILE, _MANY_TILE = 4096, 4096  # numbers of a tile of keys, for few songs and f
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
-_DOWN_PARTS = 4  # of the sums of the down projection: it has few columns, and long ones
+_DOWN_PARTS = 8  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
+_BYTES_AHEAD = (
+    98304  # of tiles of many rows and of weights that a program asks for at first: any GPU has them
+)
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
-_PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 8, 16
+_PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 32, 16
 _ROW_PAIRS, _ROW_COLUMNS, _ROW_DOWN_COLUMNS, _ROW_HEAD_COLUMNS = 2, 8, 2, 8
 
 _list = Launcher(list_kernel)
@@ -65,19 +68,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one layer, in one dtype: gains [E]; matrices as `torch.nn.Linear` has them, contiguous.
+    """Of one layer, in one dtype: matrices as `torch.nn.Linear` has them, contiguous. Those of `qkv` and
+    `gate_up` have the gains of the norm before them multiplied into their columns.
 
     `out_s` may be that of another layer where nobody reads the summary stream afterwards.
     """
 
-    norm_r: Tensor
-    norm_s: Tensor
     qkv_r: Tensor
     qkv_s: Tensor
     out_r: Tensor
     out_s: Tensor
     kv2: Tensor
-    norm_ffn: Tensor
     gate_up: Tensor
     down: Tensor
 
@@ -181,40 +182,39 @@ class Rows:
         w, heads, half = weights, self.heads, self.dim // 2
         width, rows, pairs = heads * self.dim, self._rows, self._pairs
         blocks = heads * half // pairs
+        one = rows == 1
         _project(
-            (3 * blocks, self._tiles),
+            (3 * blocks, self._tiles, 1 if one or not self.bars else 2),
             (
-                *(self.x, w.norm_r, w.norm_s, w.qkv_r, w.qkv_s, self.cos, self.sin, self.mode, self.place),
+                *(self.x, w.qkv_r, w.qkv_s, self.cos, self.sin, self.mode, self.place),
                 *(self._q, keys),
             ),
             (self.slots, self.places, eps),
-            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width),
-            num_warps=4, **self.overlap,
+            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, **self._tile(width, 2 * pairs), **self.overlap,
         )  # fmt: skip
         self._attend_lists(keys)
         _attended(
-            (3 * blocks, self._tiles),
+            (blocks, self._tiles, 1 if not self.bars else 3 if one else 4),
             (
                 *(self._attended, w.out_r, w.out_s, w.kv2, self.cos, self.sin, self.mode, self.past),
                 *(self.x, keys),
             ),
             (self.slots, self.places),
-            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, BLOCK=self._block(width),
-            num_warps=4, **self.overlap,
+            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, **self._tile(width, 2 * pairs), **self.overlap,
         )  # fmt: skip
         _gate(
             (triton.cdiv(self.hidden, self._columns), self._tiles),
-            (self.x, w.norm_ffn, w.gate_up, self._hidden),
+            (self.x, w.gate_up, self._hidden),
             (self.slots, eps),
             WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._columns,
-            BLOCK=self._block(width), num_warps=4, **self.overlap,
+            **self._tile(width, 2 * self._columns), **self.overlap,
         )  # fmt: skip
         _down(
             (*self._down_done.shape, self._down_parts),
             (self._hidden, w.down, self.x, self._down_sums, self._down_done),
             (self.slots,),
             WIDTH=width, HIDDEN=self.hidden, ROWS=rows, COLUMNS=self._down_columns, SPLITS=self._down_parts,
-            BLOCK=self._block(self.hidden), num_warps=4, **self.overlap,
+            **self._tile(triton.cdiv(self.hidden, self._down_parts), self._down_columns), **self.overlap,
         )  # fmt: skip
 
     def _attend_lists(self, keys: Tensor) -> None:
@@ -241,32 +241,35 @@ class Rows:
             programs = self.slots, groups, self._splits
             _attend(programs, tensors, numbers, **heads, SPLITS=self._splits, **shapes)
 
-    def _block(self, width: int) -> int:
-        """Channels that a program loads at once: of one row all; else enough bytes on their way to hide how
-        long memory takes, and few enough for three tiles of the rows, and of weights, in the shared memory of
-        any GPU."""
-        if self._rows == 1:
-            return triton.next_power_of_2(width)
-        size = self.x.element_size()
-        width = max(triton.next_power_of_2(width), _MIN_ROWS)  # what a product needs along any side
-        return min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), width)
+    def _tile(self, width: int, columns: int) -> dict[str, int]:
+        """How many channels of `width` a program loads at once, and how far ahead, for `columns` of weights.
 
-    def logits(self, gain: Tensor, weight: Tensor, gates: Tensor, guesses: Tensor, eps: float) -> Tensor:
+        Of one row all; else as many as fit the shared memory of any GPU, since a program loads little and
+        would wait for memory several times.
+        """
+        if self._rows == 1:
+            return {"BLOCK": triton.next_power_of_2(width), "STAGES": 1, "num_warps": 4}
+        size = self.x.element_size()
+        least = max(triton.next_power_of_2(width), _MIN_ROWS)  # what a product needs along any side
+        block = min(_WEIGHT_BYTES // size, _TILE_BYTES // (self._rows * size), least)
+        stages = min(1 + triton.cdiv(width, block), _BYTES_AHEAD // (block * (self._rows + columns) * size))
+        return {"BLOCK": block, "STAGES": max(2, stages), "num_warps": 4}
+
+    def logits(self, weight: Tensor, gates: Tensor, guesses: Tensor, eps: float) -> Tensor:
         """Of the stream `x`, float32 [S, V].
 
         Args:
-            gain: [E], of the last norm.
-            weight: [V, E].
-            gates: [G, E], G of 0 to 16.
+            weight: [V, E], with the gains of the last norm multiplied into its columns.
+            gates: [G, E], G of 0 to 16, the same.
             guesses: int64 [S, G]; a column above 0 gets the product with its gate added.
         """
         out = self.x.new_empty((self.slots, len(weight)), dtype=torch.float32)
         width, columns = self.heads * self.dim, self._head_columns
         _head(
             (triton.cdiv(len(weight), columns), self._tiles),
-            (self.x, gain, weight, gates, guesses, out),
+            (self.x, weight, gates, guesses, out),
             (self.slots, len(weight), eps),
             WIDTH=width, GUESSES=len(gates), ROWS=self._rows, COLUMNS=columns,
-            BLOCK=self._block(width), num_warps=4, **self.overlap,
+            **self._tile(width, columns + 16), **self.overlap,
         )  # fmt: skip
         return out

@@ -5,6 +5,11 @@ where the two streams have such; rows of other modes are computed as if they rea
 is kept. A program takes a few columns of the result for ROWS rows, so that each weight is read once for them;
 weights of a stream that none of its rows belongs to are not read.
 
+Weights behind a norm have its gains in them, so that what a product takes is x as it lies in memory: many
+rows go from there to the tensor cores without passing through registers, and so do the sums of their squares,
+the diagonal of x times its transpose. Rows that read and rows that summarize have programs of their own,
+which run side by side.
+
 A single row is a vector: matrix instructions would compute 16. Its weights, those of the stream that reads,
 are on their way to the registers before what is multiplied with them is there; BLOCK is then a whole row of
 them.
@@ -40,13 +45,12 @@ def _rows_of(w_ptr, column, ok, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _row(x_ptr, gain_ptr, eps, BLOCK: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr):
-    """x [BLOCK], float32, of the only row; if NORMS with the gains on it, and what else norms it, or 1."""
+def _row(x_ptr, eps, BLOCK: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr):
+    """x [BLOCK], float32, of the only row; and what norms it if NORMS, or 1."""
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
     if NORMS:
-        gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
-        return x * gain, 1 / tl.sqrt(tl.sum(x * x, 0) / WIDTH + eps)
+        return x, 1 / tl.sqrt(tl.sum(x * x, 0) / WIDTH + eps)
     else:
         return x, tl.full([], 1, tl.float32)
 
@@ -59,36 +63,32 @@ def _row_product(x, w):
 
 @triton.jit
 def _two_row_products(
-    x_ptr, gain_ptr, eps, first_w, second_w, BLOCK: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr
+    x_ptr, eps, first_w, second_w, BLOCK: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr
 ):
     """[1, C] twice: the only row of x [1, WIDTH], normed if NORMS, times the transposes of [C, BLOCK]."""
-    x, rstd = _row(x_ptr, gain_ptr, eps, BLOCK, WIDTH, NORMS)
+    x, rstd = _row(x_ptr, eps, BLOCK, WIDTH, NORMS)
     return _row_product(x, first_w) * rstd, _row_product(x, second_w) * rstd
 
 
 @triton.jit
-def _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH: tl.constexpr, NORMS: tl.constexpr):
-    """[R, K] of x [rows, WIDTH], in x's dtype, and what to multiply; if NORMS this has the gains on it."""
+def _tile(x_ptr, row, row_mask, k, WIDTH: tl.constexpr):
+    """[R, K] of x [rows, WIDTH]."""
     mask = row_mask[:, None] & (k < WIDTH)[None, :]
-    x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0)
-    scaled = x
-    if NORMS:
-        gain = tl.load(gain_ptr + k, mask=k < WIDTH, other=0).to(tl.float32)
-        scaled = (x.to(tl.float32) * gain[None, :]).to(x.dtype)
-    return x, scaled
+    return tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=mask, other=0)
 
 
 @triton.jit
 def _add_squares(squares, x):
-    """squares [R] + those of x [R, K]."""
-    x = x.to(tl.float32)
-    return squares + tl.sum(x * x, 1)
+    """squares [R, R], on the diagonal those of x [R, K] added; the rest means nothing."""
+    return tl.dot(x, tl.trans(x), squares, input_precision="ieee")
 
 
 @triton.jit
 def _rstd(squares, eps, WIDTH: tl.constexpr):
-    """[R, 1], what rows are multiplied with to be normed, by the sums of their squares [R]."""
-    return (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
+    """[R, 1], what rows are multiplied with to be normed, by `_add_squares` of all their channels."""
+    number = tl.arange(0, squares.shape[0])
+    on_diagonal = number[:, None] == number[None, :]
+    return (1 / tl.sqrt(tl.sum(tl.where(on_diagonal, squares, 0), 1) / WIDTH + eps))[:, None]
 
 
 @triton.jit
@@ -100,41 +100,37 @@ def _add_product(total, x, w_ptr, column, column_mask, k, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _modes(mode_ptr, row, rows):
-    """Modes [R] of the rows, and whether any reads, and any summarizes."""
-    mode = tl.load(mode_ptr + row, mask=row < rows, other=0)
-    some_summarize = tl.max((mode == _SUMMARIZES).to(tl.int32), 0) > 0
-    some_read = tl.max((mode != _SUMMARIZES).to(tl.int32), 0) > 0
-    return mode, some_read, some_summarize
-
-
-@triton.jit
 def _two_products(
-    x_ptr, gain_ptr, eps, w_ptr, row, row_mask, column, APART: tl.constexpr, ok, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, NORMS: tl.constexpr,
+    x_ptr, eps, w_ptr, row, row_mask, column, APART: tl.constexpr, ok, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """[R, C] twice: x [rows, WIDTH], normed if NORMS, times the transpose of rows `column` of w, and of those
-    APART further. Nothing else reads `gain_ptr` and `eps`.
+    APART further. Nothing else reads `eps`.
 
     The norm's root is taken of the products, since a pass before them would wait for memory once more."""
     if row.shape[0] == 1:
         first_w = _rows_of(w_ptr, column, ok, BLOCK, WIDTH)
         second_w = _rows_of(w_ptr, column + APART, ok, BLOCK, WIDTH)
-        return _two_row_products(x_ptr, gain_ptr, eps, first_w, second_w, BLOCK, WIDTH, NORMS)
+        return _two_row_products(x_ptr, eps, first_w, second_w, BLOCK, WIDTH, NORMS)
     first = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     second = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    squares = tl.zeros([row.shape[0]], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
+    squares = tl.zeros([row.shape[0], row.shape[0]], tl.float32)
+    for start in tl.range(0, WIDTH, BLOCK, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK)
-        x, scaled = _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH, NORMS)
-        first = _add_product(first, scaled, w_ptr, column, ok, k, WIDTH)
-        second = _add_product(second, scaled, w_ptr, column + APART, ok, k, WIDTH)
+        x = _tile(x_ptr, row, row_mask, k, WIDTH)
+        first = _add_product(first, x, w_ptr, column, ok, k, WIDTH)
+        second = _add_product(second, x, w_ptr, column + APART, ok, k, WIDTH)
         if NORMS:
             squares = _add_squares(squares, x)
     if NORMS:
         rstd = _rstd(squares, eps, WIDTH)
         first, second = first * rstd, second * rstd
     return first, second
+
+
+@triton.jit
+def _any(mask):
+    return tl.max(mask.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -156,12 +152,15 @@ def _store_key(keys_ptr, part, row, place, head, channel, mask, value, slots, pl
 
 @triton.jit
 def project_kernel(
-    x_ptr, gain_r_ptr, gain_s_ptr, w_r_ptr, w_s_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, q_ptr, keys_ptr,
-    rows, places, eps,
+    x_ptr, w_r_ptr, w_s_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, q_ptr, keys_ptr, rows, places, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Norm, QKV and RoPE of x [rows, E]: queries to q [rows, HEADS, D], keys and values to place [rows]."""
+    """Norm, QKV and RoPE of x [rows, E]: queries to q [rows, HEADS, D], keys and values to place [rows].
+
+    Of the last axis of programs the first takes rows that read, the second those that summarize; if ROWS is
+    1, the first takes both.
+    """
     DIM: tl.constexpr = 2 * HALF
     WIDTH: tl.constexpr = HEADS * DIM
     BLOCKS: tl.constexpr = HALF // PAIRS
@@ -175,20 +174,23 @@ def project_kernel(
         first_w = _rows_of(w_r_ptr, column, ok, BLOCK, WIDTH)
         second_w = _rows_of(w_r_ptr, column + HALF, ok, BLOCK, WIDTH)
     begin(OVERLAPS)
-    mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
+    summarizes = tl.load(mode_ptr + row, mask=row_mask, other=0) == _SUMMARIZES
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if ROWS == 1:  # does not wait for the mode
-        first, second = _two_row_products(x_ptr, gain_r_ptr, eps, first_w, second_w, BLOCK, WIDTH, True)
-    elif some_read:
-        first, second = _two_products(
-            x_ptr, gain_r_ptr, eps, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
-        )
-    if some_summarize:
-        first_s, second_s = _two_products(
-            x_ptr, gain_s_ptr, eps, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, True
-        )
-        summarizes = (mode == _SUMMARIZES)[:, None]
-        first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
+        first, second = _two_row_products(x_ptr, eps, first_w, second_w, BLOCK, WIDTH, True)
+        if _any(summarizes):
+            first, second = _two_products(
+                x_ptr, eps, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, STAGES, True
+            )
+    else:
+        w_ptr = w_r_ptr
+        if tl.program_id(2) == 1:
+            w_ptr = w_s_ptr
+        row_mask = row_mask & (summarizes == (tl.program_id(2) == 1))
+        if _any(row_mask):
+            first, second = _two_products(
+                x_ptr, eps, w_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, STAGES, True
+            )
     if part < 2:
         first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
     mask = row_mask[:, None] & ok[None, :]
@@ -204,70 +206,73 @@ def project_kernel(
 
 @triton.jit
 def attended_kernel(
-    o_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr, keys_ptr,
-    rows, places,
+    o_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr, keys_ptr, rows, places,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Adds the output projection of o [rows, E] to x [rows, E], and writes what tokens see of summaries.
 
-    The first third of the programs takes the projection, the others keys and values of summaries, which go to
-    place [rows]; these end at once where no row summarizes.
+    Of the last axis of programs the first takes the projection of rows that read, the next two keys and
+    values of summaries, which go to place [rows], and the last the projection of rows that summarize; if ROWS
+    is 1, there is none of these, and the first takes both. Those that have no row end at once.
     """
     DIM: tl.constexpr = 2 * HALF
     WIDTH: tl.constexpr = HEADS * DIM
     BLOCKS: tl.constexpr = HALF // PAIRS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
-    block, part = tl.program_id(0) % (HEADS * BLOCKS), tl.program_id(0) // (HEADS * BLOCKS)
-    head = block // BLOCKS
-    pair = block % BLOCKS * PAIRS + tl.arange(0, PAIRS)
+    head, part = tl.program_id(0) // BLOCKS, tl.program_id(2)
+    pair = tl.program_id(0) % BLOCKS * PAIRS + tl.arange(0, PAIRS)
     column = head * DIM + pair
     ok = pair < HALF
-    mask = row_mask[:, None] & ok[None, :]
+    projects = (part == 0) | (part == 3)
+    w_column = column
+    if not projects:
+        w_column += (part - 1) * WIDTH
     if ROWS == 1:
-        projects = ok & (part == 0)
-        first_w = _rows_of(w_r_ptr, column, projects, BLOCK, WIDTH)
-        second_w = _rows_of(w_r_ptr, column + HALF, projects, BLOCK, WIDTH)
+        first_w = _rows_of(w_r_ptr, column, ok & projects, BLOCK, WIDTH)
+        second_w = _rows_of(w_r_ptr, column + HALF, ok & projects, BLOCK, WIDTH)
     begin(OVERLAPS)
-    mode, some_read, some_summarize = _modes(mode_ptr, row, rows)
-    summarizes = (mode == _SUMMARIZES)[:, None]
+    summarizes = tl.load(mode_ptr + row, mask=row_mask, other=0) == _SUMMARIZES
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
-    if part == 0:
-        if ROWS == 1:
-            first, second = _two_row_products(o_ptr, o_ptr, 0.0, first_w, second_w, BLOCK, WIDTH, False)
-        elif some_read:
-            first, second = _two_products(
-                o_ptr, o_ptr, 0.0, w_r_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
-            )
-        if some_summarize:
-            first_s, second_s = _two_products(
-                o_ptr, o_ptr, 0.0, w_s_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
-            )
-            first, second = tl.where(summarizes, first_s, first), tl.where(summarizes, second_s, second)
+    w_ptr = w_s_ptr
+    if not projects:
+        w_ptr = w_kv_ptr
+    if ROWS == 1:
+        if projects:
+            first, second = _two_row_products(o_ptr, 0.0, first_w, second_w, BLOCK, WIDTH, False)
+        else:
+            row_mask = row_mask & summarizes
+        takes = _any(summarizes)
+    else:
+        if part == 0:
+            w_ptr = w_r_ptr
+        row_mask = row_mask & (summarizes == (part > 0))
+        takes = _any(row_mask)
+    if takes:
+        first, second = _two_products(
+            o_ptr, 0.0, w_ptr, row, row_mask, w_column, HALF, ok, WIDTH, BLOCK, STAGES, False
+        )
+    mask = row_mask[:, None] & ok[None, :]
+    if projects:
         ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
         first += tl.load(ptrs, mask=mask, other=0).to(tl.float32)
         second += tl.load(ptrs + HALF, mask=mask, other=0).to(tl.float32)
         tl.store(ptrs, first.to(x_ptr.dtype.element_ty), mask=mask)
         tl.store(ptrs + HALF, second.to(x_ptr.dtype.element_ty), mask=mask)
-    elif some_summarize:
-        column += (part - 1) * WIDTH
-        first, second = _two_products(
-            o_ptr, o_ptr, 0.0, w_kv_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, False
-        )
+    else:
         if part == 1:
             first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
         place = tl.load(place_ptr + row, mask=row_mask, other=0)
-        mask = mask & summarizes
         _store_key(keys_ptr, part - 1, row, place, head, pair, mask, first, rows, places, HEADS, DIM)
         _store_key(keys_ptr, part - 1, row, place, head, pair + HALF, mask, second, rows, places, HEADS, DIM)
 
 
 @triton.jit
 def gate_kernel(
-    x_ptr, gain_ptr, w_ptr, out_ptr, rows, eps,
+    x_ptr, w_ptr, out_ptr, rows, eps,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out [rows, HIDDEN]: silu of the gate times the rest, of the norm of x [rows, WIDTH]."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -278,10 +283,10 @@ def gate_kernel(
         up_w = _rows_of(w_ptr, column + HIDDEN, ok, BLOCK, WIDTH)
     begin(OVERLAPS)
     if ROWS == 1:
-        gate, up = _two_row_products(x_ptr, gain_ptr, eps, gate_w, up_w, BLOCK, WIDTH, True)
+        gate, up = _two_row_products(x_ptr, eps, gate_w, up_w, BLOCK, WIDTH, True)
     else:
         gate, up = _two_products(
-            x_ptr, gain_ptr, eps, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, True
+            x_ptr, eps, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, STAGES, True
         )
     out = gate * tl.sigmoid(gate) * up
     mask = row_mask[:, None] & ok[None, :]
@@ -292,7 +297,7 @@ def gate_kernel(
 def down_kernel(
     hidden_ptr, w_ptr, x_ptr, parts_ptr, done_ptr, rows,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Adds hidden [rows, HIDDEN] times the transpose of w [WIDTH, HIDDEN] to x [rows, WIDTH].
 
@@ -310,12 +315,12 @@ def down_kernel(
     PART: tl.constexpr = (HIDDEN + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if ROWS == 1:
-        hidden, _ = _row(hidden_ptr, hidden_ptr, 0.0, BLOCK, HIDDEN, False)
+        hidden, _ = _row(hidden_ptr, 0.0, BLOCK, HIDDEN, False)
         total = _row_product(hidden, w)
     else:
-        for start in range(0, PART, BLOCK):
+        for start in tl.range(0, PART, BLOCK, num_stages=STAGES):
             k = split * PART + start + tl.arange(0, BLOCK)
-            hidden, _ = _tile(hidden_ptr, w_ptr, row, row_mask, k, HIDDEN, False)
+            hidden = _tile(hidden_ptr, row, row_mask, k, HIDDEN)
             total = _add_product(total, hidden, w_ptr, column, ok, k, HIDDEN)
     mask = row_mask[:, None] & ok[None, :]
     offs = row[:, None] * WIDTH + column[None, :]
@@ -337,9 +342,9 @@ def down_kernel(
 
 @triton.jit
 def head_kernel(
-    x_ptr, gain_ptr, w_ptr, gates_ptr, guess_ptr, out_ptr, rows, columns, eps,
+    x_ptr, w_ptr, gates_ptr, guess_ptr, out_ptr, rows, columns, eps,
     WIDTH: tl.constexpr, GUESSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Logits, float32 [rows, columns], of the norm of x [rows, WIDTH]. Those of the columns guess
     [rows, GUESSES], where these are above 0, get the product with gates [GUESSES, WIDTH] added."""
@@ -353,15 +358,15 @@ def head_kernel(
     begin(OVERLAPS)
     total, gates = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, 16], tl.float32)
     if ROWS == 1:
-        total, gates = _two_row_products(x_ptr, gain_ptr, eps, w, gates_w, BLOCK, WIDTH, True)
+        total, gates = _two_row_products(x_ptr, eps, w, gates_w, BLOCK, WIDTH, True)
     else:
-        squares = tl.zeros([ROWS], tl.float32)
-        for start in range(0, WIDTH, BLOCK):
+        squares = tl.zeros([ROWS, ROWS], tl.float32)
+        for start in tl.range(0, WIDTH, BLOCK, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK)
-            x, scaled = _tile(x_ptr, gain_ptr, row, row_mask, k, WIDTH, True)
-            total = _add_product(total, scaled, w_ptr, column, ok, k, WIDTH)
+            x = _tile(x_ptr, row, row_mask, k, WIDTH)
+            total = _add_product(total, x, w_ptr, column, ok, k, WIDTH)
             if GUESSES:
-                gates = _add_product(gates, scaled, gates_ptr, number, number < GUESSES, k, WIDTH)
+                gates = _add_product(gates, x, gates_ptr, number, number < GUESSES, k, WIDTH)
             squares = _add_squares(squares, x)
         rstd = _rstd(squares, eps, WIDTH)
         total, gates = total * rstd, gates * rstd

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...kernels.decode import MAX_NEAR_BAR, Rows, Weights
 from ...kernels.decode_products import READS, SUMMARIZES
-from ...model.layers import DenseLayer, Layer
+from ...model.layers import DenseLayer, Layer, RMSNorm
 from ...model.transformer import MeloFormer, ModelConfig
 from ...tokens import vocab
 from .cache import SlotCache
@@ -43,10 +43,10 @@ class FusedForward:
         self.table, first = model.input_table()
         self.first = torch.tensor(first, device=model.device)
         self.summary = self.table[0] if config.dense else model.summary_embedding.detach()
-        self._head = model.token_embedding.weight.detach()[: vocab.VOCAB_SIZE]
+        self._head = _with_gains(model.norm_out, model.token_embedding.weight[: vocab.VOCAB_SIZE])
         self._gates = self._head[:0]
         if config.copy_chords:
-            self._gates = model.copy_gate.weight.detach().contiguous()
+            self._gates = _with_gains(model.norm_out, model.copy_gate.weight)
 
     def begin(self, slot: int) -> None:
         self.rows.group[slot] = -1
@@ -78,16 +78,21 @@ class FusedForward:
         rows.find_places(*histories, position, bar, inst, model.config.near_bars, model.config.dense)
         for keys, weights, layer in zip(self._cache.keys, self._weights, model.layers):
             rows.layer(weights, keys, layer.norm_r.eps)
-        return rows.logits(model.norm_out.weight, self._head, self._gates, guesses, model.norm_out.eps)
+        return rows.logits(self._head, self._gates, guesses, model.norm_out.eps)
+
+
+def _with_gains(norm: RMSNorm, weight: Tensor) -> Tensor:
+    """The weight [columns, E] of a product with what comes out of `norm`, for one with x / rms(x)."""
+    return (weight.detach().float() * norm.weight.detach().float()).to(weight.dtype)
 
 
 def _weights(layer: Layer | DenseLayer) -> Weights:
-    r, out_r, ffn = layer.qkv_r.weight, layer.out_r.weight, (layer.ffn.gate_up.weight, layer.ffn.down.weight)
-    norm_r = layer.norm_r.weight
+    qkv_r, out_r = _with_gains(layer.norm_r, layer.qkv_r.weight), layer.out_r.weight
+    ffn = _with_gains(layer.norm_ffn, layer.ffn.gate_up.weight), layer.ffn.down.weight
     if isinstance(layer, DenseLayer):  # no row ever asks for the weights of the other stream
-        weights = norm_r, norm_r, r, r, out_r, out_r, r
+        weights = qkv_r, qkv_r, out_r, out_r, qkv_r
     else:
         # The summary stream ends with the keys and values of the last layer, which has no `out_s`.
         out_s = out_r if layer.out_s is None else layer.out_s.weight
-        weights = norm_r, layer.norm_s.weight, r, layer.qkv_s.weight, out_r, out_s, layer.kv2.weight
-    return Weights(*(weight.detach() for weight in (*weights, layer.norm_ffn.weight, *ffn)))
+        weights = qkv_r, _with_gains(layer.norm_s, layer.qkv_s.weight), out_r, out_s, layer.kv2.weight
+    return Weights(*(weight.detach() for weight in (*weights, *ffn)))
