@@ -24,9 +24,10 @@ _MANY = 8  # songs whose lists are shared out evenly: so many, or more
 _EACH = 4  # programs of attention for each multiprocessor, which all run at once, if there are so many songs
 _MOST_HEADS = 4  # that a program then takes
 _JOINED = 8  # parts of a list that it then joins at once
-_TILE, _MANY_TILE = 4096, 4096  # numbers of a tile of keys, for few songs and for many
+_TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
+_MOST = {torch.float8_e4m3fn: 448}  # that keys of a dtype can be, where the model's may be beyond
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
 _DOWN_PARTS = 8  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
@@ -178,11 +179,14 @@ class Rows:
         )  # fmt: skip
 
     def layer(self, weights: Weights, keys: Tensor, eps: float) -> None:
-        """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows."""
+        """Let `x` pass a layer; `keys` [2, S, P, H, D] gets keys and values of the rows.
+
+        They have the dtype of `x`, or float8_e4m3fn, which needs `triton_backend.has_float8`.
+        """
         w, heads, half = weights, self.heads, self.dim // 2
         width, rows, pairs = heads * self.dim, self._rows, self._pairs
         blocks = heads * half // pairs
-        one = rows == 1
+        one, most = rows == 1, _MOST.get(keys.dtype, 0)
         _project(
             (3 * blocks, self._tiles, 1 if one or not self.bars else 2),
             (
@@ -190,7 +194,8 @@ class Rows:
                 *(self._q, keys),
             ),
             (self.slots, self.places, eps),
-            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, **self._tile(width, 2 * pairs), **self.overlap,
+            HEADS=heads, HALF=half, MOST=most, ROWS=rows, PAIRS=pairs,
+            **self._tile(width, 2 * pairs), **self.overlap,
         )  # fmt: skip
         self._attend_lists(keys)
         _attended(
@@ -200,7 +205,8 @@ class Rows:
                 *(self.x, keys),
             ),
             (self.slots, self.places),
-            HEADS=heads, HALF=half, ROWS=rows, PAIRS=pairs, **self._tile(width, 2 * pairs), **self.overlap,
+            HEADS=heads, HALF=half, MOST=most, ROWS=rows, PAIRS=pairs,
+            **self._tile(width, 2 * pairs), **self.overlap,
         )  # fmt: skip
         _gate(
             (triton.cdiv(self.hidden, self._columns), self._tiles),
@@ -223,10 +229,11 @@ class Rows:
         if self._many:
             tile, warps, stages = _MANY_TILE, _MANY_WARPS, _MANY_STAGES
         line = self._group * self.dim  # numbers
-        block = max(1, tile // line)
-        loaded = warps * 32 * (16 // keys.element_size())  # by all threads at once, 16 bytes each
-        lines = min(block, max(1, loaded // line))
-        shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "num_warps": warps, **self.overlap}
+        size = keys.element_size()
+        block = max(1, tile // (line * size))
+        lines = min(block, max(1, warps * 32 * 16 // (line * size)))  # all threads load 16 bytes at once
+        shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
+        shapes |= {"num_warps": warps, **self.overlap}
         tensors = self._q, keys, self.list, self.count, self._attended, *self._parts, self._done
         numbers = self.slots, self.places, self.dim**-0.5 * LOG2_E
         heads = {"HEADS": self.heads, "GROUP": self._group, "DIM": self.dim}

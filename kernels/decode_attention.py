@@ -38,8 +38,8 @@ def _attend_listed(
         place = tl.load(list_ptr + at, mask=mask, other=0).to(tl.int64)
         # [B / L, L, G, D], as k and v are
         offs = (place * STRIDE)[:, :, None, None] + offs_hd[None, None, :, :]
-        k = tl.load(keys_ptr + offs, mask=mask[:, :, None, None], other=0).to(tl.float32)
-        v = tl.load(keys_ptr + apart + offs, mask=mask[:, :, None, None], other=0).to(tl.float32)
+        k = tl.load(keys_ptr + offs, mask=mask[:, :, None, None], other=0.0).to(tl.float32)
+        v = tl.load(keys_ptr + apart + offs, mask=mask[:, :, None, None], other=0.0).to(tl.float32)
         score = tl.where(mask[:, :, None], tl.sum(k * q[None, None, :, :], 3), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 0))  # [L, G]
         weight, kept = tl.exp2(score - new_peak[None, :, :]), tl.exp2(peak - new_peak)
@@ -85,7 +85,7 @@ def _store_out(out_ptr, row, channel, o, total):
 def attend_kernel(
     q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    LINES: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    LINES: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out [S, HEADS, DIM]: attention of q, of the same shape, to the places of each song's list; or 0.
 
@@ -93,7 +93,8 @@ def attend_kernel(
     and every SPLITS-th block of the list. If there are parts, each leaves its best score in peak, and the
     sums of exp2(score - peak), alone and times the values, in sum and o: [S, HEADS, SPLITS(, DIM)], float32.
     The program that is the last of its song and heads to be done joins them, in the order of the parts. done:
-    int32 [S, HEADS], zeros before and after. scale makes scores of base 2.
+    int32 [S, HEADS], zeros before and after. scale makes scores of base 2. KEYS: bytes of a number of keys,
+    which has no part in the computation but tells launches apart.
     """
     begin(OVERLAPS)
     s, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -127,7 +128,8 @@ def attend_kernel(
 def attend_evenly_kernel(
     q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """`attend_kernel`, but the lists of all songs lie end to end, in tiles of BLOCK places, of which programs
     take equal shares, of GROUP heads each.

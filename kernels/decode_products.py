@@ -144,17 +144,24 @@ def _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF: tl.const
 
 
 @triton.jit
-def _store_key(keys_ptr, part, row, place, head, channel, mask, value, slots, places, HEADS, DIM):
-    """value [R, C] to the keys (part 0) or values (part 1) of a layer, [2, slots, places, HEADS, DIM]."""
-    at = ((part * slots + row).to(tl.int64) * places + place) * HEADS + head  # [R]
+def _store_key(
+    keys_ptr, row, place, head, channel, mask, value, places, HEADS: tl.constexpr, DIM: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """value [R, C] to place [R] of keys [.., places, HEADS, DIM].
+
+    MOST: the largest number that these hold, if values may be beyond; or 0."""
+    if MOST:
+        value = tl.minimum(tl.maximum(value, -MOST), MOST)
+    at = (row.to(tl.int64) * places + place) * HEADS + head  # [R]
     tl.store(keys_ptr + at[:, None] * DIM + channel[None, :], value.to(keys_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def project_kernel(
     x_ptr, w_r_ptr, w_s_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, q_ptr, keys_ptr, rows, places, eps,
-    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Norm, QKV and RoPE of x [rows, E]: queries to q [rows, HEADS, D], keys and values to place [rows].
 
@@ -200,15 +207,16 @@ def project_kernel(
         tl.store(q_ptr + offs + HALF, second.to(q_ptr.dtype.element_ty), mask=mask)
     else:
         place = tl.load(place_ptr + row, mask=row_mask, other=0)
-        _store_key(keys_ptr, part - 1, row, place, head, pair, mask, first, rows, places, HEADS, DIM)
-        _store_key(keys_ptr, part - 1, row, place, head, pair + HALF, mask, second, rows, places, HEADS, DIM)
+        to = (part - 1) * rows + row
+        _store_key(keys_ptr, to, place, head, pair, mask, first, places, HEADS, DIM, MOST)
+        _store_key(keys_ptr, to, place, head, pair + HALF, mask, second, places, HEADS, DIM, MOST)
 
 
 @triton.jit
 def attended_kernel(
     o_ptr, w_r_ptr, w_s_ptr, w_kv_ptr, cos_ptr, sin_ptr, mode_ptr, place_ptr, x_ptr, keys_ptr, rows, places,
-    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Adds the output projection of o [rows, E] to x [rows, E], and writes what tokens see of summaries.
 
@@ -264,8 +272,9 @@ def attended_kernel(
         if part == 1:
             first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
         place = tl.load(place_ptr + row, mask=row_mask, other=0)
-        _store_key(keys_ptr, part - 1, row, place, head, pair, mask, first, rows, places, HEADS, DIM)
-        _store_key(keys_ptr, part - 1, row, place, head, pair + HALF, mask, second, rows, places, HEADS, DIM)
+        to = (part - 1) * rows + row
+        _store_key(keys_ptr, to, place, head, pair, mask, first, places, HEADS, DIM, MOST)
+        _store_key(keys_ptr, to, place, head, pair + HALF, mask, second, places, HEADS, DIM, MOST)
 
 
 @triton.jit

@@ -22,6 +22,12 @@ OLDEST_TRITON = (3, 5)
 OLDEST_GPU = (8, 0)  # whose matrix units multiply bfloat16
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether instructions there convert numbers of 8 bits (float8_e4m3fn)."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def unavailable(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"

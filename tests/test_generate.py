@@ -80,6 +80,7 @@ def test_weights_of_8_bits_are_refused_before_the_model_is_loaded(monkeypatch, t
         (["--instruments", "violine"], "did you mean violin"),
         (["--prompt_bars", "2"], "needs --prompt"),
         (["--graphs", "--device", "cpu"], "needs a GPU"),
+        (["--cache_dtype", "fp8", "--device", "cpu"], "--cache_dtype fp8: needs CUDA graphs"),
         (["--picture", "roll.gif"], "end in .png"),
         (["--prompt", "none.mid"], "--prompt none.mid: unreadable: No such file"),
         (["--checkpoint", "nowhere"], "nowhere"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..model.transformer import ModelConfig
 
 FIRST_ROOM = 256
+_MOST = {torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max}  # that values of the model may be beyond
 
 
 def indices(values: Sequence | np.ndarray, device: torch.device) -> Tensor:
@@ -21,6 +22,11 @@ def indices(values: Sequence | np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda":  # from pinned memory, which can be copied from while the host goes on
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+def within(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values, at most what caches of `dtype` can hold: what is beyond would become NaN."""
+    return values if dtype not in _MOST else values.clamp(-_MOST[dtype], _MOST[dtype])
 
 
 def _with_room(tensor: Tensor, room: int) -> Tensor:

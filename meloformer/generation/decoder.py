@@ -25,7 +25,7 @@ from ..model.device import pick_attention
 from ..model.token_reader import TokenFacts, TokenReader
 from ..model.transformer import MeloFormer
 from ..tokens import attributes, vocab
-from .cache import KeyValueCache, indices
+from .cache import KeyValueCache, indices, within
 from .rows import RowModel
 from .threads import ALONE_BELOW, alone
 from .visible import VisibleKeys
@@ -336,4 +336,4 @@ class Recording:
     def _record(self, into: Tensor, length: int, k: Tensor, v: Tensor) -> None:
         for song in self._songs:
             for part, values in zip(into[self._layer], (k, v)):
-                part[song, :, :length] = values[0, :, :length]
+                part[song, :, :length] = within(values[0, :, :length], part.dtype)

@@ -18,7 +18,7 @@ from ..tokens import attributes, vocab
 from ..tokens.tokenizer import HIDTokenizer
 from .constraints import Constraints
 from .device.kept import Kept
-from .device.loop import cannot_write, uses_graphs, write_on_device
+from .device.loop import cannot_write, pick_cache_dtype, uses_graphs, write_on_device
 from .draft import DEFAULT_MAX_TOKENS, UNCONSTRAINED, Draft
 from .load import load_model
 from .loop import MAX_CONTEXT, write
@@ -88,9 +88,11 @@ class Generator:
         graphs: write by CUDA graphs, many tokens between two looks of the host; None, the default, does so on
             a GPU. What is drawn differs from what is drawn without. Slots and graph are kept for the next
             call that they serve, and with them their memory, as long as there is the generator.
+        cache_dtype: by graphs, of keys and values: "model", or "fp8", half of bfloat16 to read and to keep.
 
     Raises:
-        UserError: the backend cannot be used, or there is no GPU for `graphs`.
+        UserError: the backend cannot be used, there is no GPU for `graphs`, or for "fp8" no graphs or an
+            older GPU.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class Generator:
         max_context: int = MAX_CONTEXT,
         attention: str = "auto",
         graphs: bool | None = None,
+        cache_dtype: str = "model",
     ):
         self._graphs = uses_graphs(graphs, model.device)
+        self._cache_dtype = pick_cache_dtype(cache_dtype, self._graphs, model.device)
         self.model, self.max_context = model, max_context
         self._attention = pick_attention(attention, model.device, model.config)
         self._kept = Kept()
@@ -112,6 +116,7 @@ class Generator:
         device: str | torch.device = "auto",
         attention: str = "auto",
         graphs: bool | None = None,
+        cache_dtype: str = "model",
     ) -> "Generator":
         """From a checkpoint, an export, or the output folder of a training run.
 
@@ -119,15 +124,19 @@ class Generator:
             device: auto, cpu, cuda or cuda:N; auto is a GPU if there is one.
             attention: see `Generator`.
             graphs: see `Generator`; with them the weights are rounded to bfloat16.
+            cache_dtype: see `Generator`.
 
         Raises:
-            UserError: there is no such checkpoint, it is damaged, or device or attention cannot be used.
+            UserError: there is no such checkpoint, it is damaged, or device, attention or `cache_dtype`
+                cannot be used.
         """
-        model, max_context = load_model(Path(folder), pick_device(str(device)))
-        graphs = uses_graphs(graphs, model.device)
+        place = pick_device(str(device))
+        graphs = uses_graphs(graphs, place)
+        pick_cache_dtype(cache_dtype, graphs, place)  # before the model is loaded
+        model, max_context = load_model(Path(folder), place)
         if graphs:
             model = model.to(torch.bfloat16)
-        return cls(model, max_context, attention, graphs)
+        return cls(model, max_context, attention, graphs, cache_dtype)
 
     def generate(
         self,
@@ -185,7 +194,8 @@ class Generator:
         if self._graphs:
             reason = cannot_write(drafts)
             if reason is None:
-                return write_on_device(self.model, drafts, self.max_context, self._attention, self._kept)
+                settings = self.max_context, self._attention, self._kept, self._cache_dtype
+                return write_on_device(self.model, drafts, *settings)
             self._kept.release()  # for the caches of the other loop
             warnings.warn(f"songs are written {reason}", stacklevel=3)
         return write(self.model, drafts, self.max_context, self._attention)

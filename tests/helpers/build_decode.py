@@ -24,6 +24,7 @@ NAMES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
@@ -53,10 +54,12 @@ def build(self, programs, tensors, numbers, **constants) -> None:
     print(json.dumps(found | {"mma": ptx.count("mma.sync") + ptx.count("wgmma.mma")}), flush=True)
 
 
-def build_step(slots: int, dtype: torch.dtype) -> None:
+def build_step(slots: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> None:
     """Of a model with layers of the base size; launches build, and compute nothing."""
     config = replace(SIZES["base"], layers=1)
-    step = FusedStep(MeloFormer(config).to(dtype).eval(), slots, 256, 16, "reference")
+    step = FusedStep(
+        MeloFormer(config).to(dtype).eval(), slots, 256, 16, "reference", cache_dtype=cache_dtype
+    )
     step()
 
 

@@ -1,5 +1,7 @@
 """The fused kernels of a decoding step against the same step in plain PyTorch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from helpers.model_cases import tiny_model
 
 CONFIG = ModelConfig(layers=2, dim=64, heads=2, ffn=88)  # no width is a multiple of a tile
 ROOM, BARS = 200, 16
+FP8 = torch.float8_e4m3fn
 
 
 def song(seed: int, tokens: int) -> np.ndarray:
@@ -53,19 +56,45 @@ class Both:
             assert torch.equal(listed.long(), torch.nonzero(visible[slot])[:, 0])
             self.lists += 1
         assert not rows.count[~(reads | summarizes)].any()
-        torch.testing.assert_close(got[reads], want[reads], rtol=1e-4, atol=1e-4)
-        somewhere = self.cache.keys[:, :, :, :-1], keys[:, :, :, :-1]
-        torch.testing.assert_close(*somewhere, rtol=1e-4, atol=1e-4)
+        found, wanted = self.cache.keys[:, :, :, :-1].float(), keys[:, :, :, :-1].float()
+        if keys.dtype is FP8:
+            self.compare_rounded(found, wanted, got[reads], want[reads])
+        else:
+            torch.testing.assert_close(got[reads], want[reads], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         self.compared += int(reads.sum())
         return want
 
+    def compare_rounded(self, found, wanted, got, want) -> None:
+        """Keys of 8 bits: a number that lies between two may be rounded to either."""
+        if found.is_cuda:
+            other = found != wanted
+            assert other.sum() <= 1e-3 * wanted.count_nonzero()
+            torch.testing.assert_close(found, wanted, rtol=1 / 8, atol=2**-9)
+            # An eighth of a few of the keys that a token sees.
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=0.05 if other.any() else 1e-4)
+            return
+        # Triton's interpreter rounds numbers just below a power of two to half of it. So what attention finds
+        # differs, and all behind it: only what the first layer writes before it can be compared.
+        before = self.cache.room + self.cache.bars
+        found, wanted = found[0, :, :, :before], wanted[0, :, :, :before]
+        rounds_up = wanted.abs().frexp().mantissa == 0.5
+        expected = torch.where(rounds_up & (found != wanted), wanted / 2, wanted)
+        assert (found != expected).sum() <= 1e-3 * wanted.count_nonzero()
+
 
 @pytest.mark.parametrize(
-    ("config", "slots"),
-    [(CONFIG, 1), (CONFIG, 3), (CONFIG, 17), (CONFIG.as_dense(), 3)],
-    ids=["1", "3", "17", "dense"],
+    ("config", "slots", "cache_dtype"),
+    [
+        (CONFIG, 1, None),
+        (CONFIG, 3, None),
+        (CONFIG, 17, None),
+        (CONFIG.as_dense(), 3, None),
+        (replace(CONFIG, layers=1), 3, FP8),
+    ],
+    ids=["1", "3", "17", "dense", "8 bits"],
 )
-def test_logits_keys_and_lists_are_those_of_the_plain_forward(config, slots, monkeypatch):
+def test_logits_keys_and_lists_are_those_of_the_plain_forward(config, slots, cache_dtype, monkeypatch):
     """Songs of different lengths, whose bars end; some slots are empty, one is taken over by another song."""
     # Fewer and larger programs, since the interpreter is slow.
     monkeypatch.setattr(decode, "_HEAD_COLUMNS", 512)
@@ -79,7 +108,7 @@ def test_logits_keys_and_lists_are_those_of_the_plain_forward(config, slots, mon
     model = tiny_model(config, torch.float32)
     for parameter in model.parameters():
         parameter.data /= 2  # softmax over keys that differ too much would hide most of them
-    step = Step(model, slots, ROOM, BARS, queue=ROOM, forward=Both)
+    step = Step(model, slots, ROOM, BARS, queue=ROOM, forward=Both, cache_dtype=cache_dtype)
     songs = [(song(7, 66), 59), (song(1, 160), 146), (song(6, 130), 122)]
     for number, one in enumerate(songs[:slots]):
         begin(step, (number * 7) % slots, *one)
@@ -92,13 +121,14 @@ def test_logits_keys_and_lists_are_those_of_the_plain_forward(config, slots, mon
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, FP8], ids=["", "8 bits"])
 @pytest.mark.parametrize("slots", [1, 5, 64])
-def test_compiled_kernels_compute_what_the_plain_forward_does(slots):
+def test_compiled_kernels_compute_what_the_plain_forward_does(slots, cache_dtype):
     """In the shape of the base model; float32."""
     shape = ModelConfig(layers=3, dim=512, heads=8, ffn=2752)
     torch.manual_seed(0)
     model = MeloFormer(shape).to("cuda").eval()
-    step = Step(model, slots, ROOM, BARS, queue=ROOM, forward=Both)
+    step = Step(model, slots, ROOM, BARS, queue=ROOM, forward=Both, cache_dtype=cache_dtype)
     for slot in range(slots):
         begin(step, slot, *[(song(7, 80), 59), (song(1, 170), 146), (song(6, 140), 122)][slot % 3])
     for number in range(12):

@@ -11,7 +11,7 @@ HEADS, DIM, ROOM = 4, 32, 300
 COUNTS = [0, 1, 280, 16, 17, 0, 63, 150, 2]  # places that each song sees
 
 
-def rows_and_keys(counts: list[int], device: str) -> tuple[decode.Rows, torch.Tensor]:
+def rows_and_keys(counts: list[int], device: str, dtype=torch.float32) -> tuple[decode.Rows, torch.Tensor]:
     """With random queries, lists in random order, and keys that nobody must read where no list has them."""
     generator = torch.Generator().manual_seed(0)
     rows = decode.Rows(len(counts), HEADS, DIM, 8, ROOM, 0, torch.float32, torch.device(device))
@@ -22,7 +22,7 @@ def rows_and_keys(counts: list[int], device: str) -> tuple[decode.Rows, torch.Te
         rows.list[song, :count] = order[:count].int()
         keys[:, song, order[count:]] = torch.nan
     rows.count.copy_(torch.tensor(counts))
-    return rows, keys.to(device)
+    return rows, keys.to(device, dtype)
 
 
 def attended(rows: decode.Rows, keys: torch.Tensor) -> torch.Tensor:
@@ -41,17 +41,29 @@ def test_equal_shares_of_all_lists(shares, heads, monkeypatch):
     """Songs that a program has wholly, that several have, more than are joined at once, and idle programs."""
     for name, value in {"_EACH": shares * HEADS // heads, "_MOST_HEADS": heads, "_JOINED": 2}.items():
         monkeypatch.setattr(decode, name, value)
-    monkeypatch.setattr(decode, "_MANY_TILE", 16 * heads * DIM)  # 16 places: 40 tiles in all
+    monkeypatch.setattr(decode, "_MANY_TILE", 4 * 16 * heads * DIM)  # 16 places: 40 tiles in all
     rows, keys = rows_and_keys(COUNTS, "cpu")
+    _attends(rows, keys)
+
+
+def _attends(rows: decode.Rows, keys: torch.Tensor) -> None:
     rows._attended.fill_(torch.nan)
     for _ in range(2):  # counters are as before
         rows._attend_lists(keys)
     torch.testing.assert_close(rows._attended.double(), attended(rows, keys), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("songs", [len(COUNTS), 3], ids="{} songs".format)
+def test_keys_of_8_bits_are_read_exactly(songs, monkeypatch):
+    monkeypatch.setattr(decode, "_EACH", 3)
+    monkeypatch.setattr(decode, "_PROGRAMS", 24)
+    _attends(*rows_and_keys(COUNTS[-songs:], "cpu", torch.float8_e4m3fn))
+
+
 @pytest.mark.gpu
-def test_compiled_shares_give_the_same_bits_each_time():
-    rows, keys = rows_and_keys([0, 1, 299, 16, 17, 250] * 8, "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_compiled_shares_give_the_same_bits_each_time(dtype):
+    rows, keys = rows_and_keys([0, 1, 299, 16, 17, 250] * 8, "cuda", dtype)
     found = []
     for _ in range(20):
         rows._attended.fill_(torch.nan)

@@ -25,6 +25,7 @@ from ...kernels.structure import (
     summary_sees,
 )
 from ...model.transformer import ModelConfig
+from ..cache import within
 from .reader import Facts, SlotReader
 
 
@@ -55,7 +56,10 @@ class SlotCache:
     def write(self, layer: int, place: Tensor, keys_values: Tensor) -> None:
         """`keys_values` [S, 2, H, D] to one place [S] of each slot."""
         slot = torch.arange(len(place), device=place.device)
-        self.keys[layer][:, slot, place] = keys_values.transpose(0, 1).to(self.keys.dtype)
+        stored = within(keys_values, self.keys.dtype).to(self.keys.dtype)
+        # As bytes if numbers have 8 bits, since PyTorch indexes these on some devices only.
+        keys, stored = (x.view(torch.uint8) if x.itemsize == 1 else x for x in (self.keys, stored))
+        keys[layer][:, slot, place] = stored.transpose(0, 1)
 
 
 def bytes_of_a_slot(config: ModelConfig, room: int, bars: int, dtype: torch.dtype) -> int:

@@ -62,7 +62,7 @@ class PlainForward:
         for number, layer in enumerate(model.layers):
             q_SHD, kv_S2HD = self._project("qkv", "norm", layer, x_SE, summarizes, rotary)
             cache.write(number, place, kv_S2HD)
-            k, v = cache.keys[number].transpose(2, 3)  # [S, H, P, D] each
+            k, v = cache.keys[number].transpose(2, 3).to(q_SHD.dtype)  # [S, H, P, D] each
             o_SHD = F.scaled_dot_product_attention(q_SHD[:, :, None], k, v, attn_mask=visible[:, None, None])
             o_SE = o_SHD.flatten(1)
             added = F.linear(o_SE, layer.out_r.weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...kernels.triton_backend import unavailable
+from ...kernels.triton_backend import has_float8, unavailable
 from ...model.transformer import MeloFormer
 from ...tokens import vocab
 from ..draft import Draft
@@ -21,6 +21,7 @@ from .draft import MAX_CHORDS, fits
 from .kept import Kept, Shape, SlotSet, weights_of
 from .step import BLOCK, Step
 
+CACHE_DTYPES = {"model": None, "fp8": torch.float8_e4m3fn}
 MAX_SLOTS = 64
 TOKENS_A_BAR, LEAST_BARS = 16, 128  # places for summaries: songs have four times as many tokens in a bar
 _ROOM = 256  # rooms are multiples
@@ -55,6 +56,26 @@ def uses_graphs(asked: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" if asked is None else asked
 
 
+def pick_cache_dtype(name: str, graphs: bool, device: torch.device) -> torch.dtype | None:
+    """Of keys and values in slots, by its name in `CACHE_DTYPES`; None: the model's.
+
+    Args:
+        graphs: whether songs are written here.
+
+    Raises:
+        UserError: there is no such name, or the device cannot convert such numbers.
+    """
+    if name not in CACHE_DTYPES:
+        raise UserError(f"--cache_dtype: must be one of {', '.join(CACHE_DTYPES)}, got {name}")
+    if CACHE_DTYPES[name] is None:
+        return None
+    if not graphs:
+        raise UserError(f"--cache_dtype {name}: needs CUDA graphs, by which no songs are written here")
+    if not has_float8(device):
+        raise UserError(f"--cache_dtype {name}: needs an NVIDIA GPU of compute capability 8.9 or newer")
+    return CACHE_DTYPES[name]
+
+
 def cannot_write(drafts: Sequence[Draft]) -> str | None:
     """Why not all of these drafts can be written in slots: a sentence, or None if they can."""
     reasons = [reason for reason in map(why_not, drafts) if reason is not None]
@@ -62,14 +83,21 @@ def cannot_write(drafts: Sequence[Draft]) -> str | None:
 
 
 def write_on_device(
-    model: MeloFormer, drafts: Sequence[Draft], max_context: int, attention: str, kept: Kept | None = None
+    model: MeloFormer,
+    drafts: Sequence[Draft],
+    max_context: int,
+    attention: str,
+    kept: Kept | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[int]:
     """As `generation.loop.write`, of drafts that `cannot_write` says nothing against.
 
     Args:
         kept: where slots are taken from if some that serve are there, and kept afterwards, however it ends.
+            All who use it have one `cache_dtype`.
+        cache_dtype: of keys and values; None: the model's.
     """
-    slots = Slots(model, drafts, max_context, attention, kept=kept)
+    slots = Slots(model, drafts, max_context, attention, kept=kept, cache_dtype=cache_dtype)
     try:
         yield from slots.write()
     finally:
@@ -117,7 +145,7 @@ class Slots:
         graphs: whether a step is recorded as a CUDA graph; None: on a GPU.
         step: the kind of step; None: `step_for` the model.
         queues: by draft the tokens that come next whatever is drawn, for measurements.
-        kept: see `write_on_device`.
+        kept, cache_dtype: see `write_on_device`.
 
     Attributes:
         set: the slots.
@@ -134,6 +162,7 @@ class Slots:
         step: type[Step] | None = None,
         queues: Sequence[Sequence[int]] = (),
         kept: Kept | None = None,
+        cache_dtype: torch.dtype | None = None,
     ):
         self._drafts, self._queues = drafts, queues
         self._cuda = model.device.type == "cuda"
@@ -150,8 +179,10 @@ class Slots:
         found = None if kept is None else kept.take(shape, weights)
         if found is None:
             step = step_for(model) if step is None else step
-            most = min(shape.slots, self._most_slots(model))
-            made = step(model, most, room, self._bars, attention, queue=queue, song=song)
+            most = min(shape.slots, self._most_slots(model, cache_dtype))
+            made = step(
+                model, most, room, self._bars, attention, queue=queue, song=song, cache_dtype=cache_dtype
+            )
             graphs = self._cuda if graphs is None else graphs
             found = SlotSet(made, Graph(made) if graphs else made, shape, weights)
         self.set, self.step, self._run = found, found.step, found.run
@@ -159,12 +190,12 @@ class Slots:
         self._stays: dict[int, _Stay] = {}  # by slot
         self._begun = 0
 
-    def _most_slots(self, model: MeloFormer) -> int:
+    def _most_slots(self, model: MeloFormer, cache_dtype: torch.dtype | None) -> int:
         """For how many songs there is memory, at least one."""
         if not self._cuda:
             return MAX_SLOTS
         free, _ = torch.cuda.mem_get_info(model.device)
-        dtype = model.token_embedding.weight.dtype
+        dtype = model.token_embedding.weight.dtype if cache_dtype is None else cache_dtype
         return max(1, int(free * FOR_CACHES / bytes_of_a_slot(model.config, self._room, self._bars, dtype)))
 
     def write(self) -> Iterator[int]:

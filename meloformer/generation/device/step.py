@@ -38,6 +38,7 @@ class Step(SlotNumbers):
         forward: makes the model's part of the step, see `PlainForward`.
         queue: how many tokens can be laid down that come next, whatever is drawn.
         song: how many tokens the songs have at most in which repetition is held back.
+        cache_dtype: of keys and values; None: the model's.
 
     Raises:
         UserError: the backend cannot be used, see `pick_attention`.
@@ -61,6 +62,7 @@ class Step(SlotNumbers):
         forward: Callable = PlainForward,
         queue: int = 0,
         song: int = 0,
+        cache_dtype: torch.dtype | None = None,
     ):
         device, config = model.device, model.config
         super().__init__(_NAMES, slots, device)
@@ -69,7 +71,8 @@ class Step(SlotNumbers):
         self.reader = SlotReader(slots, self.tables, room, bars, device)
         self.draft = SlotDraft(slots, self.tables, device, song)
         self.sampling = SlotSampling(slots, self.tables, device)
-        self.cache = SlotCache(config, slots, room, bars, model.token_embedding.weight.dtype, device)
+        dtype = model.token_embedding.weight.dtype if cache_dtype is None else cache_dtype
+        self.cache = SlotCache(config, slots, room, bars, dtype, device)
         self._forward = forward(model, self.cache, self.reader)
         self.queue = torch.zeros((slots, queue + 1), dtype=torch.int64, device=device)
         self.drawn = torch.full((slots, BLOCK), _NOTHING, dtype=torch.int64, device=device)
