@@ -21,7 +21,7 @@ from benchmarks.generating.measure import GRAPHS, INT8, METHODS, kernels, speed,
 from benchmarks.generating.page import device_of, joined, page
 from meloformer import cli
 from meloformer.errors import UserError
-from meloformer.generation.device.loop import require_gpu
+from meloformer.generation.device.loop import pick_cache_dtype, require_gpu
 from meloformer.generation.device.step import BLOCK
 from meloformer.generation.loop import MAX_CONTEXT
 from meloformer.generation.rows import require_int8
@@ -31,6 +31,7 @@ from meloformer.model.transformer import SIZES, MeloFormer
 FORMAT = "meloformer generation 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST_PROMPT = 512
+KERNELS_OF = ("graphs", "fp8_graphs")
 
 
 def make_parser() -> cli.Parser:
@@ -46,7 +47,11 @@ def make_parser() -> cli.Parser:
     add("--song_bars", type=int, default=64, help="also the time of a whole song of so many bars; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="float32", choices=DTYPES, help="of weights and caches")
-    add("--kernels", action="store_true", help="also what each kernel takes in a step of `graphs`")
+    add(
+        "--kernels",
+        action="store_true",
+        help="also what each kernel takes in a step by CUDA graphs",
+    )
     add("--threads", type=cli.positive_int, help="CPU threads; without it what PyTorch chooses")
     add("--json", type=Path, help="write the figures to this file, and a page with a chart beside it")
     sources = "make the page from these results of one device instead of measuring"
@@ -92,6 +97,8 @@ def measure_all(args: argparse.Namespace) -> dict:
     device = pick_device(args.device)
     if set(methods) & set(GRAPHS):
         require_gpu(device)
+        if "fp8_graphs" in methods:
+            pick_cache_dtype("fp8", True, device)
         if args.tokens < 3 * BLOCK:
             raise UserError(f"--tokens must be {3 * BLOCK} or more for {', '.join(GRAPHS)}")
     if INT8 in methods:
@@ -122,8 +129,8 @@ def measure_all(args: argparse.Namespace) -> dict:
         tokens = args.recomputed if method == "recompute" else args.tokens
         row = speed(model, method, context, batch, tokens, max(result["peak"].values()))
         result["rows"].append({"size": size, **row})
-        if args.kernels and method == "graphs":
-            result["rows"][-1]["kernels"] = kernels(model, context, batch)
+        if args.kernels and method in KERNELS_OF:
+            result["rows"][-1]["kernels"] = kernels(model, method, context, batch)
         if args.json:
             save(result, args.json)
     return result

@@ -68,7 +68,7 @@ class StepBytes:
     - Weights, once a step, of each stream that a row belongs to, in their dtype: gains, projections and the
       feed-forward network of each layer; for tokens also the last norm, the output matrix (ids that exist)
       and the gates of copied labels. A summary needs nothing of the last layer after its keys and values.
-    - Keys and values in all layers of every place that a row sees, its own included, in the weights' dtype.
+    - Keys and values in all layers of every place that a row sees, its own included, in the caches' dtype.
     - By CUDA graphs 4 bytes for each of these places, once: the number of the place in the list.
 
     Not counted: embeddings of the input (a few rows a token), activations, logits, and all that is written.
@@ -76,11 +76,18 @@ class StepBytes:
     Args:
         graphs: whether there are lists of places; without, keys are copied side by side instead.
         int8: whether the matrices of layers have 8 bits, and a step of 16 bits for each output.
+        cache_dtype: of keys and values; None: that of the weights.
     """
 
-    def __init__(self, model: MeloFormer, graphs: bool = False, int8: bool = False):
+    def __init__(
+        self,
+        model: MeloFormer,
+        graphs: bool = False,
+        int8: bool = False,
+        cache_dtype: torch.dtype | None = None,
+    ):
         config = model.config
-        size = model.token_embedding.weight.element_size()
+        size = (cache_dtype or model.token_embedding.weight.dtype).itemsize
         self._place = 2 * config.layers * config.dim * size + (_LIST_BYTES if graphs else 0)
         streams = {TOKEN: _weights_of_tokens(model, int8)}
         if not config.dense:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from benchmarks.common.charts import BAR_HEIGHT, draw_bars, draw_heading, draw_legend
 from meloformer.plots.style import COLOURS, DPI, GREY, INK, save_figure, style_axes
 
-_COLOURS = dict(zip(("graphs", "dense_graphs", "cache", "dense", "int8", "recompute"), COLOURS))
+_COLOURS = dict(zip(("graphs", "dense_graphs", "cache", "dense", "int8", "recompute", "fp8_graphs"), COLOURS))
 
 
 def draw(rows: list[dict], where: str, page: Path) -> str:

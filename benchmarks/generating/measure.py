@@ -12,6 +12,7 @@ from benchmarks.common import step_kernels
 from benchmarks.generating.bandwidth import StepBytes, rows_of_song, steps_of_graphs, steps_of_loop
 from benchmarks.generating.songs import SONGS, by_graphs, draft_of, song, whole_song, write_whole
 from meloformer.generation.decoder import Decoder
+from meloformer.generation.device.loop import CACHE_DTYPES
 from meloformer.generation.device.step import BLOCK
 from meloformer.generation.draft import Draft
 from meloformer.generation.loop import MAX_CONTEXT, write
@@ -19,7 +20,8 @@ from meloformer.model.transformer import MeloFormer
 from meloformer.tokens import vocab
 
 METHODS = ("cache", "recompute", "dense")
-GRAPHS = {"graphs": "cache", "dense_graphs": "dense"}  # the same by CUDA graphs
+GRAPHS = {"graphs": "cache", "fp8_graphs": "cache", "dense_graphs": "dense"}  # the same by CUDA graphs
+_CACHE_DTYPES = {"fp8_graphs": CACHE_DTYPES["fp8"]}  # of keys and values, if not the model's
 INT8 = "int8"  # a method for the CPU alone
 _MORE, _BUDGET_S = 3, 10.0  # further runs of what is waited for, unless they take longer
 
@@ -54,7 +56,7 @@ def speed(
         song(seed, context, tokens + 1)
     run: Callable[[], Iterator[int]]
     if method in GRAPHS:
-        drafts, slots = by_graphs(model, batch, context, tokens + 1)
+        drafts, slots = by_graphs(model, batch, context, tokens + 1, _CACHE_DTYPES.get(method))
         run = slots.write
     else:
         drafts = [draft_of(seed, context, tokens + 1) for seed in range(batch)]
@@ -112,14 +114,14 @@ def bytes_of_steps(model: MeloFormer, method: str, context: int, batch: int, tok
         rows_of_song(ids, first, begin + tokens, model.config) for (ids, begin), first in zip(songs, firsts)
     ]
     of_batch = [rows[seed % SONGS] for seed in range(batch)]
-    step = StepBytes(model, graphs, method == INT8)
+    step = StepBytes(model, graphs, method == INT8, _CACHE_DTYPES.get(method))
     found = [step(mine) for mine in (steps_of_graphs if graphs else steps_of_loop)(of_batch)]
     return found[2 * BLOCK :] if graphs else found
 
 
-def kernels(model: MeloFormer, context: int, batch: int) -> list[dict[str, float | str]]:
-    """By kernel, what a step takes when such songs are written by graphs."""
-    _, slots = by_graphs(model, batch, context, 6 * BLOCK)
+def kernels(model: MeloFormer, method: str, context: int, batch: int) -> list[dict[str, float | str]]:
+    """By kernel, what a step takes when such songs are written by a method of `GRAPHS`."""
+    _, slots = by_graphs(model, batch, context, 6 * BLOCK, _CACHE_DTYPES.get(method))
     turns = slots.write()
     for _ in range(BLOCK * batch):
         next(turns)

@@ -7,8 +7,8 @@ from meloformer.errors import UserError
 MEANINGS = """\
 - **cache**: as `generate` does it. **recompute**: a pass over the whole song for each token. **dense**: a
   dense model of as many parameters, with a cache. **graphs**, **dense_graphs**: by CUDA graphs, whose
-  tokens come {block} steps at a time, after what is recorded once for each number of songs. **int8**: as
-  `generate --int8` does it.
+  tokens come {block} steps at a time, after what is recorded once for each number of songs. **fp8_graphs**,
+  **int8**: as `generate --cache_dtype fp8` and `generate --int8` do it.
 - **Songs** are written side by side. Weights are random, and the tokens of composed songs follow whatever
   is drawn, so that bars have the length of songs. **Prompts** end at a bar line.
 - **Tokens/s** are counted from the second token on, by graphs from the third block on, over all songs.
@@ -29,8 +29,8 @@ MEANINGS = """\
   times. By graphs the first token includes recording the graph and comes with the others of its block.
   Reading a prompt is the pass over it that fills the caches. A whole song is written from nothing, with the
   room that `generate` gives it.
-- **Kernels of a step** are those of `graphs`, by the profiler over two blocks of steps. Where a kernel begins
-  while the one before it ends, the time of both counts, so that together they may exceed the step.
+- **Kernels of a step** are those by CUDA graphs, by the profiler over two blocks of steps. Where a kernel
+  begins while the one before it ends, the time of both counts, so that together they may exceed the step.
 """
 KEY = ("size", "method", "context", "batch")
 
@@ -149,6 +149,7 @@ def _kernels(row: dict) -> str:
     ]
     lines.append(["together", f"{launches:.1f}", f"{us:.1f}", ""])
     songs = "1 song" if row["batch"] == 1 else f"{row['batch']} songs"
+    songs += "" if row["method"] == "graphs" else f", {row['method']}"
     return f"## Kernels of a step: {row['size']}, prompt of {row['prompt']:,}, {songs}\n\n" + table(
         ["kernel", "launches", "microseconds", "share"], lines
     )

@@ -46,12 +46,15 @@ def draft_of(seed: int, context: int, tokens: int) -> Draft:
     return Draft(ids[:begin], max_tokens=tokens, sampling=Replayed(ids[begin:-1]))
 
 
-def by_graphs(model: MeloFormer, batch: int, context: int, tokens: int) -> tuple[list[Draft], Slots]:
-    """The same songs, which the device draws and then takes from a queue."""
+def by_graphs(
+    model: MeloFormer, batch: int, context: int, tokens: int, cache_dtype: torch.dtype | None = None
+) -> tuple[list[Draft], Slots]:
+    """The same songs, which the device draws and then takes from a queue; `cache_dtype`: see `Slots`."""
     songs = [song(seed % SONGS, context, tokens) for seed in range(batch)]
     drafts = [Draft(ids[:begin], max_tokens=tokens, sampling=Sampling(top_p=0.95)) for ids, begin in songs]
     queues = [ids[begin : begin + tokens].tolist() for ids, begin in songs]
-    return drafts, Slots(model, drafts, MAX_CONTEXT, slots=batch, queues=queues)
+    settings = {"slots": batch, "queues": queues, "cache_dtype": cache_dtype}
+    return drafts, Slots(model, drafts, MAX_CONTEXT, **settings)
 
 
 @cache

@@ -102,6 +102,12 @@ def test_songs_by_graphs_are_counted_from_the_second_block_on(monkeypatch, tmp_p
     assert (row["method"], row["batch"], row["tokens"]) == ("graphs", 1, 32) and row["tokens_per_s"] > 0
     assert result["waits"][0]["method"] == "graphs" and row["bandwidth_share"] > 0
 
+    monkeypatch.setattr(module, "pick_cache_dtype", lambda *_: None)
+    result, _ = run("--methods", "fp8_graphs", "--tokens", "96", *NO_WAITS, folder=tmp_path)
+    (rounded,) = result["rows"]
+    assert rounded["cache_bytes"] * 4 == row["cache_bytes"]  # of float32
+    assert row["step_bytes"] / 3 < rounded["step_bytes"] < row["step_bytes"]
+
 
 def test_kernels_are_told_by_step(monkeypatch, tmp_path):
     events = [("project_kernel", 120, 300.0), ("draw_kernel", 10, 200.0), ("fill", 20, 10.0)]
@@ -131,6 +137,8 @@ def test_graphs_need_a_gpu_and_some_blocks(monkeypatch):
         with pytest.raises(UserError, match=says):
             module.main(["--sizes", "tiny", "--methods", "graphs", *args])
         monkeypatch.setattr(module, "require_gpu", lambda device: None)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU of compute capability"):
+        module.main(["--sizes", "tiny", "--methods", "fp8_graphs", "--device", "cpu"])
 
 
 def test_a_composed_song_follows_its_prompt():
