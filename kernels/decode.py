@@ -28,6 +28,7 @@ _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _MOST = {torch.float8_e4m3fn: 448}  # that keys of a dtype can be, where the model's may be beyond
+_MANY_OVERLAP = 0  # when the next kernel is launched if there are several songs, see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
 _DOWN_PARTS = 8  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
@@ -55,10 +56,11 @@ def can_overlap(device: torch.device) -> bool:
 
 def overlap_options(device: torch.device, slots: int) -> dict[str, bool]:
     """For the launch of a kernel that calls `decode_products.begin`, last of all. Launches overlap for one
-    song: with many, programs that wait take room from those that run."""
-    if slots == 1 and can_overlap(device):
-        return {"OVERLAPS": True, "launch_pdl": True}
-    return {"OVERLAPS": False}
+    song: with many, programs that wait take room from those that run, unless they are launched LATE."""
+    when = products.EARLY if slots == 1 else _MANY_OVERLAP
+    if when and can_overlap(device):
+        return {"OVERLAPS": when, "launch_pdl": True}
+    return {"OVERLAPS": 0}
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -12,7 +12,7 @@ is summed over the places of a line lies in one thread, and nothing in the loop 
 import triton
 import triton.language as tl
 
-from .decode_products import begin
+from .decode_products import begin, near_end
 from .tiles import LOWEST
 
 
@@ -168,6 +168,8 @@ def attend_evenly_kernel(
             apart, count, (first - start) * BLOCK, (last - start) * BLOCK, BLOCK,
             HEADS * DIM, BLOCK, LINES, STAGES,
         )  # fmt: skip
+        if s == last_song:
+            near_end(OVERLAPS)
         if last - first == end - start:
             _store_out(out_ptr, row, channel, o, total)
         else:

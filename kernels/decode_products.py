@@ -22,18 +22,28 @@ import triton.language as tl
 
 READS, SUMMARIZES = 1, 2
 _READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
+EARLY, LATE = 1, 2  # when a kernel lets the next one be launched
+_EARLY, _LATE = tl.constexpr(EARLY), tl.constexpr(LATE)
 
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """First of all in a kernel: lets the next one be launched, and waits for the one before.
+    """First of all in a kernel: if EARLY, lets the next one be launched; and waits for the one before.
 
-    If OVERLAPS, launches of a graph overlap: a program is there when what it reads is. What was written by
-    any kernel before must not be read earlier than here.
+    If OVERLAPS is not 0, launches of a graph overlap: a program is there when what it reads is. What was
+    written by any kernel before must not be read earlier than here.
     """
-    if OVERLAPS:
+    if OVERLAPS == _EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAPS:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def near_end(OVERLAPS: tl.constexpr):
+    """Where a program has little left to do: if LATE, lets the next kernel be launched."""
+    if OVERLAPS == _LATE:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -198,6 +208,7 @@ def project_kernel(
             first, second = _two_products(
                 x_ptr, eps, w_ptr, row, row_mask, column, HALF, ok, WIDTH, BLOCK, STAGES, True
             )
+    near_end(OVERLAPS)
     if part < 2:
         first, second = _rotate(first, second, cos_ptr, sin_ptr, row, row_mask, pair, HALF)
     mask = row_mask[:, None] & ok[None, :]
@@ -261,6 +272,7 @@ def attended_kernel(
         first, second = _two_products(
             o_ptr, 0.0, w_ptr, row, row_mask, w_column, HALF, ok, WIDTH, BLOCK, STAGES, False
         )
+    near_end(OVERLAPS)
     mask = row_mask[:, None] & ok[None, :]
     if projects:
         ptrs = x_ptr + row[:, None] * WIDTH + column[None, :]
@@ -297,6 +309,7 @@ def gate_kernel(
         gate, up = _two_products(
             x_ptr, eps, w_ptr, row, row_mask, column, HIDDEN, ok, WIDTH, BLOCK, STAGES, True
         )
+    near_end(OVERLAPS)
     out = gate * tl.sigmoid(gate) * up
     mask = row_mask[:, None] & ok[None, :]
     tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -331,6 +344,7 @@ def down_kernel(
             k = split * PART + start + tl.arange(0, BLOCK)
             hidden = _tile(hidden_ptr, row, row_mask, k, HIDDEN)
             total = _add_product(total, hidden, w_ptr, column, ok, k, HIDDEN)
+    near_end(OVERLAPS)
     mask = row_mask[:, None] & ok[None, :]
     offs = row[:, None] * WIDTH + column[None, :]
     if SPLITS == 1:
@@ -379,6 +393,7 @@ def head_kernel(
             squares = _add_squares(squares, x)
         rstd = _rstd(squares, eps, WIDTH)
         total, gates = total * rstd, gates * rstd
+    near_end(OVERLAPS)
     for i in tl.static_range(GUESSES):
         guess = tl.load(guess_ptr + row * GUESSES + i, mask=row_mask, other=0)
         gate = tl.sum(tl.where((number == i)[None, :], gates, 0), 1)

@@ -1,7 +1,7 @@
 """Builds the kernels of a decoding step for an H100 that need not be there, as the step would launch them.
 
 Run as a program, in a process in which Triton is not told to interpret. It prints a line of JSON for each
-kernel. Arguments: numbers of slots, separated by commas, and a dtype.
+kernel. Arguments: numbers of slots, separated by commas, a dtype, and that of the caches if it is another.
 """
 
 import json
@@ -50,7 +50,7 @@ def build(self, programs, tensors, numbers, **constants) -> None:
     ptx = built.asm["ptx"]
     found = {"kernel": kernel.__name__, "shared": built.metadata.shared, "cp_async": ptx.count("cp.async.c")}
     before, *after = ptx.split("griddepcontrol.wait")
-    found |= {"waits": len(after), "ahead": before.count("ld.global")}
+    found |= {"waits": len(after), "ahead": before.count("ld.global"), "float8": ptx.count("e4m3x2")}
     print(json.dumps(found | {"mma": ptx.count("mma.sync") + ptx.count("wgmma.mma")}), flush=True)
 
 
@@ -67,4 +67,4 @@ if __name__ == "__main__":
     launch_cache.Launcher.__call__ = build
     decode.can_overlap = lambda device: True
     for number in sys.argv[1].split(","):
-        build_step(int(number), getattr(torch, sys.argv[2]))
+        build_step(int(number), *(getattr(torch, name) for name in sys.argv[2:]))

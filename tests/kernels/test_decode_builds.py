@@ -13,18 +13,29 @@ BUILD = Path(__file__).resolve().parents[1] / "helpers" / "build_decode.py"
 SHARED = 99 * 1024  # bytes that a program can have on the smallest GPUs; on an H100 it is 227
 
 
+def built(folder: Path, *arguments: str) -> list[dict]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(BUILD), *arguments]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.builds
+def test_keys_of_8_bits_are_converted_by_instructions(tmp_path):
+    with_keys = {"project_kernel", "attend_evenly_kernel", "attended_kernel"}
+    for build in built(tmp_path, "64", "bfloat16", "float8_e4m3fn"):
+        assert (build["float8"] > 0) == (build["kernel"] in with_keys), build
+        assert build["shared"] <= SHARED, build
+
+
 @pytest.mark.builds
 def test_kernels_fit_a_hopper_gpu(tmp_path):
     """Of the base model in bfloat16, alone and for 64 songs."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, str(BUILD), "1,64", "bfloat16"], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    built = [json.loads(line) for line in run.stdout.splitlines()]
+    builds = built(tmp_path, "1,64", "bfloat16")
     products = ("project_kernel", "attended_kernel", "gate_kernel", "down_kernel", "head_kernel")
-    assert [build["kernel"] for build in built] == [
+    assert [build["kernel"] for build in builds] == [
         kernel
         for attend in ("attend_kernel", "attend_evenly_kernel")
         for kernel in (
@@ -32,8 +43,8 @@ def test_kernels_fit_a_hopper_gpu(tmp_path):
             *("gate_kernel", "down_kernel", "head_kernel", "draw_kernel"),
         )
     ]
-    one, many = built[: len(built) // 2], built[len(built) // 2 :]  # songs
-    for build in built:
+    one, many = builds[: len(builds) // 2], builds[len(builds) // 2 :]  # songs
+    for build in builds:
         assert build["shared"] <= SHARED, build
     for build in many:
         assert build["waits"] == 0, build
