@@ -27,14 +27,12 @@ _JOINED = 8  # parts of a list that it then joins at once
 _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
-_MOST = {torch.float8_e4m3fn: 448}  # that keys of a dtype can be, where the model's may be beyond
+_LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
 _MANY_OVERLAP = 0  # when the next kernel is launched if there are several songs, see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
 _DOWN_PARTS = 8  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
-_BYTES_AHEAD = (
-    98304  # of tiles of many rows and of weights that a program asks for at first: any GPU has them
-)
+_BYTES_AHEAD = 98304  # of tiles of rows and weights that are on their way: any GPU has room for them
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.
 _PAIRS, _COLUMNS, _DOWN_COLUMNS, _HEAD_COLUMNS = 8, 16, 32, 16
 _ROW_PAIRS, _ROW_COLUMNS, _ROW_DOWN_COLUMNS, _ROW_HEAD_COLUMNS = 2, 8, 2, 8
@@ -54,7 +52,7 @@ def can_overlap(device: torch.device) -> bool:
     return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def overlap_options(device: torch.device, slots: int) -> dict[str, bool]:
+def overlap_options(device: torch.device, slots: int) -> dict[str, int]:
     """For the launch of a kernel that calls `decode_products.begin`, last of all. Launches overlap for one
     song: with many, programs that wait take room from those that run, unless they are launched LATE."""
     when = products.EARLY if slots == 1 else _MANY_OVERLAP
@@ -188,7 +186,7 @@ class Rows:
         w, heads, half = weights, self.heads, self.dim // 2
         width, rows, pairs = heads * self.dim, self._rows, self._pairs
         blocks = heads * half // pairs
-        one, most = rows == 1, _MOST.get(keys.dtype, 0)
+        one, most = rows == 1, _LARGEST.get(keys.dtype, 0)
         _project(
             (3 * blocks, self._tiles, 1 if one or not self.bars else 2),
             (
