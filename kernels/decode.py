@@ -17,11 +17,13 @@ from .launch_cache import Launcher
 from .tiles import LOG2_E
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
-_MIN_ROWS, _MAX_ROWS = 16, 64  # of a tile: what a product of tensor cores has at least, and fits registers
+# Of a tile: what a product of tensor cores has at least, and too few for instructions of warp groups (wgmma),
+# by which the products of 64 rows came out wrong on an H200 (Triton 3.6).
+_MIN_ROWS, _MAX_ROWS = 16, 32
 _PROGRAMS = 1024  # of attention for few songs: as many parts of the lists of keys as make about so many
 _MOST_PARTS = 16
 _MANY = 8  # songs whose lists are shared out evenly: so many, or more
-_EACH = 4  # programs of attention for each multiprocessor, which all run at once, if there are so many songs
+_EACH = 3  # programs of attention for each multiprocessor, which all run at once, if there are so many songs
 _MOST_HEADS = 4  # that a program then takes
 _JOINED = 8  # parts of a list that it then joins at once
 _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
@@ -30,7 +32,7 @@ _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
 _MANY_OVERLAP = 0  # when the next kernel is launched if there are several songs, see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
-_DOWN_PARTS = 8  # of the sums of the down projection: it has few columns, and long ones
+_DOWN_PARTS = 6  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
 _BYTES_AHEAD = 98304  # of tiles of rows and weights that are on their way: any GPU has room for them
 # Columns of a result that a program takes: of one row, weights must be read by most of a GPU at once.

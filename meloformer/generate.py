@@ -119,7 +119,7 @@ def make_parser() -> cli.Parser:
         "--cache_dtype",
         default="model",
         choices=CACHE_DTYPES,
-        help="of keys and values in CUDA graphs: the model's, or fp8, less exact but faster for many songs",
+        help="of keys and values in CUDA graphs: the model's, or fp8, half the memory and less exact",
     )
     add(
         "--num",

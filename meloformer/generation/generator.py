@@ -88,7 +88,7 @@ class Generator:
         graphs: write by CUDA graphs, many tokens between two looks of the host; None, the default, does so on
             a GPU. What is drawn differs from what is drawn without. Slots and graph are kept for the next
             call that they serve, and with them their memory, as long as there is the generator.
-        cache_dtype: by graphs, of keys and values: "model", or "fp8", half of bfloat16 to read and to keep.
+        cache_dtype: by graphs, of keys and values: "model", or "fp8", half the memory of bfloat16.
 
     Raises:
         UserError: the backend cannot be used, there is no GPU for `graphs`, or for "fp8" no graphs or an

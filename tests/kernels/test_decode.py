@@ -102,6 +102,7 @@ def test_logits_keys_and_lists_are_those_of_the_plain_forward(config, slots, cac
     monkeypatch.setattr(decode, "_PROGRAMS", 8)
     for name in ("_ROW_PAIRS", "_ROW_COLUMNS", "_ROW_DOWN_COLUMNS"):
         monkeypatch.setattr(decode, name, 8)
+    monkeypatch.setattr(decode, "_MAX_ROWS", 16)  # two tiles for 17 songs, as for 64
     if slots > 1:
         for name in ("_PAIRS", "_COLUMNS", "_DOWN_COLUMNS"):
             monkeypatch.setattr(decode, name, 32)
