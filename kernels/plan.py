@@ -66,9 +66,11 @@ def layout_classes(kind_rule: str) -> "tuple[tuple[int, ...], ...]":
 
 
 def _classes(treatment: tuple) -> "tuple[int, ...]":
-    """1 for structural tokens; one number more for each other treatment."""
-    different = list(dict.fromkeys(treatment[kind] for kind in (Kind.T, Kind.P, Kind.V, Kind.L)))
-    return tuple(1 if kind == Kind.STRUCTURAL else 2 + different.index(treatment[kind]) for kind in Kind)
+    """1 for structural tokens and for kinds that are treated as they are; one number more for each other
+    treatment. By `any` a layout is in the order of the song."""
+    kinds = Kind.STRUCTURAL, Kind.T, Kind.P, Kind.V, Kind.L
+    different = list(dict.fromkeys(treatment[kind] for kind in kinds))
+    return tuple(1 + different.index(treatment[kind]) for kind in Kind)
 
 
 class Plan:
