@@ -31,9 +31,9 @@ from meloformer.kernels.launch import TABLE, Entry, Gpu, Launch, Launches, launc
 from meloformer.kernels.plan import Plan
 
 KERNELS = tuple(field.name for field in fields(Launches))
-BLOCK_M, BLOCK_N, WARPS, STAGES, REGISTERS = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4), (None, 128, 168)
+BLOCK_M, BLOCK_N, WARPS, STAGES, REGISTERS = (32, 64), (32, 64), (4, 8), (1, 2, 3, 4), (None, 128, 168)
 FULL = BLOCK_M, BLOCK_N, WARPS, STAGES, REGISTERS
-QUICK = (64,), (64, 128), WARPS, (2, 3), REGISTERS  # without limits of registers the best would be left out
+QUICK = (64,), (64,), WARPS, (2, 3), REGISTERS  # without limits of registers the best would be left out
 FP32 = BLOCK_M, (32, 64), (4, 8, 16), (1, 2), (None,)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TUNED = Path(ops.__file__).with_name("tuned.py")

@@ -30,8 +30,8 @@ class Launch:
     def __post_init__(self):
         if self.block_m not in (16, 32, 64):
             raise ValueError(f"block_m must be 16, 32 or 64, got {self.block_m}")
-        if self.block_n not in (32, 64, 128):
-            raise ValueError(f"block_n must be 32, 64 or 128, got {self.block_n}")
+        if self.block_n not in (32, 64):
+            raise ValueError(f"block_n must be 32 or 64, got {self.block_n}")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from .plan_layout import load_laid, load_properties
 from .plan_visibility import ABSENT, load_ranges, may_see, sees
 from .tiles import BLOCK
 
-FULL_UNIT = tl.constexpr(128)  # full tiles come in multiples of this many tokens, the largest BN of a kernel
-
 
 @triton.jit
 def _decode(list_id, batch, q_blocks, k_blocks):
@@ -155,7 +153,7 @@ def count_kernel(number_ptr, count_ptr, end_ptr, tiles_ptr, lists, capacity, CHU
         number = tl.load(number_ptr + candidate, mask=candidate < min(end, capacity), other=0)
         some += tl.sum(number & 0xFFFF, 0)
         every += tl.sum(number >> 16, 0)
-    full = every // FULL_UNIT * FULL_UNIT
+    full = every // BLOCK * BLOCK
     masked = (some - full + BLOCK - 1) // BLOCK
     tl.store(tiles_ptr + list_id, masked + full // BLOCK)
     tl.store(tiles_ptr + lists + list_id, masked)

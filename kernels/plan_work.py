@@ -13,12 +13,6 @@ LEAST_SPLIT = tl.constexpr(16)  # tiles: splits of fewer would cost more than th
 
 
 @triton.jit
-def _cut(tile, masked):
-    """Where a list is cut near `tile`: full tiles stay in pairs, the most that a kernel takes at once."""
-    return tl.where(tile > masked, masked + (tile - masked) // 2 * 2, tile)
-
-
-@triton.jit
 def _work_key(list_id, tiles, splits, batch, blocks):
     """Blocks of a higher key come first: split ones; then batch row after row, whose keys and values stay in
     the cache meanwhile, and in a row from the longest list to the shortest."""
@@ -46,7 +40,6 @@ def work_kernel(
     most = tl.where(split > 0, split, tl.maximum(balanced, LEAST_SPLIT))
     own = chunk * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(tiles_ptr + first + own, mask=own < number, other=0)
-    masked = tl.load(tiles_ptr + lists + first + own, mask=own < number, other=0)
     splits = tl.maximum((total + most - 1) // most, 1)
     blocks = tl.where(group == 2, k_blocks, q_blocks)
     key = _work_key(own, total, splits, batch, blocks)
@@ -70,8 +63,8 @@ def work_kernel(
         keep = (own < number) & (split_id < splits) & (item + split_id < items)
         at = out + split_id * 8
         tl.store(at, own, mask=keep)
-        tl.store(at + 1, _cut(split_id * total // splits, masked), mask=keep)
-        tl.store(at + 2, _cut((split_id + 1) * total // splits, masked), mask=keep)
+        tl.store(at + 1, split_id * total // splits, mask=keep)
+        tl.store(at + 2, (split_id + 1) * total // splits, mask=keep)
         tl.store(at + 3, tl.where(splits > 1, item + split_id, -1), mask=keep)
         tl.store(at + 4, item, mask=keep)
         tl.store(at + 5, splits, mask=keep)

@@ -79,8 +79,8 @@ def last_to_arrive(counters_ptr, first_slot, splits, heads, head, sub, SUBS: tl.
 
 
 @triton.jit
-def tile_mask(bits_ptr, half, halves, offs_m, offs_n, BN: tl.constexpr):
-    """The mask of BN gathered tokens from half tile `half` on: bool [BM, BN], False from `halves` on.
+def tile_mask(bits_ptr, half, offs_m, offs_n, BN: tl.constexpr):
+    """The mask of BN gathered tokens, 32 or 64, from half tile `half` on: bool [BM, BN].
 
     A half tile is one word for each of the block's 64 tokens. Gathered token n is bit 4 * (n % 8) + n % 32
     // 8 of it: a thread of a tensor core's accumulator holds the columns n0 + {0, 1} + 8 j of a row, so
@@ -88,12 +88,8 @@ def tile_mask(bits_ptr, half, halves, offs_m, offs_n, BN: tl.constexpr):
     """
     word_ptrs = bits_ptr + half * BLOCK + offs_m  # [BM]
     word = tl.load(word_ptrs)[:, None]  # [BM, 1]
-    for w in tl.static_range(1, BN // 32):
-        if w < 2:
-            next_word = tl.load(word_ptrs + w * BLOCK)
-        else:  # the last tile may stand alone
-            next_word = tl.load(word_ptrs + w * BLOCK, mask=(offs_m >= 0) & (half + w < halves), other=0)
-        word = tl.where((offs_n < 32 * w)[None, :], word, next_word[:, None])  # [BM, BN]
+    if BN == 64:
+        word = tl.where((offs_n < 32)[None, :], word, tl.load(word_ptrs + BLOCK)[:, None])  # [BM, BN]
     word = word >> (4 * (offs_n & 6))[None, :]
     return (word & (1 << (4 * (offs_n & 1) + ((offs_n & 31) >> 3)))[None, :]) != 0
 

@@ -45,7 +45,7 @@ def _add_query_gradient(
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         p = tl.exp2(qk * scale - lse[:, None])  # [BM, BN]
         if MASKED:
-            mask = tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_m, offs_n, BN)  # [BM, BN]
+            mask = tile_mask(bits_ptr, i * (BN // 32), offs_m, offs_n, BN)  # [BM, BN]
             p = tl.where(mask, p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
         ds = p * (dp - delta[:, None])  # [BM, BN]
@@ -161,7 +161,7 @@ def _add_key_gradients(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BM, BN]
         p = tl.exp2(kq * scale - lse[None, :])  # [BM, BN]
         if MASKED:
-            mask = tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_m, offs_n, BN)  # [BM, BN]
+            mask = tile_mask(bits_ptr, i * (BN // 32), offs_m, offs_n, BN)  # [BM, BN]
             p = tl.where(mask, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BM, D]
         ds = p * (dp - delta[None, :])  # [BM, BN]

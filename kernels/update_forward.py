@@ -47,7 +47,7 @@ def _attend(
 
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if MASKED:
-            mask = tile_mask(bits_ptr, i * (BN // 32), tiles * 2, offs_m, offs_n, BN)  # [BM, BN]
+            mask = tile_mask(bits_ptr, i * (BN // 32), offs_m, offs_n, BN)  # [BM, BN]
             qk = tl.where(mask, qk, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)  # [BM]
         p = tl.exp2(qk * scale - m_new[:, None])  # [BM, BN]

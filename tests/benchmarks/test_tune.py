@@ -28,10 +28,10 @@ def test_what_was_measured_best_is_tried(quick):
 
 
 def test_search_times_what_compiles(monkeypatch):
-    """The compiler refuses block_n 128 here, and time falls with the number of warps."""
+    """The compiler refuses block_n 32 here, and time falls with the number of warps."""
 
     def compile_(ids, length, shape, kernel, launch):
-        return "too many registers" if launch.block_n == 128 else None
+        return "too many registers" if launch.block_n == 32 else None
 
     class Row:
         def __init__(self, structure, *shape):
@@ -46,7 +46,7 @@ def test_search_times_what_compiles(monkeypatch):
     monkeypatch.setattr(tune, "Row", Row)
     monkeypatch.setattr(tune, "_median_ms", lambda run, repeats: now[-1])
     monkeypatch.setattr(tune, "override", lambda launches: _Noting(now, launches))
-    tries = [("dq_same_inst", Launch(block_n=c, num_warps=w)) for c in (64, 128) for w in (4, 8)]
+    tries = [("dq_same_inst", Launch(block_n=c, num_warps=w)) for c in (64, 32) for w in (4, 8)]
     rows = {"a": ([np.arange(3)], 8), "b": ([np.arange(5)], 8)}
     monkeypatch.setattr(tune, "pack", lambda ids, length: None)
     results = tune.search(rows, tries, (1, 64, torch.bfloat16), 1, 2)
@@ -72,7 +72,7 @@ def test_the_table_it_writes_can_be_read(tmp_path, monkeypatch):
     old = Entry("nvidia", (8, 0), 64, 2, Launches.all(Launch(32, 32)), "old GPU", "2026-01-01")
     same = Entry("nvidia", (9, 0), 64, 2, Launches(), "a GPU", "2026-01-01")
     monkeypatch.setattr(tune, "TABLE", (old, same))
-    new = Entry("nvidia", (9, 0), 64, 2, Launches.all(Launch(64, 128, 8, 2, 168)), "a GPU", "2026-02-02")
+    new = Entry("nvidia", (9, 0), 64, 2, Launches.all(Launch(64, 32, 8, 2, 168)), "a GPU", "2026-02-02")
     path = tmp_path / "tuned.py"
     tune.write_table(new, path)
     written = runpy.run_path(str(path))["ENTRIES"]

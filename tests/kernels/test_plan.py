@@ -75,7 +75,7 @@ def test_lines_have_no_more_tiles_than_their_columns_need(length):
             slots = slots[slots >= 0]
             seen = mask[:, slots].T if by_keys else mask[slots - m]
             some, every = int(seen.any(0).sum()), int(seen.all(0).sum()) if len(slots) else 0
-            full = every // (2 * BLOCK) * 2 * BLOCK  # as kernels take them
+            full = every // BLOCK * BLOCK
             masked = -(-(some - full) // BLOCK)
             expected.append([masked, masked + full // BLOCK])
     assert plan.table[:, 2:].tolist() == expected
