@@ -5,31 +5,23 @@ encoding the changed ids gives the same ids. So for each change only values that
 
 Documents lie back to back, as in `attributes.scan`, and those of a batch are changed in one call: NumPy calls
 for every sample would double the time of the loader. For the same reason, which values fit is found once per
-sample (`find_room`), most work is on runs of tokens instead of tokens, and the rest in small integer types.
+sample (`find_room`), and most work is on runs of tokens instead of tokens: what structural tokens become is
+looked up in one table, and only notes are changed token by token, in small integer types.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..tokens import attributes, vocab
-from ..tokens.attributes import KIND_P, KIND_V, Runs, TokenAttributes, lengths
+from ..tokens.attributes import KIND_P, KIND_V, Runs, TokenAttributes, lengths, starts_of
 from ..tokens.vocab import BAND, BPM, CHORD, DRUMS, EOS, INST, MAX_BPM, MIN_BPM, VOCAB_SIZE, P, V
 from .splitmix import splitmix64
 
 MAX_SEMITONES = 6  # up; one less down, since -6 and +6 give the same key
 MAX_BINS = vocab.VELOCITY_BINS - 1
 MAX_PERCENT = 50
-
-_IDS = np.arange(VOCAB_SIZE, dtype=np.uint16)
-_LABELS = len(CHORD) - 1  # chord labels without N
-# The CHORD tokens but N by semitones up, 0 to 11; a negative number, which counts from the end, turns down.
-_TURNED = np.arange(_LABELS) + len(vocab.QUALITIES) * np.arange(12)[:, None]
-_TURNED = (CHORD.start + 1 + _TURNED % _LABELS).astype(np.uint16)
-# All tempi in BPM by percent (again from the end, if slower), halves rounded up, and their tokens.
-_PERCENTS = np.append(np.arange(MAX_PERCENT + 1), np.arange(-MAX_PERCENT, 0))[:, None]
-_SCALED = (np.arange(MIN_BPM, MAX_BPM + 1) * (100 + _PERCENTS) + 50) // 100
-_TEMPI = (BPM.start - MIN_BPM + _SCALED).astype(np.uint16)
 
 _FOR_BAND = 3  # index in a sample's random numbers; those before are for key, velocity and tempo
 # The random numbers of a sample are the upper halves of its seed times these: a lattice, evenly spread.
@@ -128,12 +120,36 @@ def _percents_that_fit(ids: np.ndarray, starts: np.ndarray, most: int) -> np.nda
     """
     at = np.flatnonzero(BPM.mask(ids))
     first = np.searchsorted(at, starts)  # every document states its tempo
-    scaled = _SCALED[np.arange(-most, most + 1)[:, None], ids[at] - BPM.start]  # [percents, tempi]
+    scaled = _scaled(ids[at].astype(np.int64) - BPM.start + MIN_BPM, np.arange(-most, most + 1))
     wrong = (scaled < MIN_BPM) | (scaled > MAX_BPM)
     repeats = scaled[:, 1:] == scaled[:, :-1]
     repeats[:, first[1:] - 1] = False  # neighbours in two documents
     wrong[:, 1:] |= repeats
     return ~np.logical_or.reduceat(wrong, first, axis=1).T
+
+
+@functools.cache
+def _becomes(tempo: int) -> np.ndarray:
+    """What each token becomes by a change of key and of tempo; uint16 [12, 2 * tempo + 1, VOCAB_SIZE].
+
+    The key by semitones up, the tempo by percent from 0 on; a negative percent counts from the end. Tempi are
+    rounded to whole BPM, halves up; those out of range are not used. Notes stay.
+    """
+    table = np.empty((12, 2 * tempo + 1, VOCAB_SIZE), np.uint16)
+    table[:] = np.arange(VOCAB_SIZE)
+    labels = np.arange(len(CHORD) - 1)  # without N
+    turned = (labels + len(vocab.QUALITIES) * np.arange(12)[:, None]) % len(labels)
+    table[:, :, CHORD.start + 1 : CHORD.stop] = (CHORD.start + 1 + turned)[:, None]
+    percents = np.append(np.arange(tempo + 1), np.arange(-tempo, 0))
+    table[:, :, BPM.start : BPM.stop] = (
+        BPM.start - MIN_BPM + _scaled(np.arange(MIN_BPM, MAX_BPM + 1), percents)
+    )
+    return table
+
+
+def _scaled(bpm: np.ndarray, percents: np.ndarray) -> np.ndarray:
+    """Tempi (int64 [n]) faster by percents (int64 [m]), in whole BPM, halves rounded up; int64 [m, n]."""
+    return (bpm * (100 + percents[:, None]) + 50) // 100
 
 
 def augment(
@@ -156,38 +172,31 @@ def augment(
     random = seeds[:, None] * _MULTIPLIERS >> _HALF
     drawn = (random[:, :_FOR_BAND] * room["count"] >> _HALF).astype(np.int64)  # below the count
     key, velocity = (drawn[:, :2] + room["low"]).T
+    percent = room["percents"][np.arange(len(starts)), drawn[:, 2]]
 
-    # Structural tokens are few: a table says what each becomes in each document. Notes follow below.
+    # Structural tokens are few: a table says what each becomes in each document.
     runs = attributes.find_runs(ids, starts)
     cell = np.repeat(np.arange(0, len(starts) * VOCAB_SIZE, VOCAB_SIZE), lengths(runs.first, len(runs.token)))
     cell += runs.token
-    becomes = np.empty((len(starts), VOCAB_SIZE), np.uint16)
-    becomes[:] = _IDS
-    if settings.transpose:
-        becomes[:, CHORD.start + 1 : CHORD.stop] = _TURNED[key]
-    if settings.tempo:
-        becomes[:, BPM.start : BPM.stop] = _TEMPI[room["percents"][np.arange(len(starts)), drawn[:, 2]]]
-    runs = runs._replace(token=becomes.take(cell))
+    token = _becomes(settings.tempo)[key % 12, percent].take(cell)
     if settings.band_order:
-        place = np.zeros(becomes.shape, np.uint16)
-        # From 1 on, since headers have 0; EOS comes after all.
-        at_random = 1 + (random[:, _FOR_BAND:] >> np.uint64(17))
-        place[:, BAND.start : BAND.stop] = place[:, INST.start : INST.stop] = at_random
-        place[:, EOS] = 0xFFFF
-        ids, runs = _reorder_bands(ids, runs, place.take(cell))
+        order = _order_of_bands(runs, 1 + (random[:, _FOR_BAND:] >> np.uint64(17)), cell)
+        old, length = runs.begin.take(order), runs.length.take(order)
+        runs = runs._replace(token=token.take(order), begin=starts_of(length), length=length)
+        out = _gather(ids, old, runs)
     else:
-        ids = ids.copy()
-    ids[runs.begin] = runs.token
+        out, runs = ids.copy(), runs._replace(token=token)
+    out[runs.begin] = runs.token
 
-    scanned = attributes.scan(ids, starts, runs)
-    shift = np.zeros(len(ids), np.int8)
+    # Notes change by arithmetic, which takes less time than to look up every token.
+    kind = attributes.kinds(out)
+    scanned = attributes.scan(out, starts, runs, kind)
+    shift = _by_document(kind == KIND_V, starts, velocity)
     if settings.transpose:
-        shift += _by_document((scanned.kind == KIND_P) & (scanned.inst != DRUMS), starts, key)
-    if settings.velocity:
-        shift += _by_document(scanned.kind == KIND_V, starts, velocity)
-    signed = ids.view(np.int16)
+        shift += _by_document((kind == KIND_P) & (scanned.inst != DRUMS), starts, key)
+    signed = out.view(np.int16)
     signed += shift
-    return ids, scanned
+    return out, scanned
 
 
 def _by_document(chosen: np.ndarray, starts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -200,29 +209,40 @@ def _by_document(chosen: np.ndarray, starts: np.ndarray, values: np.ndarray) -> 
     return out
 
 
-def _reorder_bands(ids: np.ndarray, runs: Runs, place: np.ndarray) -> tuple[np.ndarray, Runs]:
-    """The documents with the band list, and the groups of every bar, in another order.
+def _order_of_bands(runs: Runs, at_random: np.ndarray, cell: np.ndarray) -> np.ndarray:
+    """In which order the runs stand if the band list and the groups of every bar take another; int64 [R].
 
     T, L and V reset in every group, so groups move unchanged.
 
     Args:
-        place: uint16 [R], by which the runs of every part are sorted: 0 of headers, the most of EOS, between
-            these that of the instrument. Runs with the same place stay in order.
-
-    Returns:
-        ids: uint16 [n].
-        runs: of these.
+        at_random: by which instruments are sorted, from 1 to 2^15; uint64 [D, instruments]. Those with the
+            same number stay in order.
+        cell: number of the document times VOCAB_SIZE, plus the token, of every run; int64 [R].
     """
+    place = np.zeros((len(at_random), VOCAB_SIZE), np.uint16)  # headers come first, EOS last
+    place[:, BAND.start : BAND.stop] = place[:, INST.start : INST.stop] = at_random
+    place[:, EOS] = 0xFFFF
     # Each key is different, for it ends in the number of the run; sorting is much faster than `argsort`.
-    key = np.repeat(np.arange(len(runs.part)), lengths(runs.part, len(runs.token))) << 40
-    key |= place.astype(np.int64) << 24
-    key |= np.arange(len(key))
+    part = np.arange(0, len(runs.part) << 40, 1 << 40)
+    key = place.take(cell).astype(np.int64)
+    key <<= 24
+    key += np.repeat(part, lengths(runs.part, len(key)))
+    key += np.arange(len(key))
     key.sort()
-    order = key & 0xFFFFFF
-    if (order[1:] > order[:-1]).all():  # a piano alone, for one
-        return ids.copy(), runs
-    old, length = runs.begin[order], runs.length[order]
-    begin = np.cumsum(length) - length
-    index = np.repeat(old - begin, length)
-    index += np.arange(len(ids))
-    return ids.take(index), runs._replace(token=runs.token[order], begin=begin, length=length)
+    key &= 0xFFFFFF
+    return key
+
+
+@functools.lru_cache(maxsize=1)
+def _numbers(bits: int) -> np.ndarray:
+    """The numbers below 2^bits, int64: kept, since making them takes as long as using them."""
+    numbers = np.arange(1 << bits)
+    numbers.flags.writeable = False
+    return numbers
+
+
+def _gather(ids: np.ndarray, old: np.ndarray, runs: Runs) -> np.ndarray:
+    """The tokens of `runs`, each read from `old` (int64 [R]) on in `ids`; uint16 [n]."""
+    index = np.repeat(old - runs.begin, runs.length)
+    index += _numbers(len(ids).bit_length())[: len(ids)]
+    return ids.take(index)

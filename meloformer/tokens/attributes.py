@@ -82,14 +82,27 @@ def lengths(begin: np.ndarray, stop: int) -> np.ndarray:
     return out
 
 
-def scan(ids: np.ndarray, starts: np.ndarray | None = None, runs: Runs | None = None) -> TokenAttributes:
+def starts_of(length: np.ndarray) -> np.ndarray:
+    """Where stretches of these lengths (int64) begin if they lie back to back from 0 on; int64."""
+    begin = np.empty_like(length)
+    begin[:1] = 0
+    np.cumsum(length[:-1], out=begin[1:])
+    return begin
+
+
+def scan(
+    ids: np.ndarray,
+    starts: np.ndarray | None = None,
+    runs: Runs | None = None,
+    kind: np.ndarray | None = None,
+) -> TokenAttributes:
     """The attributes of every token of one song, or of a row of songs back to back.
 
     Args:
         ids: token ids [n], any integer dtype.
         starts: ascending indices at which documents begin (the first is 0); None for one document.
             Each document begins with BOS or BAND.
-        runs: `find_runs` of these, for a caller that knows them.
+        runs, kind: `find_runs` and `kinds` of these, for a caller that knows them.
     """
     ids = np.asarray(ids).astype(np.uint16, copy=False)
     if len(ids) == 0:
@@ -100,7 +113,8 @@ def scan(ids: np.ndarray, starts: np.ndarray | None = None, runs: Runs | None = 
     if runs is None:
         runs = find_runs(ids, starts)
     part = _restarted(len(runs.part), np.searchsorted(runs.part, runs.first))  # 0 for the head
-    kind = _kinds(ids)
+    if kind is None:
+        kind = kinds(ids)
     note = np.flatnonzero(kind == KIND_T)
     onset = np.repeat(
         np.append(np.int32(-1), _restarted(len(note), np.searchsorted(note, starts))),
@@ -121,7 +135,7 @@ def _restarted(count: int, first: np.ndarray) -> np.ndarray:
     return np.arange(count, dtype=np.int32) - before
 
 
-def _kinds(ids: np.ndarray) -> np.ndarray:
+def kinds(ids: np.ndarray) -> np.ndarray:
     """`KIND_OF_ID` of ids, uint16 [n], as int8; by comparisons, which are faster than looking up every id."""
     kind = (ids >= vocab.T.start).view(np.int8)
     for family in (vocab.P, vocab.L, vocab.V):  # in the order of their ids and of the kinds

@@ -20,6 +20,7 @@ from meloformer.data.augment import (
     seeds_of_epoch,
 )
 from meloformer.data.batches import State
+from meloformer.data.splitmix import splitmix64
 from meloformer.tokens import attributes, grammar, vocab
 from meloformer.tokens.tokenizer import HIDTokenizer
 
@@ -237,6 +238,77 @@ def cuts(songs):
         points = attributes.cut_points(ids)
         point = points[len(points) // 2]
         yield ids, point, *attributes.restated(ids, point)
+
+
+def changed_slowly(ids: np.ndarray, seed: int, settings: Augmentation) -> list[int]:
+    """What `augment` makes of one document, token by token: slow, but easy to read."""
+    ids = ids.tolist()
+    numbers = splitmix64(np.arange(3 + len(vocab.BAND), dtype=np.uint64)).tolist()
+    random = [(seed * (number | 1)) % 2**64 >> 32 for number in numbers]
+
+    def drawn(which: int, values: list[int]) -> int:
+        return values[random[which] * len(values) >> 32]
+
+    playing, groups = vocab.NO_INSTRUMENT, []  # (part, place in it, tokens of a run)
+    pitches, velocities, tempi, part = [], [], [], 0
+    for token in ids:
+        if not vocab.T.start <= token < vocab.V.stop:
+            playing, place = vocab.NO_INSTRUMENT, 0
+            for family in (vocab.BAND, vocab.INST):
+                if token in family:
+                    place = 1 + (random[3 + token - family.start] >> 17)
+            if token in vocab.INST:
+                playing = vocab.INSTRUMENTS[token - vocab.INST.start]
+            part += token in vocab.CHORD
+            groups.append((part, 2**16 if token == vocab.EOS else place, []))
+        groups[-1][2].append((token, playing))
+        pitches += [token - vocab.P.start] if token in vocab.P and playing != vocab.DRUMS else []
+        velocities += [token - vocab.V.start] if token in vocab.V else []
+        tempi += [token - vocab.BPM.start + 4] if token in vocab.BPM else []
+
+    def fits(percent: int) -> bool:
+        new = [(bpm * (100 + percent) + 50) // 100 for bpm in tempi]
+        return all(4 <= bpm <= 480 for bpm in new) and all(a != b for a, b in itertools.pairwise(new))
+
+    up = settings.transpose
+    key = drawn(0, [k for k in range(-min(up, 5), up + 1) if all(0 <= p + k < 128 for p in pitches)])
+    up = settings.velocity
+    louder = drawn(1, [k for k in range(-up, up + 1) if all(0 <= v + k < 32 for v in velocities)])
+    percent = drawn(2, [k for k in range(-settings.tempo, settings.tempo + 1) if fits(k)])
+
+    def becomes(token: int, playing: int) -> int:
+        if token in vocab.P and playing != vocab.DRUMS:
+            return token + key
+        if token in vocab.V:
+            return token + louder
+        if token in vocab.BPM:
+            return ((token - vocab.BPM.start + 4) * (100 + percent) + 50) // 100 - 4 + vocab.BPM.start
+        if token in vocab.CHORD and token != vocab.CHORD.start:
+            root, quality = divmod(token - vocab.CHORD.start - 1, len(vocab.QUALITIES))
+            return vocab.CHORD.start + 1 + (root + key) % 12 * len(vocab.QUALITIES) + quality
+        return token
+
+    if settings.band_order:
+        groups.sort(key=lambda group: group[:2])  # stable
+    return [becomes(*token) for _, _, tokens in groups for token in tokens]
+
+
+@pytest.mark.parametrize(
+    "settings", [ALL, TRANSPOSE, BAND, OFF, Augmentation(3, MAX_BINS, MAX_PERCENT, True)], ids=str
+)
+def test_the_arrays_do_what_a_loop_over_tokens_does(songs, settings):
+    """For whole songs and for samples cut from songs, which begin with a header and have no BOS or EOS."""
+    documents = [TOKENIZER.encode(midi) for midi in SONGS.values()] + songs[:12]
+    documents += [np.concatenate((header, ids[point + skip :])) for ids, point, header, skip in cuts(songs)]
+    documents += [ids[:point] for ids, point, _, _ in cuts(songs)]
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+    row = np.concatenate(documents)
+    room = room_of(row, starts, settings)
+    for epoch in range(2):
+        seeds = seeds_of_epoch(3, epoch, len(documents))
+        out, _ = augment(row, starts, seeds, room, settings)
+        for ids, seed, found in zip(documents, seeds.tolist(), np.split(out, starts[1:])):
+            assert found.tolist() == changed_slowly(ids, seed, settings)
 
 
 def test_the_ids_given_stay_as_they_are(midi):
