@@ -243,6 +243,9 @@ def _numbers(bits: int) -> np.ndarray:
 
 def _gather(ids: np.ndarray, old: np.ndarray, runs: Runs) -> np.ndarray:
     """The tokens of `runs`, each read from `old` (int64 [R]) on in `ids`; uint16 [n]."""
-    index = np.repeat(old - runs.begin, runs.length)
+    back = old - runs.begin
+    if not back.any():  # a piano alone, for one
+        return ids.copy()
+    index = np.repeat(back, runs.length)
     index += _numbers(len(ids).bit_length())[: len(ids)]
     return ids.take(index)
