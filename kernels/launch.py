@@ -1,8 +1,9 @@
 """How the update kernels are launched: as measured on this GPU, or by how many programs fit it at once."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -35,11 +36,34 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Specialized:
+    """How a kernel is launched whose warps have different jobs: see `hopper_forward`.
+
+    Attributes:
+        num_stages: tiles of keys and values that the ring holds.
+        lag: tiles whose copies are under way at once; fewer than the ring holds.
+        maxnreg: registers per thread that a program takes.
+        producer_registers, consumer_registers: per thread of the warps that copy, and of those that multiply:
+            one program has as many of the latter twice, and 128 threads of each.
+    """
+
+    num_stages: int = 4
+    lag: int = 2
+    maxnreg: int = 80
+    producer_registers: int = 24
+    consumer_registers: int = 104
+
+    def __post_init__(self):
+        if not 0 < self.lag < self.num_stages:
+            raise ValueError(f"lag must be 1 to {self.num_stages - 1}, got {self.lag}")
+
+
+@dataclass(frozen=True)
 class Launches:
     """One launch for each kernel of the update phase and each pass, local and same-instrument."""
 
     forward_local: Launch = Launch()
-    forward_same_inst: Launch = Launch()
+    forward_same_inst: Launch | Specialized = Launch()
     dq_local: Launch = Launch()
     dq_same_inst: Launch = Launch()
     dkv_local: Launch = Launch()
@@ -103,6 +127,9 @@ def read_entry(launches: dict[str, dict], **fields) -> Entry:
     return Entry(launches=Launches(**{name: Launch(**of) for name, of in launches.items()}), **fields)
 
 
+# Not before it was measured to be faster by a tenth.
+SPECIALIZE = False
+
 TABLE = tuple(read_entry(**entry) for entry in ENTRIES)
 
 
@@ -131,6 +158,19 @@ def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches
 
 def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
     """As `launches_for`, for elements of `itemsize` bytes."""
+    found = _alike(gpu, head_dim, itemsize)
+    chosen = SPECIALIZE and can_specialize(gpu, head_dim, itemsize)
+    return replace(found, forward_same_inst=Specialized()) if chosen else found
+
+
+def can_specialize(gpu: Gpu, head_dim: int, itemsize: int) -> bool:
+    """Whether `hopper_forward` runs: it needs WGMMA, two bytes per element, rows of 128 bytes, and Gluon."""
+    hopper = (gpu.vendor, gpu.capability) == ("nvidia", (9, 0))
+    return hopper and itemsize == 2 and head_dim == 64 and find_spec("triton.experimental.gluon") is not None
+
+
+def _alike(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
+    """Launches of kernels whose warps all do the same."""
     for entry in TABLE:
         if (entry.vendor, entry.capability) == (gpu.vendor, gpu.capability):
             if (entry.head_dim, entry.itemsize) == (head_dim, itemsize):

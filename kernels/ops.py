@@ -8,16 +8,17 @@ included.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .launch import Launch, launches_for
+from .launch import Launch, Specialized, launches_for
 from .launch_cache import Launcher
 from .operators import register, register_gradient
 from .plan import BLOCK
 from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
-from .tiles import LOG2_E
+from .tiles import LOG2_E, PAIRS
 from .update_backward import key_gradient_kernel, query_gradient_kernel
 from .update_forward import forward_kernel
 
@@ -160,12 +161,17 @@ class Update:
 
     def forward(self, o: Tensor, lse: Tensor, same_inst: bool) -> None:
         launch = self.launches.forward_same_inst if same_inst else self.launches.forward_local
-        programs, geometry = self._group(launch, same_inst, by_keys=False)
-        _forward(
+        if isinstance(launch, Specialized):
+            kernel, constants = _forward_of_pairs(), _specialized_constants(launch, self.dim)
+            programs, geometry = self._pairs()
+        else:
+            kernel, constants = _forward, _constants(launch, self.dim, not same_inst)
+            programs, geometry = self._group(launch, same_inst, by_keys=False)
+        kernel(
             programs,
             (*self.inputs, o, lse, self.partials, self.counters, *self.plan),
             (*self.strides, *_strides(o), self.scale * LOG2_E, self.heads, self.queries, *geometry),
-            **_constants(launch, self.dim, not same_inst),
+            **constants,
         )
 
     def query_gradient(
@@ -213,13 +219,20 @@ class Update:
         else:
             first_block, first_list = (batch * q_blocks, 2 * batch * q_blocks) if by_keys else (0, 0)
         programs = (batch * blocks + self.slots) * (BLOCK // launch.block_m) * self.heads
+        group = 2 * by_keys + same_inst
+        return (programs,), self._geometry(blocks, first_block, first_list, group)
+
+    def _pairs(self) -> tuple[tuple[int], tuple[int, ...]]:
+        """As `_group`, for pairs of blocks of the same-instrument pass."""
+        batch, blocks = self.batch, self.q_blocks
+        programs = (batch * -(-blocks // 2) + self.slots) * self.heads
+        first_block, first_list = batch * (blocks + self.k_blocks), batch * blocks
+        return (programs,), self._geometry(blocks, first_block, first_list, PAIRS.value)
+
+    def _geometry(self, blocks: int, first_block: int, first_list: int, group: int) -> tuple[int, ...]:
         first_counter = self.launched * self.counters_per_launch
         self.launched += 1
-        group = 2 * by_keys + same_inst
-        return (programs,), (
-            *(self.summaries, blocks, first_block, first_list),
-            *(group, self.items, first_counter),
-        )
+        return (self.summaries, blocks, first_block, first_list, group, self.items, first_counter)
 
 
 def _constants(launch: Launch, dim: int, first: bool) -> dict:
@@ -233,6 +246,27 @@ def _constants(launch: Launch, dim: int, first: bool) -> dict:
         "num_warps": launch.num_warps,
     }
     return constants if launch.maxnreg is None else constants | {"maxnreg": launch.maxnreg}
+
+
+@cache
+def _forward_of_pairs() -> Launcher:
+    """Gluon is imported where it is used: not all versions of Triton have it, and none interprets it."""
+    from .hopper_forward import hopper_forward_kernel
+
+    return Launcher(hopper_forward_kernel)
+
+
+def _specialized_constants(launch: Specialized, dim: int) -> dict:
+    return {
+        "FIRST": False,
+        "D": dim,
+        "STAGES": launch.num_stages,
+        "LAG": launch.lag,
+        "PRODUCER_REGISTERS": launch.producer_registers,
+        "CONSUMER_REGISTERS": launch.consumer_registers,
+        "num_warps": 4,
+        "maxnreg": launch.maxnreg,
+    }
 
 
 def _addressable(x: Tensor) -> Tensor:

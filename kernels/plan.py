@@ -31,9 +31,11 @@ from torch import Tensor
 
 from .plan_layout import encode_kernel, layout_kernel
 from .plan_lists import bits_kernel, candidates_kernel, count_kernel, fill_kernel, look_kernel
-from .plan_work import CANDIDATES, MASKED, NEEDS, SLOTS, TILES, work_kernel
+from .plan_pairs import pair_kernel, share_kernel
+from .plan_work import CANDIDATES, MASKED, NEEDS, PAIR_SLOTS, SLOTS, TILES, work_kernel
 from .structure import Kind, Structure, kinds_seen
 from .tiles import BLOCK as _BLOCK
+from .tiles import PAIRS
 
 BLOCK = _BLOCK.value  # tokens of a block, and gathered tokens of a tile
 
@@ -88,8 +90,9 @@ class Plan:
         gathered: [tiles * 64], the gathered tokens: keys counted as in `order`, queries in the regular
             stream.
         bits: [masked tiles, 2, 64], see `tiles.tile_mask`.
-        items: [4, items, 8], the work items of each group, see `plan_work.work_kernel`.
-        needs: [11], the capacities that were needed, and the number of items of each group, see `plan_work`.
+        items: [5, items, 8], the work items of each group, see `plan_work.work_kernel`; then those of pairs,
+            see `plan_pairs`.
+        needs: [13], the capacities that were needed, and the number of items of each group, see `plan_work`.
     """
 
     def __init__(self, structure: Structure, split: int = 0):
@@ -177,10 +180,19 @@ class Plan:
         )  # fmt: skip
 
         # A block that is split has an item for every slot.
-        self.needs, self.items = empty(NEEDS), empty(4, batch * k_blocks + slots, 8)
+        self.needs, self.items = empty(NEEDS), empty(5, batch * k_blocks + slots, 8)
         work_kernel[triton.cdiv(batch * k_blocks, 32), 4](
             sizes, ends, end, self.items, self.needs,
             lists, self.items.shape[1], batch, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
+        )  # fmt: skip
+        pairs = triton.cdiv(q_blocks, 2)
+        shared, places = empty(batch * pairs), empty(batch * pairs)
+        share_kernel[(batch * pairs,)](
+            self.table, self.gathered, shared, places, tiles, batch, q_blocks, pairs, CHUNK=8, num_warps=1
+        )
+        pair_kernel[(triton.cdiv(batch * pairs, 32),)](
+            shared, places, ends, self.items[PAIRS.value], self.needs,
+            self.items.shape[1], batch, q_blocks, pairs, self.split, CHUNK=32, ACROSS=128,
         )  # fmt: skip
         self._request_needs()
 
@@ -211,7 +223,8 @@ class Plan:
                 self._copied.synchronize()
             needs = self._host_needs.tolist()
             self._host_needs = self._copied = None
-            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], max(needs[SLOTS : SLOTS + 4]))
+            slots = max(*needs[SLOTS : SLOTS + 4], needs[PAIR_SLOTS])
+            needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], slots)
             known = _capacities.get(self._key)
             if known is None or any(n > c for n, c in zip(needed, self.capacity)):
                 # After a first guess too: every kernel has a program for all that might be there.

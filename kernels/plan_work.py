@@ -5,15 +5,16 @@ import triton.language as tl
 
 from .tiles import ITEM_COUNTS
 
-# Entries of `needs`; those of each group from SLOTS and from ITEM_COUNTS on.
+# Entries of `needs`; those of each group from SLOTS and from ITEM_COUNTS on, those of pairs at the end.
 CANDIDATES, TILES, MASKED, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-NEEDS = 11
+PAIR_SLOTS = tl.constexpr(11)  # `tiles.PAIR_ITEMS` comes next
+NEEDS = 13
 
 LEAST_SPLIT = tl.constexpr(16)  # tiles: splits of fewer would cost more than the better balance gains
 
 
 @triton.jit
-def _work_key(list_id, tiles, splits, batch, blocks):
+def work_key(list_id, tiles, splits, batch, blocks):
     """Blocks of a higher key come first: split ones; then batch row after row, whose keys and values stay in
     the cache meanwhile, and in a row from the longest list to the shortest."""
     return tl.where(splits > 1, (1 << 30) + tiles, ((batch - 1 - list_id // blocks) << 16) + tiles)
@@ -24,7 +25,7 @@ def work_kernel(
     tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
     lists, items, batch, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Work items of one group in the order of work, int32 [4, items, 8]; see `_work_key`.
+    """Work items of one group in the order of work, int32 [4, items, 8]; see `work_key`.
 
     An item is (block, first tile, end tile, slot, first slot of the block, items of the block, ...), with
     blocks counted within the group and tiles within the list; the slot is -1 if the block has one item. A
@@ -42,7 +43,7 @@ def work_kernel(
     total = tl.load(tiles_ptr + first + own, mask=own < number, other=0)
     splits = tl.maximum((total + most - 1) // most, 1)
     blocks = tl.where(group == 2, k_blocks, q_blocks)
-    key = _work_key(own, total, splits, batch, blocks)
+    key = work_key(own, total, splits, batch, blocks)
     item = tl.zeros([CHUNK], tl.int32)
     all_items, all_slots = 0, 0
     for start in range(0, number, ACROSS):
@@ -50,7 +51,7 @@ def work_kernel(
         mask = other < number
         other_total = tl.load(tiles_ptr + first + other, mask=mask, other=-1)
         other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
-        other_key = _work_key(other, other_total, other_splits, batch, blocks)
+        other_key = work_key(other, other_total, other_splits, batch, blocks)
         before = other_key[None, :] > key[:, None]
         before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
         before &= mask[None, :]

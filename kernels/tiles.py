@@ -19,6 +19,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # tokens of a block, and gathered tokens of a tile: of a plan
 ITEM_COUNTS = tl.constexpr(7)  # where `needs` of a plan holds the number of work items of each group
+PAIR_ITEMS, PAIRS = tl.constexpr(12), tl.constexpr(4)  # and that of pairs, and their group of items
 ITEM_SIZE = tl.constexpr(8)  # int32 of a work item
 
 # Arguments that differ from batch to batch: compiling anew for some of their values would gain nothing.

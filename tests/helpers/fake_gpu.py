@@ -137,7 +137,7 @@ def update(dtype: str, dim: int, kernels: Sequence[str]) -> None:
 
     n, m = 256, 64
     inputs = [draw(n), draw(m), draw(m), draw(n), draw(n)]
-    shapes = (512,), (16, 4), (4096,), (64, 2, 64), (4, 16, 8), (NEEDS,)
+    shapes = (512,), (16, 4), (4096,), (64, 2, 64), (5, 16, 8), (NEEDS,)
     plan = [torch.zeros(shape, dtype=torch.int32) for shape in shapes]
     run = ops.Update(inputs, plan, kernels=len(kernels))
     o, lse = draw(n), torch.zeros(1, 8, n)
@@ -150,6 +150,16 @@ def update(dtype: str, dim: int, kernels: Sequence[str]) -> None:
             run.query_gradient(draw(n), o, lse, draw(n), stats, same_inst)
         else:
             run.key_gradients([draw(m), draw(m), draw(n), draw(n)], draw(n), stats, same_inst)
+
+
+def specialized(dtype: str, dim: int) -> None:
+    """The forward whose warps have different jobs."""
+    from dataclasses import replace
+
+    from meloformer.kernels.launch import Launches, Specialized, override
+
+    with override(replace(Launches(), forward_same_inst=Specialized())):
+        update(dtype, dim, ["forward_same_inst"])
 
 
 def summarize(dtype: str, dim: int) -> None:
@@ -192,7 +202,7 @@ def around(dtype: str, dim: int) -> None:
 
 
 def compile_all(arch: int, dtype: str, dim: int, what: Sequence[str]) -> list[dict]:
-    """`what` are fields of `launch.Launches`, "summarize" or "around"."""
+    """`what` are fields of `launch.Launches`, or of `OTHERS`."""
     from meloformer.kernels.launch import launches_on, override
 
     itemsize = {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
@@ -206,7 +216,7 @@ def compile_all(arch: int, dtype: str, dim: int, what: Sequence[str]) -> list[di
     return fake.builds
 
 
-OTHERS = {"summarize": summarize, "around": around}
+OTHERS = {"summarize": summarize, "around": around, "specialized": specialized}
 
 
 def builds(*questions: tuple, fp_fusion: bool = True) -> list[list[dict]]:

@@ -124,10 +124,11 @@ class PlanOfMasks:
                     bounds = [cut((part + i) * totals[line] // parts, masked) for i in (0, 1)]
                     group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
             items.append(group)
+        items.append(self._pairs(table[len(queries) * queries.shape[1] // BLOCK :], tokens, far_order, split))
 
         k_lines = rows * (keys.shape[1] // BLOCK)
         slots = max(sum(item[3] >= 0 for item in group) for group in items)
-        padded = torch.full((4, k_lines + slots, 8), 10**6)
+        padded = torch.full((5, k_lines + slots, 8), 10**6)
         for out, group in zip(padded, items):
             out[: len(group)] = torch.tensor(group)
         self.tensors = tuple(
@@ -138,9 +139,28 @@ class PlanOfMasks:
                 torch.stack([*tokens, torch.zeros(BLOCK, dtype=torch.int64)]).flatten(),
                 torch.stack([*bits, torch.zeros(2, BLOCK, dtype=torch.int32)]),
                 padded,
-                torch.tensor([0] * 7 + [len(group) for group in items]),
+                torch.tensor([0] * 7 + [len(group) for group in items[:4]] + [0, len(items[4])]),
             )
         )
+
+    @staticmethod
+    def _pairs(far: list, tokens: list[Tensor], order: Tensor, split: int) -> list[list[int]]:
+        """Work items of pairs of lines of the far pass, whose part of the table comes first in `far`."""
+        items, blocks = [], order.shape[1] // BLOCK
+        for line in (row * blocks + i for row in range(len(order)) for i in range(0, blocks, 2)):
+            pair = far[line : line + min(2, blocks - line % blocks)]
+            full = [tokens[first + masked : first + tiles] for first, _, masked, tiles in pair]
+            shared = 0
+            while len(pair) == 2 and all(shared < len(x) for x in full):
+                if not torch.equal(full[0][shared], full[1][shared]):
+                    break
+                shared += 1
+            places = sum(tiles for *_, tiles in pair) - shared
+            parts, first = max(-(-places // split), 1), len(items)
+            for part in range(parts):
+                bounds = [(part + i) * places // parts for i in (0, 1)]
+                items.append([line, *bounds, len(items) if parts > 1 else -1, first, parts, shared, 0])
+        return items
 
     @staticmethod
     def _line(mask: Tensor, own: Tensor, by_keys: bool, summaries: int, gather_full: bool):

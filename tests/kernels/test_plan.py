@@ -163,6 +163,38 @@ def test_work_is_complete_and_in_order(split):
         assert slots == list(range(needs[3 + group]))
 
 
+@pytest.mark.parametrize("split", [1, 3, 0])
+def test_pairs_share_the_full_tiles_that_both_lists_begin_with(split):
+    """Two rows of five blocks each, so that the last one of a row stands alone."""
+    drum = [Token(8 * (i >= 128), 0, Kind.P, i) for i in range(300)]
+    rising = [Token(3 * i // BLOCK, 0, Kind.P, i) for i in range(270)]
+    plan = Plan(structure([[drum], [rising]], kind_rule="any").to(DEVICE), split=split).finalize()
+    needs, blocks = plan.needs.tolist(), plan.q_blocks
+    lists = plan.table[plan.batch * blocks : 2 * plan.batch * blocks].tolist()
+    tiles = plan.gathered.view(-1, BLOCK).cpu()
+    taken, order, slots = {}, [], []
+    for block, begin, end, slot, first_slot, parts, shared, _ in plan.items[4, : needs[12]].tolist():
+        taken.setdefault(block, []).append((begin, end, shared))
+        order.append((parts == 1, (parts == 1) * block // blocks))
+        slots += [slot] * (slot >= 0)
+        assert slot == (-1 if parts == 1 else first_slot + len(taken[block]) - 1)
+    assert order == sorted(order) and slots == list(range(needs[11]))
+    assert sorted(taken) == [row * blocks + i for row in range(plan.batch) for i in range(0, blocks, 2)]
+    found = 0
+    for block, parts in taken.items():
+        pair = lists[block : block + min(2, blocks - block % blocks)]
+        full = [tiles[first + masked : first + total] for first, _, masked, total in pair]
+        alike = 0
+        while len(pair) == 2 and alike < min(map(len, full)) and torch.equal(full[0][alike], full[1][alike]):
+            alike += 1
+        assert {shared for _, _, shared in parts} == {alike}
+        places = sum(total for *_, total in pair) - alike
+        assert [begin for begin, _, _ in parts] + [places] == [0] + [end for _, end, _ in parts]
+        assert all(end - begin <= (split or 16) for begin, end, _ in parts)
+        found += alike
+    assert found > 0
+
+
 def test_lines_are_split_by_the_share_of_a_row():
     """Over lines made up for it: nothing else makes lines that long in reasonable time."""
     rows, q_blocks, k_blocks = 3, 5, 6

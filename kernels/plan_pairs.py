@@ -1,0 +1,91 @@
+"""Work items of pairs of neighbouring blocks of the same-instrument pass, for `hopper_forward`.
+
+Pair p of a batch row are its blocks 2p and 2p + 1, by queries; the last block of a row may stand alone. See
+`hopper_forward` for the sequence of a pair's tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from .plan_work import LEAST_SPLIT, PAIR_SLOTS, work_key
+from .tiles import BLOCK, PAIR_ITEMS
+
+
+@triton.jit(do_not_specialize=["tiles", "batch", "q_blocks", "pairs"])
+def share_kernel(
+    table_ptr, gathered_ptr, shared_ptr, places_ptr, tiles, batch, q_blocks, pairs, CHUNK: tl.constexpr
+):
+    """Of a pair: how many full tiles both lists begin with, and how many tiles the two have together."""
+    pair = tl.program_id(0)
+    block = pair // pairs * q_blocks + pair % pairs * 2
+    list_0 = table_ptr + (batch * q_blocks + block) * 4
+    has_second = block % q_blocks + 1 < q_blocks
+    list_1 = list_0 + tl.where(has_second, 4, 0)
+    masked_0, total_0 = tl.load(list_0 + 2), tl.load(list_0 + 3)
+    masked_1, total_1 = tl.load(list_1 + 2), tl.load(list_1 + 3)
+    full_0, full_1 = tl.load(list_0) + masked_0, tl.load(list_1) + masked_1
+    most = tl.where(has_second, tl.minimum(total_0 - masked_0, total_1 - masked_1), 0)
+    room = tiles - tl.maximum(full_0, full_1)  # of a buffer that may be too small
+    most = tl.maximum(tl.minimum(most, room), 0)
+    offs = tl.arange(0, CHUNK)
+    shared = 0
+    while shared < most:
+        tile = shared + offs  # [CHUNK]
+        token = tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mask = (tile < most)[:, None]
+        token_0 = tl.load(gathered_ptr + full_0 * BLOCK + token, mask=mask, other=0)
+        token_1 = tl.load(gathered_ptr + full_1 * BLOCK + token, mask=mask, other=0)
+        differs = tl.max((token_0 != token_1).to(tl.int32), 1)
+        same = tl.min(tl.where((differs != 0) | (tile >= most), offs, CHUNK), 0)
+        shared += same
+        most = tl.where(same < CHUNK, shared, most)
+    tl.store(shared_ptr + pair, shared)
+    tl.store(places_ptr + pair, total_0 + tl.where(has_second, total_1, 0) - shared)
+
+
+@triton.jit(do_not_specialize=["items", "batch", "q_blocks", "pairs", "split"])
+def pair_kernel(
+    shared_ptr, places_ptr, ends_ptr, items_ptr, needs_ptr, items, batch, q_blocks, pairs, split,
+    CHUNK: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Work items of pairs in the order of work, int32 [items, 8], as those of `plan_work.work_kernel`.
+
+    An item is (first block of the pair, first place, end place, slot, first slot of the pair, items of the
+    pair, shared tiles, ...). A pair is split as a block is, by its places.
+    """
+    number = batch * pairs
+    q_lists = batch * q_blocks
+    tiles = tl.load(ends_ptr + 2 * q_lists - 1) - tl.load(ends_ptr + q_lists - 1)
+    most = tl.where(split > 0, split, tl.maximum(tiles // (64 * batch), LEAST_SPLIT))
+    own = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.load(places_ptr + own, mask=own < number, other=0)
+    shared = tl.load(shared_ptr + own, mask=own < number, other=0)
+    splits = tl.maximum((total + most - 1) // most, 1)
+    key = work_key(own, total, splits, batch, pairs)
+    item = tl.zeros([CHUNK], tl.int32)
+    all_items, all_slots = 0, 0
+    for start in range(0, number, ACROSS):
+        other = start + tl.arange(0, ACROSS)
+        mask = other < number
+        other_total = tl.load(places_ptr + other, mask=mask, other=-1)
+        other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
+        other_key = work_key(other, other_total, other_splits, batch, pairs)
+        before = other_key[None, :] > key[:, None]
+        before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
+        before &= mask[None, :]
+        item += tl.sum(tl.where(before, other_splits[None, :], 0), 1)
+        all_items += tl.sum(other_splits, 0)
+        all_slots += tl.sum(tl.where(other_splits > 1, other_splits, 0), 0)
+    for split_id in range(0, tl.max(splits, 0)):
+        keep = (own < number) & (split_id < splits) & (item + split_id < items)
+        at = items_ptr + (item + split_id) * 8
+        tl.store(at, own // pairs * q_blocks + own % pairs * 2, mask=keep)
+        tl.store(at + 1, split_id * total // splits, mask=keep)
+        tl.store(at + 2, (split_id + 1) * total // splits, mask=keep)
+        tl.store(at + 3, tl.where(splits > 1, item + split_id, -1), mask=keep)
+        tl.store(at + 4, item, mask=keep)
+        tl.store(at + 5, splits, mask=keep)
+        tl.store(at + 6, shared, mask=keep)
+    if tl.program_id(0) == 0:
+        tl.store(needs_ptr + PAIR_SLOTS, all_slots)
+        tl.store(needs_ptr + PAIR_ITEMS, all_items)

@@ -1,0 +1,162 @@
+"""The forward kernel in Gluon. Nothing interprets Gluon: on a CPU its order of tiles and its code are tested,
+its results on a GPU of Hopper's."""
+
+import types
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from meloformer.kernels import hopper_forward, ops
+from meloformer.kernels.launch import Gpu, Specialized, can_specialize, launches_for, override
+from meloformer.kernels.plan import Plan
+
+from helpers.attention_cases import check_error, dense_case, plain_attention, song, structure
+from helpers.fake_gpu import GPUS, KB, builds, gpu_of
+from helpers.plan_cases import DEVICE, PlanOfMasks
+
+HOPPER = DEVICE == "cuda" and can_specialize(Gpu.of(torch.device("cuda")), 64, 2)
+
+
+def as_python(kernel):
+    """A function on scalars, called with numbers of Python."""
+    numbers = types.SimpleNamespace(where=lambda c, a, b: a if c else b, minimum=min, maximum=max)
+    return types.FunctionType(kernel.fn.__code__, {**kernel.fn.__globals__, "gl": numbers})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_block_finds_its_own_tiles_in_the_ring_and_skips_no_round_of_it(seed):
+    place, turns_before, tile_at = map(
+        as_python, (hopper_forward._place, hopper_forward._turns_before, hopper_forward._tile_at)
+    )
+    random = Random(seed)
+    for _ in range(100):
+        full, masked = [random.randrange(9) for _ in "01"], [random.randrange(6) for _ in "01"]
+        shared = random.randint(0, min(full))
+        turns = [f + m for f, m in zip(full, masked)]
+        alternating, places = min(turns) - shared, sum(turns) - shared
+        parts = random.randint(1, 3)
+        taken = [], []
+        for part in range(parts):
+            begin, end = (i * places // parts for i in (part, part + 1))
+            lists = 1000, masked[0], turns[0], 2000, masked[1], turns[1]
+            ring = {at: tile_at(at, shared, alternating, *lists) for at in range(begin, end)}
+            owners = {at: [] for at in ring}
+            for which in (0, 1):
+                before, after = (
+                    turns_before(at, which, shared, alternating, turns[which]) for at in (begin, end)
+                )
+                last = begin - 1
+                for turn in range(before, after):
+                    at = place(turn, which, shared, alternating)
+                    assert last < at <= last + 2
+                    last = at
+                    owners[at].append(which)
+                    whose = 0 if turn < shared else which  # of a shared tile the first block's list is read
+                    tile = masked[whose] + turn if turn < full[which] else turn - full[which]
+                    assert ring[at] == 1000 * (whose + 1) + tile
+                taken[which].extend(range(before, after))
+            assert all(owners[at] == [0, 1] if at < shared else len(owners[at]) == 1 for at in ring)
+        assert [*map(list, taken)] == [[*range(number)] for number in turns]
+
+
+def test_it_is_asked_for_where_it_can_run():
+    hopper = gpu_of(90)
+    assert can_specialize(hopper, 64, 2)
+    for gpu, dim, size in (
+        (hopper, 64, 4),
+        (hopper, 32, 2),
+        (gpu_of(80), 64, 2),
+        (gpu_of(120), 64, 2),
+        (replace(hopper, vendor="amd"), 64, 2),
+    ):
+        assert not can_specialize(gpu, dim, size)
+    with pytest.raises(ValueError, match="lag must be 1 to 3, got 4"):
+        Specialized(lag=4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.builds)])
+def test_what_the_compiler_makes_of_it(dtype):
+    """Two programs on a multiprocessor, copies of 16 bytes, products that do not wait for each other."""
+    ((build,),) = builds((90, dtype, 64, ("specialized",)))
+    assert build["kernel"] == "hopper_forward_kernel"
+    assert not build["serialized"] and build["spills"] <= 64, build
+    assert build["cp_async"] == 8 and build["wgmma"] == 32, build
+    assert build["threads"] == 384 and build["registers"] == 80, build
+    assert 2 * (build["shared"] + KB) <= GPUS[90][1], build
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="no GPU of Hopper's")
+class TestOnHopper:
+    NAMES = ("q", "k_s", "v_s", "k_r", "v_r")
+
+    def launches(self, **fields):
+        found = launches_for(torch.device("cuda"), torch.bfloat16, 64)
+        plain = replace(found, forward_same_inst=found.forward_local)
+        assert not isinstance(plain.forward_same_inst, Specialized)
+        return plain, replace(plain, forward_same_inst=Specialized(**fields))
+
+    def check(self, inputs, plan, plain, masks):
+        """The error against float64 is that of the plain kernel, up to a rounding or two."""
+        q, k_s, v_s, k_r, v_r = inputs
+        keys, values = (torch.cat(pair, 2).double() for pair in ((k_s, k_r), (v_s, v_r)))
+        exact = plain_attention(q.double(), keys, values, masks)
+        twin, specialized = plain
+        with override(twin):
+            expected, expected_lse = ops.update(*inputs, *plan)
+        with override(specialized):
+            got, lse = ops.update(*inputs, *plan)
+            again, lse_again = ops.update(*inputs, *plan)
+        check_error("o", got, expected, exact, times=1.1)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-4)
+        assert torch.equal(got, again) and torch.equal(lse, lse_again)
+
+    def draw(self, rows, heads, n, m, dtype, seed=0):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return [
+            torch.randn(rows, length, heads, 64, device="cuda", generator=generator).to(dtype).transpose(1, 2)
+            for length in (n, m, m, n, n)
+        ]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("split", [0, 1, 3])
+    @pytest.mark.parametrize("kind_rule", ["any", "alike"])
+    def test_songs(self, kind_rule, split, dtype):
+        r = Random(split)
+        batch = [
+            [song(r, 60, (128, 33, 0, 80, 25), resting=0.2)],
+            [song(r, 9), song(r, 20, (0,)), song(r, 3)],
+        ]
+        packed = structure(batch, num_summaries=64, kind_rule=kind_rule).to("cuda")
+        plan = Plan(packed, split).finalize()
+        assert plan.items[4, : plan.needs[12], 6].any() or kind_rule == "alike"
+        inputs = self.draw(*packed.doc.shape[:1], 3, packed.doc.shape[1], 64, dtype)
+        self.check(inputs, plan.tensors, self.launches(), dense_case(packed).regular_mask.to("cuda"))
+
+    @pytest.mark.parametrize("fields", [{}, dict(num_stages=3, lag=1), dict(num_stages=6, lag=5)], ids=str)
+    @pytest.mark.parametrize("seed", range(4))
+    def test_any_mask(self, seed, fields):
+        generator = torch.Generator().manual_seed(seed)
+        dice = torch.rand(2, 700, 713, generator=generator)
+        near, far = dice < 0.2, dice > 0.6
+        near[:, 5:9], far[:, 8:12] = False, False
+        near[:, 20:90, 60:], far[0, 200:300] = False, False
+        far[:, :, 50:450] |= seed % 2 == 0
+        far[:, :, :13] = False
+        far &= ~near
+        plan = PlanOfMasks(near, far, 13, split=1 + 3 * (seed // 2), seed=seed)
+        inputs = self.draw(2, 2, 700, 13, torch.bfloat16, seed)
+        self.check(inputs, plan.tensors, self.launches(**fields), (near | far).to("cuda"))
+
+    def test_a_hundred_repeats(self):
+        packed = structure([[song(Random(3), 60, (128, 33, 0), resting=0.1)]], num_summaries=64).to("cuda")
+        plan = Plan(packed, 7).finalize().tensors
+        inputs = self.draw(1, 8, packed.doc.shape[1], 64, torch.bfloat16)
+        with override(self.launches()[1]):
+            first, _ = ops.update(*inputs, *plan)
+            for _ in range(100):
+                assert torch.equal(first, ops.update(*inputs, *plan)[0])
