@@ -15,6 +15,7 @@ Of a place that one block has alone, the producer frees the buffer in the name o
 at most one place at a time, fewer than the ring holds, so that no phase of a barrier passes unseen.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -46,6 +47,13 @@ def _turns_before(place, which, shared, alternating, turns):
     after = gl.maximum(place - shared, 0)
     alone = gl.where(after <= 2 * alternating, (after + 1 - which) // 2, after - alternating)
     return gl.minimum(gl.minimum(place, shared) + alone, turns)
+
+
+@gluon.jit
+def _slot(nth, STAGES: gl.constexpr):
+    """The buffer of the nth place of a program, and the phase of its barriers."""
+    nth = nth.to(gl.uint32)  # a division of what has a sign costs more
+    return (nth % STAGES).to(gl.int32), ((nth // STAGES) & 1).to(gl.int32)
 
 
 @gluon.jit
@@ -112,15 +120,17 @@ def _produce(
                 following, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1
             )
             token = gl.load(gathered_ptr + tile * _BLOCK + offs_n)
-            slot = nth % STAGES
-            mbarrier.wait(free.index(slot), ((nth // STAGES) & 1) ^ 1)  # the first round finds all of it free
+            slot, phase = _slot(nth, STAGES)
+            mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
             async_copy.async_copy_global_to_shared(k_ring.index(slot), k_ptrs + offs_d[None, :])
             async_copy.async_copy_global_to_shared(v_ring.index(slot), v_ptrs + offs_d[None, :])
             mbarrier.arrive(free.index(slot), pred=place >= shared)
         async_copy.commit_group()
         async_copy.wait_group(LAG)
         fence_async_shared()
-        mbarrier.arrive(ready.index((nth + STAGES - LAG) % STAGES), pred=nth >= LAG)
+        tl.debug_barrier()  # all threads of the producer have passed the fence
+        announced, unused = _slot(nth + STAGES - LAG, STAGES)
+        mbarrier.arrive(ready.index(announced), pred=nth >= LAG)
 
 
 @gluon.jit
@@ -134,12 +144,11 @@ def _attend(
     CHANNELS: gl.constexpr = acc.type.layout
     offs_n = gl.arange(0, _BLOCK, gl.SliceLayout(0, KEYS))
     for turn in range(turns, end):
-        nth = _place(turn, which, shared, alternating) - begin
-        slot = nth % STAGES
+        slot, phase = _slot(_place(turn, which, shared, alternating) - begin, STAGES)
         if MASKED:
             word_ptrs = bits_ptr + (turn - turns) * (2 * _BLOCK) + offs_m
             low, high = gl.load(word_ptrs), gl.load(word_ptrs + _BLOCK)  # [64]
-        mbarrier.wait(ready.index(slot), (nth // STAGES) & 1)
+        mbarrier.wait(ready.index(slot), phase)
         qk = warpgroup_mma(
             q_tile, k_ring.index(slot).permute((1, 0)), gl.zeros([_BLOCK, _BLOCK], gl.float32, KEYS),
             use_acc=False, is_async=True,
@@ -199,6 +208,7 @@ def _consume(
         row = gl.maximum(gl.load(order_ptr + row_offs) - summaries, 0)[:, None]  # [64, 1]
         q_tile.store(gl.load(head_ptr(q_ptr, q_strides, b, h) + row * q_strides[2] + row_d))
         fence_async_shared()
+        tl.debug_barrier()
 
         offs_m = gl.arange(0, _BLOCK, OF_KEYS)
         acc = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
@@ -258,7 +268,7 @@ def _consume(
                 acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, gl.maximum(lse, _LOWEST), l_part)
             fully_masked = l_i == 0
             l_i = gl.where(fully_masked, 1.0, l_i)
-            q_tile.store((acc / l_i[:, None]).to(q_tile.dtype))
+            q_tile.store((acc * (1 / l_i)[:, None]).to(q_tile.dtype))
             lse = gl.where(fully_masked, float("-inf"), m_i + gl.log2(l_i))
             gl.store(lse_ptr + query, lse, mask=m_mask)
             o = q_tile.load(ROWS)  # so that a thread stores 16 bytes
