@@ -50,7 +50,7 @@ def _turns_before(place, which, shared, alternating, turns):
 
 
 @gluon.jit
-def _slot(nth, STAGES: gl.constexpr):
+def ring_slot(nth, STAGES: gl.constexpr):
     """The buffer of the nth place of a program, and the phase of its barriers."""
     nth = nth.to(gl.uint32)  # a division of what has a sign costs more
     return (nth % STAGES).to(gl.int32), ((nth // STAGES) & 1).to(gl.int32)
@@ -120,7 +120,7 @@ def _produce(
                 following, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1
             )
             token = gl.load(gathered_ptr + tile * _BLOCK + offs_n)
-            slot, phase = _slot(nth, STAGES)
+            slot, phase = ring_slot(nth, STAGES)
             mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
             async_copy.async_copy_global_to_shared(k_ring.index(slot), k_ptrs + offs_d[None, :])
             async_copy.async_copy_global_to_shared(v_ring.index(slot), v_ptrs + offs_d[None, :])
@@ -129,7 +129,7 @@ def _produce(
         async_copy.wait_group(LAG)
         fence_async_shared()
         tl.debug_barrier()  # all threads of the producer have passed the fence
-        announced, unused = _slot(nth + STAGES - LAG, STAGES)
+        announced = ring_slot(nth + STAGES - LAG, STAGES)[0]
         mbarrier.arrive(ready.index(announced), pred=nth >= LAG)
 
 
@@ -144,7 +144,7 @@ def _attend(
     CHANNELS: gl.constexpr = acc.type.layout
     offs_n = gl.arange(0, _BLOCK, gl.SliceLayout(0, KEYS))
     for turn in range(turns, end):
-        slot, phase = _slot(_place(turn, which, shared, alternating) - begin, STAGES)
+        slot, phase = ring_slot(_place(turn, which, shared, alternating) - begin, STAGES)
         if MASKED:
             word_ptrs = bits_ptr + (turn - turns) * (2 * _BLOCK) + offs_m
             low, high = gl.load(word_ptrs), gl.load(word_ptrs + _BLOCK)  # [64]

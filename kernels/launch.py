@@ -37,21 +37,21 @@ class Launch:
 
 @dataclass(frozen=True)
 class Specialized:
-    """How a kernel is launched whose warps have different jobs: see `hopper_forward`.
+    """How a kernel is launched whose warp groups have different jobs: see `hopper_forward`.
 
     Attributes:
-        num_stages: tiles of keys and values that the ring holds.
+        maxnreg: registers per thread of a program, on average.
+        producer_registers: of the warp group that copies; the first of those that multiply gets what is left.
+        consumer_registers: of the second of those that multiply, if there is one.
+        num_stages: gathered tiles that the ring holds.
         lag: tiles whose copies are under way at once; fewer than the ring holds.
-        maxnreg: registers per thread that a program takes.
-        producer_registers, consumer_registers: per thread of the warps that copy, and of those that multiply:
-            one program has as many of the latter twice, and 128 threads of each.
     """
 
+    maxnreg: int
+    producer_registers: int
+    consumer_registers: int | None = None
     num_stages: int = 4
     lag: int = 2
-    maxnreg: int = 80
-    producer_registers: int = 24
-    consumer_registers: int = 104
 
     def __post_init__(self):
         if not 0 < self.lag < self.num_stages:
@@ -66,8 +66,8 @@ class Launches:
     forward_same_inst: Launch | Specialized = Launch()
     dq_local: Launch = Launch()
     dq_same_inst: Launch = Launch()
-    dkv_local: Launch = Launch()
-    dkv_same_inst: Launch = Launch()
+    dkv_local: Launch | Specialized = Launch()
+    dkv_same_inst: Launch | Specialized = Launch()
 
     @classmethod
     def all(cls, launch: Launch) -> "Launches":
@@ -127,8 +127,13 @@ def read_entry(launches: dict[str, dict], **fields) -> Entry:
     return Entry(launches=Launches(**{name: Launch(**of) for name, of in launches.items()}), **fields)
 
 
-# Not before it was measured to be faster by a tenth.
-SPECIALIZE = False
+# With two programs on a multiprocessor.
+SPECIALIZED = {
+    "forward_same_inst": Specialized(maxnreg=80, producer_registers=24, consumer_registers=104),
+    "dkv_local": Specialized(maxnreg=128, producer_registers=40),
+    "dkv_same_inst": Specialized(maxnreg=128, producer_registers=40),
+}
+SPECIALIZE = False  # not before it was measured to be faster by a tenth
 
 TABLE = tuple(read_entry(**entry) for entry in ENTRIES)
 
@@ -160,11 +165,11 @@ def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
     """As `launches_for`, for elements of `itemsize` bytes."""
     found = _alike(gpu, head_dim, itemsize)
     chosen = SPECIALIZE and can_specialize(gpu, head_dim, itemsize)
-    return replace(found, forward_same_inst=Specialized()) if chosen else found
+    return replace(found, **SPECIALIZED) if chosen else found
 
 
 def can_specialize(gpu: Gpu, head_dim: int, itemsize: int) -> bool:
-    """Whether `hopper_forward` runs: it needs WGMMA, two bytes per element, rows of 128 bytes, and Gluon."""
+    """Whether the kernels in Gluon run: they need WGMMA, two bytes an element, rows of 128 bytes."""
     hopper = (gpu.vendor, gpu.capability) == ("nvidia", (9, 0))
     return hopper and itemsize == 2 and head_dim == 64 and find_spec("triton.experimental.gluon") is not None
 

@@ -161,11 +161,11 @@ class Update:
 
     def forward(self, o: Tensor, lse: Tensor, same_inst: bool) -> None:
         launch = self.launches.forward_same_inst if same_inst else self.launches.forward_local
+        kernel, constants = _forward, _constants(launch, self.dim, not same_inst)
         if isinstance(launch, Specialized):
-            kernel, constants = _forward_of_pairs(), _specialized_constants(launch, self.dim)
+            kernel = _specialized()[0]
             programs, geometry = self._pairs()
         else:
-            kernel, constants = _forward, _constants(launch, self.dim, not same_inst)
             programs, geometry = self._group(launch, same_inst, by_keys=False)
         kernel(
             programs,
@@ -197,7 +197,8 @@ class Update:
         launch = self.launches.dkv_same_inst if same_inst else self.launches.dkv_local
         programs, geometry = self._group(launch, same_inst, by_keys=True)
         dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
-        _key_gradient(
+        kernel = _specialized()[1] if isinstance(launch, Specialized) else _key_gradient
+        kernel(
             programs,
             (*self.inputs, do, stats, *gradients, self.partials, self.counters, *self.plan),
             (
@@ -209,7 +210,9 @@ class Update:
             **_constants(launch, self.dim, not same_inst),
         )
 
-    def _group(self, launch: Launch, same_inst: bool, by_keys: bool) -> tuple[tuple[int], tuple[int, ...]]:
+    def _group(
+        self, launch: Launch | Specialized, same_inst: bool, by_keys: bool
+    ) -> tuple[tuple[int], tuple[int, ...]]:
         """The grid for a group of a plan, and the kernels' arguments from `summaries` to `first_counter`."""
         batch, q_blocks, k_blocks = self.batch, self.q_blocks, self.k_blocks
         blocks = k_blocks if by_keys and not same_inst else q_blocks
@@ -218,7 +221,8 @@ class Update:
             first_list = batch * (2 * q_blocks + k_blocks if by_keys else q_blocks)
         else:
             first_block, first_list = (batch * q_blocks, 2 * batch * q_blocks) if by_keys else (0, 0)
-        programs = (batch * blocks + self.slots) * (BLOCK // launch.block_m) * self.heads
+        parts = 1 if isinstance(launch, Specialized) else BLOCK // launch.block_m  # programs of an item
+        programs = (batch * blocks + self.slots) * parts * self.heads
         group = 2 * by_keys + same_inst
         return (programs,), self._geometry(blocks, first_block, first_list, group)
 
@@ -235,7 +239,28 @@ class Update:
         return (self.summaries, blocks, first_block, first_list, group, self.items, first_counter)
 
 
-def _constants(launch: Launch, dim: int, first: bool) -> dict:
+@cache
+def _specialized() -> tuple[Launcher, Launcher]:
+    """Kernels in Gluon, of the forward and of the gradients of keys: imported where they are used, since not
+    all versions of Triton have it, and none interprets it."""
+    from .hopper_forward import hopper_forward_kernel
+    from .hopper_key_gradients import hopper_key_gradient_kernel
+
+    return Launcher(hopper_forward_kernel), Launcher(hopper_key_gradient_kernel)
+
+
+def _constants(launch: Launch | Specialized, dim: int, first: bool) -> dict:
+    if isinstance(launch, Specialized):
+        constants = {
+            "FIRST": first,
+            "D": dim,
+            "STAGES": launch.num_stages,
+            "LAG": launch.lag,
+            "PRODUCER_REGISTERS": launch.producer_registers,
+        }
+        if launch.consumer_registers is not None:
+            constants["CONSUMER_REGISTERS"] = launch.consumer_registers
+        return constants | {"num_warps": 4, "maxnreg": launch.maxnreg}
     constants = {
         "FIRST": first,
         "BM": launch.block_m,
@@ -246,27 +271,6 @@ def _constants(launch: Launch, dim: int, first: bool) -> dict:
         "num_warps": launch.num_warps,
     }
     return constants if launch.maxnreg is None else constants | {"maxnreg": launch.maxnreg}
-
-
-@cache
-def _forward_of_pairs() -> Launcher:
-    """Gluon is imported where it is used: not all versions of Triton have it, and none interprets it."""
-    from .hopper_forward import hopper_forward_kernel
-
-    return Launcher(hopper_forward_kernel)
-
-
-def _specialized_constants(launch: Specialized, dim: int) -> dict:
-    return {
-        "FIRST": False,
-        "D": dim,
-        "STAGES": launch.num_stages,
-        "LAG": launch.lag,
-        "PRODUCER_REGISTERS": launch.producer_registers,
-        "CONSUMER_REGISTERS": launch.consumer_registers,
-        "num_warps": 4,
-        "maxnreg": launch.maxnreg,
-    }
 
 
 def _addressable(x: Tensor) -> Tensor:

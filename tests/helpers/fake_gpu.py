@@ -153,13 +153,13 @@ def update(dtype: str, dim: int, kernels: Sequence[str]) -> None:
 
 
 def specialized(dtype: str, dim: int) -> None:
-    """The forward whose warps have different jobs."""
+    """The kernels whose warps have different jobs."""
     from dataclasses import replace
 
-    from meloformer.kernels.launch import Launches, Specialized, override
+    from meloformer.kernels.launch import SPECIALIZED, Launches, override
 
-    with override(replace(Launches(), forward_same_inst=Specialized())):
-        update(dtype, dim, ["forward_same_inst"])
+    with override(replace(Launches(), **SPECIALIZED)):
+        update(dtype, dim, [*SPECIALIZED])
 
 
 def summarize(dtype: str, dim: int) -> None:
