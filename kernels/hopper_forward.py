@@ -26,11 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_ring import TILE, WARPS, announce, load_words, ring_slot, seen
 from .tiles import GEOMETRY, ITEM_SIZE, PAIR_ITEMS, head_ptr, key_pointers, last_to_arrive
 
-_BLOCK = gl.constexpr(64)
 _LOWEST = gl.constexpr(-1e30)
-_WARPS = gl.constexpr(4)  # of a warp group
 
 
 @gluon.jit
@@ -47,13 +46,6 @@ def _turns_before(place, which, shared, alternating, turns):
     after = gl.maximum(place - shared, 0)
     alone = gl.where(after <= 2 * alternating, (after + 1 - which) // 2, after - alternating)
     return gl.minimum(gl.minimum(place, shared) + alone, turns)
-
-
-@gluon.jit
-def ring_slot(nth, STAGES: gl.constexpr):
-    """The buffer of the nth place of a program, and the phase of its barriers."""
-    nth = nth.to(gl.uint32)  # a division of what has a sign costs more
-    return (nth % STAGES).to(gl.int32), ((nth // STAGES) & 1).to(gl.int32)
 
 
 @gluon.jit
@@ -88,12 +80,10 @@ def _produce(
 ):  # fmt: skip
     """Copies keys and values of all places into the ring, a tile each.
 
-    The list is read a place ahead, so that no copy waits for it. A tile is announced when the next `LAG` are
-    under way: copies write as stores do and WGMMA reads through the asynchronous proxy, so there is a fence
-    between, by the threads that wrote.
+    The list is read a place ahead, so that no copy waits for it.
     """
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    offs_n = gl.arange(0, _BLOCK, gl.SliceLayout(1, COPY))
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    offs_n = gl.arange(0, TILE, gl.SliceLayout(1, COPY))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
     summaries, blocks, _, first_list, group, items, _ = geometry
     _, block, begin, end, shared, list_0, list_1, turns_0, turns_1 = _load_pair(
@@ -110,7 +100,7 @@ def _produce(
     )  # fmt: skip
     key_strides = (strides[0][2], strides[1][2], strides[2][2], strides[3][2])
     tile = _tile_at(begin, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1)
-    token = gl.load(gathered_ptr + tile * _BLOCK + offs_n)  # [64]
+    token = gl.load(gathered_ptr + tile * TILE + offs_n)  # [64]
     for place in range(begin, end + LAG):
         nth = place - begin
         if place < end:
@@ -119,18 +109,13 @@ def _produce(
             tile = _tile_at(
                 following, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1
             )
-            token = gl.load(gathered_ptr + tile * _BLOCK + offs_n)
+            token = gl.load(gathered_ptr + tile * TILE + offs_n)
             slot, phase = ring_slot(nth, STAGES)
             mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
             async_copy.async_copy_global_to_shared(k_ring.index(slot), k_ptrs + offs_d[None, :])
             async_copy.async_copy_global_to_shared(v_ring.index(slot), v_ptrs + offs_d[None, :])
             mbarrier.arrive(free.index(slot), pred=place >= shared)
-        async_copy.commit_group()
-        async_copy.wait_group(LAG)
-        fence_async_shared()
-        tl.debug_barrier()  # all threads of the producer have passed the fence
-        announced = ring_slot(nth + STAGES - LAG, STAGES)[0]
-        mbarrier.arrive(ready.index(announced), pred=nth >= LAG)
+        announce(ready, nth, STAGES, LAG)
 
 
 @gluon.jit
@@ -142,23 +127,18 @@ def _attend(
     """Takes the turns [turns, end) of a block into acc [64, D], m_i [64] and l_i [64]."""
     KEYS: gl.constexpr = m_i.type.layout.parent
     CHANNELS: gl.constexpr = acc.type.layout
-    offs_n = gl.arange(0, _BLOCK, gl.SliceLayout(0, KEYS))
     for turn in range(turns, end):
         slot, phase = ring_slot(_place(turn, which, shared, alternating) - begin, STAGES)
         if MASKED:
-            word_ptrs = bits_ptr + (turn - turns) * (2 * _BLOCK) + offs_m
-            low, high = gl.load(word_ptrs), gl.load(word_ptrs + _BLOCK)  # [64]
+            low, high = load_words(bits_ptr, turn - turns, offs_m)  # [64]
         mbarrier.wait(ready.index(slot), phase)
         qk = warpgroup_mma(
-            q_tile, k_ring.index(slot).permute((1, 0)), gl.zeros([_BLOCK, _BLOCK], gl.float32, KEYS),
+            q_tile, k_ring.index(slot).permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, KEYS),
             use_acc=False, is_async=True,
         )  # fmt: skip
         qk = warpgroup_mma_wait(0, deps=[qk])  # [64, 64]
         if MASKED:
-            word = gl.where((offs_n < 32)[None, :], low[:, None], high[:, None])  # see `tiles.tile_mask`
-            word = word >> (4 * (offs_n & 6))[None, :]
-            seen = (word & (1 << (4 * (offs_n & 1) + ((offs_n & 31) >> 3)))[None, :]) != 0
-            qk = gl.where(seen, qk, float("-inf"))
+            qk = gl.where(seen(low, high, KEYS), qk, float("-inf"))
         m_new = gl.maximum(m_i, gl.max(qk, 1) * scale)  # [64]
         p = gl.exp2(qk * scale - m_new[:, None])  # [64, 64]
         alpha = gl.exp2(m_i - m_new)
@@ -186,9 +166,9 @@ def _consume(
     FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The part of block `which` of a pair: its queries, its turns among the places, its results."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [_WARPS, 1], [1, 0])
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, 64, 16])
-    CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, D, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
+    CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     OF_KEYS: gl.constexpr = gl.SliceLayout(1, KEYS)
     OF_CHANNELS: gl.constexpr = gl.SliceLayout(1, CHANNELS)
     q_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr = pointers
@@ -202,18 +182,18 @@ def _consume(
     exists = (which == 0) | (block % blocks + 1 < blocks)
     if exists & (FIRST | (turns > 0)):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-        order_ptr += (first_block + block + which) * _BLOCK
-        row_offs = gl.arange(0, _BLOCK, gl.SliceLayout(1, ROWS))
+        order_ptr += (first_block + block + which) * TILE
+        row_offs = gl.arange(0, TILE, gl.SliceLayout(1, ROWS))
         row_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
         row = gl.maximum(gl.load(order_ptr + row_offs) - summaries, 0)[:, None]  # [64, 1]
         q_tile.store(gl.load(head_ptr(q_ptr, q_strides, b, h) + row * q_strides[2] + row_d))
         fence_async_shared()
         tl.debug_barrier()
 
-        offs_m = gl.arange(0, _BLOCK, OF_KEYS)
-        acc = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
-        m_i = gl.full([_BLOCK], _LOWEST, gl.float32, OF_KEYS)
-        l_i = gl.zeros([_BLOCK], gl.float32, OF_KEYS)
+        offs_m = gl.arange(0, TILE, OF_KEYS)
+        acc = gl.zeros([TILE, D], gl.float32, CHANNELS)
+        m_i = gl.full([TILE], _LOWEST, gl.float32, OF_KEYS)
+        l_i = gl.zeros([TILE], gl.float32, OF_KEYS)
         full = turns - gl.load(list_ptr + 2)
         first_turn = _turns_before(begin, which, shared, alternating, turns)
         last_turn = _turns_before(end, which, shared, alternating, turns)
@@ -222,7 +202,7 @@ def _consume(
             acc, m_i, l_i, q_tile, k_ring, v_ring, ready, free, bits_ptr, scale,
             first_turn, border, which, begin, shared, alternating, offs_m, False, STAGES,
         )  # fmt: skip
-        bits_ptr += (gl.load(list_ptr + 1) + border - full) * (2 * _BLOCK)
+        bits_ptr += (gl.load(list_ptr + 1) + border - full) * (2 * TILE)
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q_tile, k_ring, v_ring, ready, free, bits_ptr, scale,
             border, last_turn, which, begin, shared, alternating, offs_m, True, STAGES,
@@ -230,28 +210,28 @@ def _consume(
 
         m_i = gl.convert_layout(m_i, OF_CHANNELS, assert_trivial=True)
         l_i = gl.convert_layout(l_i, OF_CHANNELS, assert_trivial=True)
-        offs_m = gl.arange(0, _BLOCK, OF_CHANNELS)
+        offs_m = gl.arange(0, TILE, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))
         slot = gl.load(pair_ptr + 3)
         complete = slot < 0
         if slot >= 0:
-            size = _BLOCK * (D + 2)
+            size = TILE * (D + 2)
             partial_ptr = partials_ptr + ((slot.to(gl.int64) * heads + h) * 2 + which) * size
             offs_md = offs_m[:, None] * D + offs_d[None, :]  # [64, D]
             gl.store(partial_ptr + offs_md, acc)
-            gl.store(partial_ptr + _BLOCK * D + offs_m, m_i)
-            gl.store(partial_ptr + _BLOCK * D + _BLOCK + offs_m, l_i)
+            gl.store(partial_ptr + TILE * D + offs_m, m_i)
+            gl.store(partial_ptr + TILE * D + TILE + offs_m, l_i)
             first_slot, splits = gl.load(pair_ptr + 4), gl.load(pair_ptr + 5)
             head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, which, 2)
             if complete:
-                acc = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
-                m_i = gl.full([_BLOCK], _LOWEST, gl.float32, OF_CHANNELS)
-                l_i = gl.zeros([_BLOCK], gl.float32, OF_CHANNELS)
+                acc = gl.zeros([TILE, D], gl.float32, CHANNELS)
+                m_i = gl.full([TILE], _LOWEST, gl.float32, OF_CHANNELS)
+                l_i = gl.zeros([TILE], gl.float32, OF_CHANNELS)
                 partial_ptr = partials_ptr + ((first_slot.to(gl.int64) * heads + h) * 2 + which) * size
                 for _ in range(0, splits):
-                    m_part = gl.load(partial_ptr + _BLOCK * D + offs_m, cache_modifier=".cg")  # [64]
-                    l_part = gl.load(partial_ptr + _BLOCK * D + _BLOCK + offs_m, cache_modifier=".cg")
+                    m_part = gl.load(partial_ptr + TILE * D + offs_m, cache_modifier=".cg")  # [64]
+                    l_part = gl.load(partial_ptr + TILE * D + TILE + offs_m, cache_modifier=".cg")
                     acc_part = gl.load(partial_ptr + offs_md, cache_modifier=".cg")  # [64, D]
                     acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, m_part, l_part)
                     partial_ptr += heads * (2 * size)
@@ -289,10 +269,10 @@ def hopper_forward_kernel(
     `update_forward.forward_kernel`. Of a pair that is split, `partials` holds both blocks in turn.
     """
     if gl.program_id(0) // heads < gl.load(needs_ptr + PAIR_ITEMS):
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_BLOCK, D], q_ptr.dtype.element_ty)
-        k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, _BLOCK, D], RING)
-        v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, _BLOCK, D], RING)
-        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, _BLOCK, D], RING)
+        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], q_ptr.dtype.element_ty)
+        k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, TILE, D], RING)
+        v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, TILE, D], RING)
+        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, TILE, D], RING)
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
@@ -320,6 +300,6 @@ def hopper_forward_kernel(
                     heads, geometry, k_ring, v_ring, ready, free, FIRST, D, STAGES, LAG,
                 )),
             ],
-            [_WARPS, _WARPS],
+            [WARPS, WARPS],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

@@ -9,7 +9,6 @@ statistics into a ring of buffers, with few registers, and the other multiplies 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -17,21 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_forward import ring_slot
+from .hopper_ring import TILE, WARPS, copy_tiles, load_words, ring_slot, seen
 from .tiles import GEOMETRY, ITEM_COUNTS, head_ptr, last_to_arrive, load_item, load_split
-
-_BLOCK = gl.constexpr(64)
-_WARPS = gl.constexpr(4)  # of a warp group
 
 
 @gluon.jit
 def _produce(
-    pointers, strides, heads, queries, geometry, q_ring, do_ring, lse_ring, delta_ring, ready, free,
+    pointers, strides, heads, queries, geometry, rings, ready, free,
     D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
-    """Copies the queries of all tiles of the item into the ring; see `hopper_forward._produce`."""
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [_WARPS, 1], [1, 0])
-    EACH: gl.constexpr = gl.BlockedLayout([1], [32], [_WARPS], [0])
+    """Copies the queries of the item, with all that belongs to them, into the ring."""
     q_ptr, do_ptr, stats_ptr, table_ptr, gathered_ptr, items_ptr = pointers
     q_strides, do_strides = strides
     blocks, first_list, group, items = geometry
@@ -41,32 +35,11 @@ def _produce(
     b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
     q_ptr, do_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
     stats_ptr += (b * heads + h) * queries * 2
-    gathered_ptr += (first + begin) * _BLOCK
-    offs_n = gl.arange(0, _BLOCK, gl.SliceLayout(1, COPY))
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    offs = gl.arange(0, _BLOCK, EACH)
-    tiles = end - begin
-    last = gl.maximum(tiles - 1, 0)
-    query, own = gl.load(gathered_ptr + offs_n), gl.load(gathered_ptr + offs)  # [64] each, of the same
-    for nth in range(0, tiles + LAG):
-        if nth < tiles:
-            q_ptrs = q_ptr + query[:, None] * q_strides[2] + offs_d[None, :]
-            do_ptrs = do_ptr + query[:, None] * do_strides[2] + offs_d[None, :]
-            stats_ptrs = stats_ptr + own * 2
-            following = gathered_ptr + gl.minimum(nth + 1, last) * _BLOCK
-            query, own = gl.load(following + offs_n), gl.load(following + offs)
-            slot, phase = ring_slot(nth, STAGES)
-            mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
-            async_copy.async_copy_global_to_shared(q_ring.index(slot), q_ptrs)
-            async_copy.async_copy_global_to_shared(do_ring.index(slot), do_ptrs)
-            async_copy.async_copy_global_to_shared(lse_ring.index(slot), stats_ptrs)
-            async_copy.async_copy_global_to_shared(delta_ring.index(slot), stats_ptrs + 1)
-        async_copy.commit_group()
-        async_copy.wait_group(LAG)
-        fence_async_shared()
-        tl.debug_barrier()  # all threads of the producer have passed the fence
-        announced = ring_slot(nth + STAGES - LAG, STAGES)[0]
-        mbarrier.arrive(ready.index(announced), pred=nth >= LAG)
+    rows, steps = (q_ptr, do_ptr, q_ptr, do_ptr), (q_strides[2], do_strides[2], q_strides[2], do_strides[2])
+    copy_tiles(
+        gathered_ptr + (first + begin) * TILE, end - begin, rows, steps, 0, stats_ptr, rings, ready, free,
+        False, True, D, STAGES, LAG,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -79,14 +52,12 @@ def _add_key_gradients(
     CHANNELS: gl.constexpr = dk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, CHANNELS, 2)
-    offs_n = gl.arange(0, _BLOCK, COLUMNS)
     for nth in range(begin, end):
         slot, phase = ring_slot(nth, STAGES)
         if MASKED:
-            word_ptrs = bits_ptr + nth * (2 * _BLOCK) + offs_m
-            low, high = gl.load(word_ptrs), gl.load(word_ptrs + _BLOCK)  # [64]
+            low, high = load_words(bits_ptr, nth, offs_m)  # [64]
         mbarrier.wait(ready.index(slot), phase)
-        zeros = gl.zeros([_BLOCK, _BLOCK], gl.float32, KEYS)
+        zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
         kq = warpgroup_mma(
             k_tile, q_ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
         )  # fmt: skip
@@ -97,10 +68,7 @@ def _add_key_gradients(
         kq = warpgroup_mma_wait(1, deps=[kq])  # [64, 64]
         p = gl.exp2(kq * scale - lse[None, :])
         if MASKED:
-            word = gl.where((offs_n < 32)[None, :], low[:, None], high[:, None])  # see `tiles.tile_mask`
-            word = word >> (4 * (offs_n & 6))[None, :]
-            seen = (word & (1 << (4 * (offs_n & 1) + ((offs_n & 31) >> 3)))[None, :]) != 0
-            p = gl.where(seen, p, 0.0)
+            p = gl.where(seen(low, high, KEYS), p, 0.0)
         p_operand = gl.convert_layout(p.to(q_ring.dtype), OPERAND)
         delta = delta_ring.index(slot).load(COLUMNS)  # [64]
         dp = warpgroup_mma_wait(0, deps=[dp])  # [64, 64]
@@ -120,9 +88,9 @@ def _consume(
     FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The keys of the item and their gradients."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [_WARPS, 1], [1, 0])
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, 64, 16])
-    CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, D, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
+    CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     OF_CHANNELS: gl.constexpr = gl.SliceLayout(1, CHANNELS)
     partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr = pointers
     k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr = key_pointers
@@ -133,8 +101,8 @@ def _consume(
     )
     if FIRST | (num_tiles > 0):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-        order_ptr += (first_block + block) * _BLOCK
-        row_offs = gl.arange(0, _BLOCK, gl.SliceLayout(1, ROWS))
+        order_ptr += (first_block + block) * TILE
+        row_offs = gl.arange(0, TILE, gl.SliceLayout(1, ROWS))
         row_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
         k_ptr, v_ptr = head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h)
         dk_ptr, dv_ptr = head_ptr(dk_r_ptr, dk_r_strides, b, h), head_ptr(dv_r_ptr, dk_r_strides, b, h)
@@ -153,11 +121,11 @@ def _consume(
         fence_async_shared()
         tl.debug_barrier()
 
-        dk = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
-        dv = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
+        dk = gl.zeros([TILE, D], gl.float32, CHANNELS)
+        dv = gl.zeros([TILE, D], gl.float32, CHANNELS)
         border = gl.minimum(gl.maximum(num_masked, begin), end) - begin  # masked tiles come first
-        bits_ptr += (first_masked + begin) * (2 * _BLOCK)
-        offs_m = gl.arange(0, _BLOCK, gl.SliceLayout(1, KEYS))
+        bits_ptr += (first_masked + begin) * (2 * TILE)
+        offs_m = gl.arange(0, TILE, gl.SliceLayout(1, KEYS))
         dk, dv = _add_key_gradients(
             dk, dv, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr, scale,
             0, border, offs_m, KEYS, True, STAGES,
@@ -168,25 +136,25 @@ def _consume(
         )  # fmt: skip
         dk *= softmax_scale
 
-        offs_m = gl.arange(0, _BLOCK, OF_CHANNELS)
+        offs_m = gl.arange(0, TILE, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
         complete = slot < 0
         if slot >= 0:
-            partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * _BLOCK * D)
+            partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * TILE * D)
             offs_md = offs_m[:, None] * D + offs_d  # [64, D]
             gl.store(partial_ptr + offs_md, dk)
-            gl.store(partial_ptr + _BLOCK * D + offs_md, dv)
+            gl.store(partial_ptr + TILE * D + offs_md, dv)
             first_slot, splits = load_split(item_ptr)
             head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, 0, 1)
             if complete:
-                dk = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
-                dv = gl.zeros([_BLOCK, D], gl.float32, CHANNELS)
-                partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (2 * _BLOCK * D)
+                dk = gl.zeros([TILE, D], gl.float32, CHANNELS)
+                dv = gl.zeros([TILE, D], gl.float32, CHANNELS)
+                partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (2 * TILE * D)
                 for _part in range(0, splits):
                     dk += gl.load(partial_ptr + offs_md, cache_modifier=".cg")
-                    dv += gl.load(partial_ptr + _BLOCK * D + offs_md, cache_modifier=".cg")
-                    partial_ptr += heads * (2 * _BLOCK * D)
+                    dv += gl.load(partial_ptr + TILE * D + offs_md, cache_modifier=".cg")
+                    partial_ptr += heads * (2 * TILE * D)
         if complete:
             if not FIRST:  # add to what the first pass stored
                 key = gl.load(order_ptr + offs_m)[:, None]  # [64, 1]
@@ -214,14 +182,14 @@ def hopper_key_gradient_kernel(
     """dk and dv of the 64 keys of one work item of one head: see `update_backward.key_gradient_kernel`."""
     if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
         DTYPE: gl.constexpr = q_ptr.dtype.element_ty
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_BLOCK, D], DTYPE)
+        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], DTYPE)
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, _BLOCK, D], RING)
-        do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, _BLOCK, D], RING)
-        lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, _BLOCK], PLAIN)
-        delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, _BLOCK], PLAIN)
-        k_tile = gl.allocate_shared_memory(DTYPE, [_BLOCK, D], RING)
-        v_tile = gl.allocate_shared_memory(DTYPE, [_BLOCK, D], RING)
+        q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, D], RING)
+        do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, D], RING)
+        lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
+        delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
+        k_tile = gl.allocate_shared_memory(DTYPE, [TILE, D], RING)
+        v_tile = gl.allocate_shared_memory(DTYPE, [TILE, D], RING)
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
@@ -241,9 +209,9 @@ def hopper_key_gradient_kernel(
                 (_produce, (
                     (q_ptr, do_ptr, stats_ptr, table_ptr, gathered_ptr, items_ptr),
                     (q_strides, do_strides), heads, queries, (blocks, first_list, group, items),
-                    q_ring, do_ring, lse_ring, delta_ring, ready, free, D, STAGES, LAG,
+                    (q_ring, do_ring, lse_ring, delta_ring), ready, free, D, STAGES, LAG,
                 )),
             ],
-            [_WARPS],
+            [WARPS],
             [PRODUCER_REGISTERS],
         )  # fmt: skip

@@ -180,7 +180,8 @@ class Update:
         """The local pass also writes `stats`, float32 [B, H, N, 2], which all later launches read."""
         launch = self.launches.dq_same_inst if same_inst else self.launches.dq_local
         programs, geometry = self._group(launch, same_inst, by_keys=False)
-        _query_gradient(
+        kernel = _specialized()[1] if isinstance(launch, Specialized) else _query_gradient
+        kernel(
             programs,
             (*self.inputs, o, lse, do, stats, dq, self.partials, self.counters, *self.plan),
             (
@@ -197,7 +198,7 @@ class Update:
         launch = self.launches.dkv_same_inst if same_inst else self.launches.dkv_local
         programs, geometry = self._group(launch, same_inst, by_keys=True)
         dk_s, _, dk_r, _ = gradients  # dv has the strides of dk
-        kernel = _specialized()[1] if isinstance(launch, Specialized) else _key_gradient
+        kernel = _specialized()[2] if isinstance(launch, Specialized) else _key_gradient
         kernel(
             programs,
             (*self.inputs, do, stats, *gradients, self.partials, self.counters, *self.plan),
@@ -240,13 +241,15 @@ class Update:
 
 
 @cache
-def _specialized() -> tuple[Launcher, Launcher]:
-    """Kernels in Gluon, of the forward and of the gradients of keys: imported where they are used, since not
-    all versions of Triton have it, and none interprets it."""
+def _specialized() -> tuple[Launcher, Launcher, Launcher]:
+    """Kernels in Gluon: of the forward, of the gradients of queries, and of those of keys. Imported where
+    they are used, since not all versions of Triton have Gluon, and none interprets it."""
     from .hopper_forward import hopper_forward_kernel
     from .hopper_key_gradients import hopper_key_gradient_kernel
+    from .hopper_query_gradient import hopper_query_gradient_kernel
 
-    return Launcher(hopper_forward_kernel), Launcher(hopper_key_gradient_kernel)
+    kernels = hopper_forward_kernel, hopper_query_gradient_kernel, hopper_key_gradient_kernel
+    return tuple(map(Launcher, kernels))
 
 
 def _constants(launch: Launch | Specialized, dim: int, first: bool) -> dict:

@@ -96,14 +96,14 @@ def test_it_is_asked_for_where_it_can_run():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.builds)])
 def test_what_the_compiler_makes_of_it(dtype):
-    """Two programs on a multiprocessor, copies of 16 bytes, products that do not wait for each other."""
+    """Two programs or three on a multiprocessor, copies of 16 bytes, products that do not wait for each
+    other."""
     (found,) = builds((90, dtype, 64, ("specialized",)))
-    forward, *key_gradients = found
-    assert len(key_gradients) == 2 and forward["wgmma"] == 32, found
+    assert [build["wgmma"] for build in found] == [32, 24, 24, 32, 32], found
     for build in found:
         assert not build["serialized"] and build["spills"] <= 64, build
         assert 8 <= build["cp_async"] <= 10, build
-        assert programs_at_once(build, 90) == 2, build
+        assert programs_at_once(build, 90) == (3 if build["wgmma"] == 24 else 2), build
 
 
 @pytest.mark.gpu
