@@ -110,11 +110,12 @@ def key_pointers(token, keys, key_strides, summaries, HAS_SUMMARIES: tl.constexp
     k_s, v_s, k_r, v_r = keys
     k_s_n, v_s_n, k_r_n, v_r_n = key_strides
     regular = (token - summaries)[:, None]
-    k_ptrs, v_ptrs = k_r + regular * k_r_n, v_r + regular * v_r_n
+    # Not all strides tell that rows begin at multiples of 16 bytes, to which `ops` sees, and Triton 3.8 and
+    # 3.9 forget it where addresses are chosen: nothing would be copied by 16 bytes, nor asynchronously.
+    k_ptrs = tl.multiple_of(k_r + regular * k_r_n, (16, 16))
+    v_ptrs = tl.multiple_of(v_r + regular * v_r_n, (16, 16))
     if HAS_SUMMARIES:
         is_summary = (token < summaries)[:, None]
-        # Triton 3.8 and 3.9 do not see that the chosen addresses are aligned as both are, and then copy
-        # neither 16 bytes at a time nor asynchronously. `ops` sees to the alignment.
         k_ptrs = tl.multiple_of(tl.where(is_summary, k_s + token[:, None] * k_s_n, k_ptrs), (16, 16))
         v_ptrs = tl.multiple_of(tl.where(is_summary, v_s + token[:, None] * v_s_n, v_ptrs), (16, 16))
     return k_ptrs, v_ptrs

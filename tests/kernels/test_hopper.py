@@ -176,6 +176,15 @@ class TestOnHopper:
         inputs = self.draw(2, 2, 700, 13, torch.bfloat16, seed)
         self.check(inputs, plan.tensors, self.launches(**fields), (near | far).to("cuda"))
 
+    def test_strides_that_do_not_tell_where_rows_begin(self):
+        """Tokens 72 elements apart: at multiples of 16 bytes, but not of 16 elements."""
+        packed = structure([[song(Random(4), 30, (128, 33))]], num_summaries=32).to("cuda")
+        inputs = self.draw(1, 1, packed.doc.shape[1], 32, torch.bfloat16)
+        apart = [torch.nn.functional.pad(x, (0, 8))[..., :64] for x in inputs]
+        assert all(x.stride(2) == 72 for x in apart)
+        plan = Plan(packed).finalize().tensors
+        self.check(apart, plan, self.launches(), dense_case(packed).regular_mask.to("cuda"))
+
     def test_a_hundred_repeats(self):
         packed = structure([[song(Random(3), 60, (128, 33, 0), resting=0.1)]], num_summaries=64).to("cuda")
         plan = Plan(packed, 7).finalize().tensors
