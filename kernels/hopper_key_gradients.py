@@ -44,41 +44,43 @@ def _produce(
 
 @gluon.jit
 def _add_key_gradients(
-    dk, dv, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr, scale,
-    begin, end, offs_m, KEYS: gl.constexpr,
+    dk, dv, kq, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr, scale,
+    begin, end, last, offs_m,
     MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Adds the queries of the tiles [begin, end) of the item to dk (not yet scaled) and dv, [64, D]."""
-    CHANNELS: gl.constexpr = dk.type.layout
+    """Adds the queries of the tiles [begin, end) of the item to dk (not yet scaled) and dv, [64, D].
+
+    kq [64, 64] is of tile `begin`, and then of `end`: that of the next tile is multiplied beside the rest of
+    this one. After tile `last` it is made again, and not used.
+    """
+    KEYS: gl.constexpr = kq.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, KEYS)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, CHANNELS, 2)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
     for nth in range(begin, end):
-        slot, phase = ring_slot(nth, STAGES)
-        if MASKED:
-            low, high = load_words(bits_ptr, nth, offs_m)  # [64]
-        mbarrier.wait(ready.index(slot), phase)
-        zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
-        kq = warpgroup_mma(
-            k_tile, q_ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )  # fmt: skip
+        slot = ring_slot(nth, STAGES)[0]
         dp = warpgroup_mma(
             v_tile, do_ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
         )  # fmt: skip
-        lse = lse_ring.index(slot).load(COLUMNS)  # [64]
-        kq = warpgroup_mma_wait(1, deps=[kq])  # [64, 64]
-        p = gl.exp2(kq * scale - lse[None, :])
+        if MASKED:
+            low, high = load_words(bits_ptr, nth, offs_m)  # [64]
+        p = gl.exp2(kq * scale - lse_ring.index(slot).load(COLUMNS)[None, :])
         if MASKED:
             p = gl.where(seen(low, high, KEYS), p, 0.0)
         p_operand = gl.convert_layout(p.to(q_ring.dtype), OPERAND)
+        following, phase = ring_slot(gl.minimum(nth + 1, last), STAGES)
+        mbarrier.wait(ready.index(following), phase)
+        kq_next = warpgroup_mma(
+            k_tile, q_ring.index(following).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )  # fmt: skip
+        dv = warpgroup_mma(p_operand, do_ring.index(slot), dv, is_async=True)
         delta = delta_ring.index(slot).load(COLUMNS)  # [64]
-        dp = warpgroup_mma_wait(0, deps=[dp])  # [64, 64]
-        dv = warpgroup_mma(p_operand, do_ring.index(slot), dv, is_async=True)  # runs beside dS
-        ds = p * (dp - delta[None, :])
-        ds_operand = gl.convert_layout(ds.to(q_ring.dtype), OPERAND)
-        dk = warpgroup_mma(ds_operand, q_ring.index(slot), dk, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])  # [64, D] each
+        dp = warpgroup_mma_wait(2, deps=[dp])  # [64, 64]
+        ds = gl.convert_layout((p * (dp - delta[None, :])).to(q_ring.dtype), OPERAND)
+        dk = warpgroup_mma(ds, q_ring.index(slot), dk, is_async=True)
+        dk, dv, kq = warpgroup_mma_wait(0, deps=[dk, dv, kq_next])
         mbarrier.arrive(free.index(slot))
-    return dk, dv
+    return dk, dv, kq
 
 
 @gluon.jit
@@ -126,14 +128,22 @@ def _consume(
         border = gl.minimum(gl.maximum(num_masked, begin), end) - begin  # masked tiles come first
         bits_ptr += (first_masked + begin) * (2 * TILE)
         offs_m = gl.arange(0, TILE, gl.SliceLayout(1, KEYS))
-        dk, dv = _add_key_gradients(
-            dk, dv, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr, scale,
-            0, border, offs_m, KEYS, True, STAGES,
-        )  # fmt: skip
-        dk, dv = _add_key_gradients(
-            dk, dv, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr, scale,
-            border, end - begin, offs_m, KEYS, False, STAGES,
-        )  # fmt: skip
+        last = end - begin - 1
+        if last >= 0:
+            mbarrier.wait(ready.index(0), 0)
+            kq = warpgroup_mma(
+                k_tile, q_ring.index(0).permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, KEYS),
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+            kq = warpgroup_mma_wait(0, deps=[kq])
+            dk, dv, kq = _add_key_gradients(
+                dk, dv, kq, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr,
+                scale, 0, border, last, offs_m, True, STAGES,
+            )  # fmt: skip
+            dk, dv, kq = _add_key_gradients(
+                dk, dv, kq, k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, ready, free, bits_ptr,
+                scale, border, end - begin, last, offs_m, False, STAGES,
+            )  # fmt: skip
         dk *= softmax_scale
 
         offs_m = gl.arange(0, TILE, OF_CHANNELS)
