@@ -44,7 +44,7 @@ class Specialized:
         producer_registers: of the warp group that copies; the first of those that multiply gets what is left.
         consumer_registers: of the second of those that multiply, if there is one.
         num_stages: gathered tiles that the ring holds.
-        lag: tiles whose copies are under way at once; fewer than the ring holds.
+        lag: tiles whose copies are under way when one is announced; at most two fewer than the ring holds.
     """
 
     maxnreg: int
@@ -54,8 +54,9 @@ class Specialized:
     lag: int = 2
 
     def __post_init__(self):
-        if not 0 < self.lag < self.num_stages:
-            raise ValueError(f"lag must be 1 to {self.num_stages - 1}, got {self.lag}")
+        # Whoever multiplies may hold a tile and wait for the next, which is announced that much later.
+        if not 0 < self.lag <= self.num_stages - 2:
+            raise ValueError(f"lag must be 1 to {self.num_stages - 2}, got {self.lag}")
 
 
 @dataclass(frozen=True)
