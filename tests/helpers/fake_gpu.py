@@ -152,14 +152,18 @@ def update(dtype: str, dim: int, kernels: Sequence[str]) -> None:
             run.key_gradients([draw(m), draw(m), draw(n), draw(n)], draw(n), stats, same_inst)
 
 
-def specialized(dtype: str, dim: int) -> None:
-    """The kernels whose warps have different jobs."""
+def specialized(dtype: str, dim: int, kernels: Sequence[str] | None = None) -> None:
+    """The kernels whose warps have different jobs, all or some of `launch.SPECIALIZED`."""
     from dataclasses import replace
 
     from meloformer.kernels.launch import SPECIALIZED, Launches, override
 
     with override(replace(Launches(), **SPECIALIZED)):
-        update(dtype, dim, [*SPECIALIZED])
+        update(dtype, dim, kernels or [*SPECIALIZED])
+
+
+def specialized_forward(dtype: str, dim: int) -> None:
+    specialized(dtype, dim, ["forward_same_inst"])
 
 
 def summarize(dtype: str, dim: int) -> None:
@@ -216,7 +220,12 @@ def compile_all(arch: int, dtype: str, dim: int, what: Sequence[str]) -> list[di
     return fake.builds
 
 
-OTHERS = {"summarize": summarize, "around": around, "specialized": specialized}
+OTHERS = {
+    "summarize": summarize,
+    "around": around,
+    "specialized": specialized,
+    "specialized_forward": specialized_forward,
+}
 
 
 def builds(*questions: tuple, fp_fusion: bool = True) -> list[list[dict]]:

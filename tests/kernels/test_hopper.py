@@ -94,16 +94,24 @@ def test_it_is_asked_for_where_it_can_run():
         Specialized(80, 24, lag=3)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.builds)])
-def test_what_the_compiler_makes_of_it(dtype):
-    """Two programs or three on a multiprocessor, copies of 16 bytes, products that do not wait for each
-    other."""
+def check_build(build, products, programs):
+    """So many programs on a multiprocessor, copies of 16 bytes, products that do not wait for each other."""
+    assert not build["serialized"] and build["spills"] <= 64, build
+    assert 8 <= build["cp_async"] <= 10 and build["wgmma"] == products, build
+    assert programs_at_once(build, 90) == programs, build
+
+
+def test_what_the_compiler_makes_of_the_forward():
+    ((build,),) = builds((90, "bfloat16", 64, ("specialized_forward",)))
+    check_build(build, products=32, programs=2)
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_the_compiler_makes_of_all(dtype):
     (found,) = builds((90, dtype, 64, ("specialized",)))
-    assert [build["wgmma"] for build in found] == [32, 24, 24, 36, 36], found
-    for build in found:
-        assert not build["serialized"] and build["spills"] <= 64, build
-        assert 8 <= build["cp_async"] <= 10, build
-        assert programs_at_once(build, 90) == (3 if build["wgmma"] == 24 else 2), build
+    for build, (products, programs) in zip(found, [(32, 2), (24, 3), (24, 3), (36, 2), (36, 2)], strict=True):
+        check_build(build, products, programs)
 
 
 @pytest.mark.gpu
