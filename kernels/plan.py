@@ -12,7 +12,8 @@ The three layouts, all stable sorts, by document first:
     local queries: structural tokens, then the others by classes of what they see;
     local keys: the summaries as blocks of their own, then globals, INST, the others by who sees them;
     same-instrument: by instrument, then INST, the others by both.
-With the kind rule "alike" the classes of the others are {T, P}, V, L in each.
+With the kind rule "alike" the classes of the others are {T, P}, V, L in each; with "any" there are none, and
+of what is said to come first only the globals do.
 
 Everything is computed on the structure's device, in a fixed order: two plans of one structure are equal.
 Nothing synchronizes but `Plan.finalize`, to be called before the first use; it finds its answer ready if the
@@ -60,7 +61,8 @@ MAX_BATCH = 1 << 14  # what the keys of `plan_work.work_kernel` can tell apart
 def layout_classes(kind_rule: str) -> "tuple[tuple[int, ...], ...]":
     """The class of each `Kind` in the layouts of local queries, local keys and the same-instrument pass.
 
-    Kinds share one if the kind rule treats them alike: as queries, as keys, as both.
+    Kinds share one if the kind rule treats them alike: as queries, as keys, as both. By "any" all do:
+    the tokens of an instrument stand in the order of the song, and their lists begin alike.
     """
     sees = kinds_seen(kind_rule)
     seen_by = tuple(sum((sees[query] >> key & 1) << query for query in Kind) for key in Kind)
