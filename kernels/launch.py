@@ -130,11 +130,11 @@ def read_entry(launches: dict[str, dict], **fields) -> Entry:
 
 # Three programs for dq on a multiprocessor, two for the others. Fewer registers make what multiplies spill.
 SPECIALIZED = {
-    "forward_same_inst": Specialized(maxnreg=80, producer_registers=24, consumer_registers=104),
+    "forward_same_inst": Specialized(maxnreg=80, producer_registers=24, consumer_registers=104, lag=1),
     "dq_local": Specialized(maxnreg=80, producer_registers=24, num_stages=3, lag=1),
     "dq_same_inst": Specialized(maxnreg=80, producer_registers=24, num_stages=3, lag=1),
-    "dkv_local": Specialized(maxnreg=128, producer_registers=40),
-    "dkv_same_inst": Specialized(maxnreg=128, producer_registers=40),
+    "dkv_local": Specialized(maxnreg=128, producer_registers=40, num_stages=3, lag=1),
+    "dkv_same_inst": Specialized(maxnreg=128, producer_registers=40, num_stages=3, lag=1),
 }
 SPECIALIZE = False  # not before it was measured to be faster by a tenth
 
