@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import version
 
 import torch
 
@@ -136,7 +136,8 @@ SPECIALIZED = {
     "dkv_local": Specialized(maxnreg=128, producer_registers=40, num_stages=3, lag=1),
     "dkv_same_inst": Specialized(maxnreg=128, producer_registers=40, num_stages=3, lag=1),
 }
-SPECIALIZE = False  # not before it was measured to be faster by a tenth
+# Those that took at most 0.95 of the time of their twins on songs, on an H200 (see docs/attention.md).
+FASTER = ("dkv_local", "dkv_same_inst")
 
 TABLE = tuple(read_entry(**entry) for entry in ENTRIES)
 
@@ -161,29 +162,29 @@ _override: list[Launches] = []
 
 @cache
 def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
-    return Launches() if device.type != "cuda" else launches_on(Gpu.of(device), head_dim, dtype.itemsize)
+    if device.type != "cuda":
+        return Launches()
+    gpu = Gpu.of(device)
+    found = launches_on(gpu, head_dim, dtype.itemsize)
+    chosen = FASTER if can_specialize(gpu, head_dim, dtype.itemsize) else ()
+    return replace(found, **{name: SPECIALIZED[name] for name in chosen})
 
 
 def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
-    """As `launches_for`, for elements of `itemsize` bytes."""
-    found = _alike(gpu, head_dim, itemsize)
-    chosen = SPECIALIZE and can_specialize(gpu, head_dim, itemsize)
-    return replace(found, **SPECIALIZED) if chosen else found
-
-
-def can_specialize(gpu: Gpu, head_dim: int, itemsize: int) -> bool:
-    """Whether the kernels in Gluon run: they need WGMMA, two bytes an element, rows of 128 bytes."""
-    hopper = (gpu.vendor, gpu.capability) == ("nvidia", (9, 0))
-    return hopper and itemsize == 2 and head_dim == 64 and find_spec("triton.experimental.gluon") is not None
-
-
-def _alike(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
-    """Launches of kernels whose warps all do the same."""
+    """As `launches_for`, for elements of `itemsize` bytes, where the warps of all kernels do the same."""
     for entry in TABLE:
         if (entry.vendor, entry.capability) == (gpu.vendor, gpu.capability):
             if (entry.head_dim, entry.itemsize) == (head_dim, itemsize):
                 return entry.launches
     return untuned(gpu, head_dim, itemsize)
+
+
+def can_specialize(gpu: Gpu, head_dim: int, itemsize: int) -> bool:
+    """Whether the kernels in Gluon run: they need WGMMA, two bytes an element, rows of 128 bytes, and a
+    Triton whose Gluon is known, since each version changes it."""
+    known = version("triton").split(".")[:2] in (["3", "6"], ["3", "7"])
+    hopper = (gpu.vendor, gpu.capability) == ("nvidia", (9, 0))
+    return hopper and itemsize == 2 and head_dim == 64 and known
 
 
 def untuned(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:

@@ -10,15 +10,13 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from meloformer.kernels import hopper_forward
+from meloformer.kernels import hopper_forward, launch
 from meloformer.kernels.launch import (
     SPECIALIZED,
     Gpu,
-    Launch,
-    Launches,
     Specialized,
     can_specialize,
-    launches_for,
+    launches_on,
     override,
 )
 from meloformer.kernels.plan import Plan
@@ -79,7 +77,7 @@ def test_each_block_finds_its_own_tiles_in_the_ring_and_skips_no_round_of_it(see
         assert [*map(list, taken)] == [[*range(number)] for number in turns]
 
 
-def test_it_is_asked_for_where_it_can_run():
+def test_they_are_asked_for_where_they_can_run(monkeypatch):
     hopper = gpu_of(90)
     assert can_specialize(hopper, 64, 2)
     for gpu, dim, size in (
@@ -90,6 +88,8 @@ def test_it_is_asked_for_where_it_can_run():
         (replace(hopper, vendor="amd"), 64, 2),
     ):
         assert not can_specialize(gpu, dim, size)
+    monkeypatch.setattr(launch, "version", lambda name: "3.9.0")
+    assert not can_specialize(hopper, 64, 2)
     with pytest.raises(ValueError, match="lag must be 1 to 2, got 3"):
         Specialized(80, 24, lag=3)
 
@@ -121,11 +121,9 @@ class TestOnHopper:
 
     def launches(self, **fields):
         """Those of the twins, and the specialized ones; `fields` are of the latter."""
-        found = launches_for(torch.device("cuda"), torch.bfloat16, 64)
-        twins = {name: launch for name, launch in vars(found).items() if isinstance(launch, Launch)}
-        twins |= {name: Launch() for name in vars(found) if name not in twins}
-        special = {name: replace(launch, **fields) for name, launch in SPECIALIZED.items()}
-        return Launches(**twins), Launches(**twins | special)
+        twins = launches_on(Gpu.of(torch.device("cuda")), 64, 2)
+        special = {name: replace(each, **fields) for name, each in SPECIALIZED.items()}
+        return twins, replace(twins, **special)
 
     def check(self, inputs, plan, launches, masks):
         """The errors against float64 are much the same as those of the twins."""
