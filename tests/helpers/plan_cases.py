@@ -77,11 +77,6 @@ def _covered(plan: Plan, slots: Tensor, lines: list[list[int]], by_keys: bool) -
     return out.transpose(1, 2) if by_keys else out
 
 
-def cut(tile: int, masked: int) -> int:
-    """Where an item may be split: full tiles, those from `masked` on, stay in pairs."""
-    return tile if tile <= masked else masked + (tile - masked) // 2 * 2
-
-
 class PlanOfMasks:
     """The tensors of a plan over any pairs: `near` and `far` are bool [B, N, M + N], far without summaries.
 
@@ -108,7 +103,7 @@ class PlanOfMasks:
         ]
         table, tokens, bits, items = [], [], [], []
         for order, mask, by_keys in groups:
-            totals, first_line = [], len(table)
+            totals = []
             for row, slots in enumerate(order):
                 for own in slots.view(-1, BLOCK):
                     columns, tiles = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
@@ -120,8 +115,7 @@ class PlanOfMasks:
             for line in sorted(range(len(totals)), key=lambda i: (-totals[i], i)):
                 parts, first = max(-(-totals[line] // split), 1), len(group)
                 for part in range(parts):
-                    masked = table[first_line + line][2]
-                    bounds = [cut((part + i) * totals[line] // parts, masked) for i in (0, 1)]
+                    bounds = [(part + i) * totals[line] // parts for i in (0, 1)]
                     group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
             items.append(group)
         items.append(self._pairs(table[len(queries) * queries.shape[1] // BLOCK :], tokens, far_order, split))
@@ -169,7 +163,7 @@ class PlanOfMasks:
         rows = torch.where(real, own if by_keys else own - summaries, 0)
         seen = mask[rows] & real[:, None]
         full = seen[real].all(0) & gather_full
-        full &= full.cumsum(0) <= int(full.sum()) // (2 * BLOCK) * (2 * BLOCK)
+        full &= full.cumsum(0) <= int(full.sum()) // BLOCK * BLOCK
         partial = (seen.any(0) & ~full).nonzero()[:, 0]
         nobody = 0 if by_keys else summaries
         columns, bits = [], []
