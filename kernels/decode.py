@@ -29,6 +29,7 @@ _JOINED = 8  # parts of a list that it then joins at once
 _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
+_DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
 _LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
 _MANY_OVERLAP = 0  # when the next kernel is launched if there are several songs, see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
@@ -232,6 +233,9 @@ class Rows:
             tile, warps, stages = _MANY_TILE, _MANY_WARPS, _MANY_STAGES
         line = self._group * self.dim  # numbers
         size = keys.element_size()
+        dots = self._many and size == 1 and self._q.element_size() == 2
+        if dots:
+            tile, stages = _DOT_TILE, _DOT_STAGES
         block = max(1, tile // (line * size))
         lines = min(block, max(1, warps * 32 * 16 // (line * size)))  # all threads load 16 bytes at once
         shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
@@ -243,7 +247,7 @@ class Rows:
         if self._many:
             slots = triton.next_power_of_2(self.slots)
             programs = self._shares, groups
-            heads |= {"SLOTS": slots, "PARTS": _JOINED}
+            heads |= {"SLOTS": slots, "PARTS": _JOINED, "DOTS": int(dots)}
             registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
             _attend_evenly(programs, tensors, numbers, **heads, **shapes, maxnreg=registers)
         else:

@@ -16,6 +16,7 @@ from .decode_products import LATE, begin, near_end
 from .tiles import LOWEST
 
 _LATE = tl.constexpr(LATE)
+_DOT_ROWS = tl.constexpr(8)  # of one side of a product: any more, and wgmma would compute it, see `decode`
 
 
 @triton.jit
@@ -51,6 +52,67 @@ def _attend_listed(
     highest = tl.max(peak, 0)  # [G]
     weight = tl.exp2(peak - highest[None, :])
     return tl.sum(o * weight[:, :, None], 0), highest, tl.sum(total * weight, 0)
+
+
+@triton.jit
+def _attend_listed_by_dots(
+    q, keys_ptr, list_ptr, apart, count, first, last, scale,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_attend_listed` by tensor cores, for keys of 8 bits: every tile, of q [G, D] as it lies in memory.
+
+    keys_ptr: at the first of the heads. R rows, heads or more. One product has the scores of all heads: q is
+    spread over as many rows, zeros but in the channels of its own head. So the product with the values has
+    for each head the channels of all, of which its own are taken in the end: most of what is computed is not
+    needed, but takes less time than what else converts and adds numbers. Keys, values, and q below 65,504 are
+    float16 without loss; weights are rounded to it, by 2 ** -12 of themselves at most.
+    """
+    GROUP: tl.constexpr = q.shape[0]
+    DIM: tl.constexpr = q.shape[1]
+    WIDTH: tl.constexpr = GROUP * DIM
+    tl.static_assert(GROUP <= _DOT_ROWS)
+    row = tl.arange(0, _DOT_ROWS)
+    own = row[:, None] == tl.arange(0, GROUP)[None, :]  # [R, G]
+    spread = tl.where(own[:, :, None], q.to(tl.float16)[None, :, :], 0.0)
+    spread = tl.trans(tl.reshape(spread, [_DOT_ROWS, WIDTH]))  # [G * D, R]
+    channel = tl.arange(0, WIDTH)
+    peak = tl.full([_DOT_ROWS], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK, _DOT_ROWS], tl.float32)  # of each place of a tile, to be summed in the end
+    even = tl.zeros([WIDTH // 2, _DOT_ROWS], tl.float32)
+    odd = even
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < count
+        place = tl.load(list_ptr + at, mask=mask, other=0).to(tl.int64)
+        offs = (place * STRIDE)[:, None] + channel[None, :]  # [B, G * D], as k and v are
+        k = tl.load(keys_ptr + offs, mask=mask[:, None], other=0.0)
+        v = tl.load(keys_ptr + apart + offs, mask=mask[:, None], other=0.0)
+        score = tl.dot(k.to(tl.float16), spread) * scale  # [B, R]
+        score = tl.where(mask[:, None], score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 0))  # [R]
+        weight, kept = tl.exp2(score - new_peak[None, :]), tl.exp2(peak - new_peak)
+        total = total * kept[None, :] + weight
+        # The instructions take pairs of what is summed from one register. As places these would be single
+        # bytes of v far from each other; so they are two channels of a place, which lie side by side, times
+        # its weight and 0 in turn.
+        v = tl.permute(tl.reshape(v.to(tl.float16), [BLOCK, WIDTH // 2, 2]), [1, 0, 2])
+        v = tl.reshape(v, [WIDTH // 2, 2 * BLOCK])
+        weight = weight.to(tl.float16)
+        none = tl.zeros_like(weight)
+        even = tl.dot(v, _in_turn(weight, none), even * kept[None, :])
+        odd = tl.dot(v, _in_turn(none, weight), odd * kept[None, :])
+        peak = new_peak
+    total = tl.sum(total, 0)
+    o = tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2]), [_DOT_ROWS, GROUP, DIM])
+    o = tl.sum(tl.where(own[:, :, None], o, 0.0), 0)
+    return o, tl.sum(tl.where(own, peak[:, None], 0.0), 0), tl.sum(tl.where(own, total[:, None], 0.0), 0)
+
+
+@triton.jit
+def _in_turn(first, second):
+    """[2 B, R], rows of first and second [B, R] in turn."""
+    both = tl.permute(tl.join(first, second), [0, 2, 1])
+    return tl.reshape(both, [2 * first.shape[0], first.shape[1]])
 
 
 @triton.jit
@@ -131,7 +193,7 @@ def attend_evenly_kernel(
     q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    DOTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """`attend_kernel`, but the lists of all songs lie end to end, in tiles of BLOCK places, of which programs
     take equal shares, of GROUP heads each.
@@ -139,7 +201,7 @@ def attend_evenly_kernel(
     A song that one program has wholly is done then. Of others the part with the beginning is left in o, peak
     and sum [2 programs, HEADS(, DIM)] at 2 program + 1, the next ones at 2 program, and they are joined in
     their order, PARTS at once, by the program that is the last to be done. SLOTS: a power of two, slots or
-    more.
+    more. DOTS: by tensor cores (`_attend_listed_by_dots`).
     """
     if OVERLAPS != _LATE:
         begin(OVERLAPS)
@@ -167,12 +229,19 @@ def attend_evenly_kernel(
         count = tl.load(count_ptr + s).to(tl.int32)
         end = start + tl.maximum((count + BLOCK - 1) // BLOCK, 1)
         first, last = tl.maximum(share, start), tl.minimum(share_end, end)
-        q = tl.load(q_ptr + row[:, None] * DIM + channel[None, :]).to(tl.float32) * scale  # [GROUP, DIM]
-        o, peak, total = _attend_listed(
-            q, keys_ptr + wide * places * HEADS * DIM, list_ptr + wide * places, offs_hd,
-            apart, count, (first - start) * BLOCK, (last - start) * BLOCK, BLOCK,
-            HEADS * DIM, BLOCK, LINES, STAGES,
-        )  # fmt: skip
+        q = tl.load(q_ptr + row[:, None] * DIM + channel[None, :])  # [GROUP, DIM]
+        song_ptr, song_list_ptr = keys_ptr + wide * places * HEADS * DIM, list_ptr + wide * places
+        first_place, last_place = (first - start) * BLOCK, (last - start) * BLOCK
+        if DOTS:
+            o, peak, total = _attend_listed_by_dots(
+                q, song_ptr + tl.program_id(1) * GROUP * DIM, song_list_ptr, apart, count, first_place,
+                last_place, scale, HEADS * DIM, BLOCK, STAGES,
+            )  # fmt: skip
+        else:
+            o, peak, total = _attend_listed(
+                q.to(tl.float32) * scale, song_ptr, song_list_ptr, offs_hd, apart, count, first_place,
+                last_place, BLOCK, HEADS * DIM, BLOCK, LINES, STAGES,
+            )  # fmt: skip
         if s == last_song:
             near_end(OVERLAPS)
         if last - first == end - start:

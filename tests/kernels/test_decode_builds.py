@@ -28,6 +28,9 @@ def test_keys_of_8_bits_are_converted_by_instructions(tmp_path):
     for build in built(tmp_path, "64", "bfloat16", "float8_e4m3fn"):
         assert (build["float8"] > 0) == (build["kernel"] in with_keys), build
         assert build["shared"] <= SHARED, build
+        if build["kernel"] == "attend_evenly_kernel":
+            assert build["mma"] and not build["wgmma"], build
+            assert build["ahead"] < 32, build  # else keys are loaded where they are needed, byte by byte
 
 
 @pytest.mark.builds
