@@ -127,10 +127,10 @@ def _attend(
     """Takes the turns [turns, end) of a block into acc [64, D], m_i [64] and l_i [64]."""
     KEYS: gl.constexpr = m_i.type.layout.parent
     CHANNELS: gl.constexpr = acc.type.layout
+    if MASKED:
+        low, high = load_words(bits_ptr, 0, end - turns, offs_m)  # [64], a turn ahead
     for turn in range(turns, end):
         slot, phase = ring_slot(_place(turn, which, shared, alternating) - begin, STAGES)
-        if MASKED:
-            low, high = load_words(bits_ptr, turn - turns, offs_m)  # [64]
         mbarrier.wait(ready.index(slot), phase)
         qk = warpgroup_mma(
             q_tile, k_ring.index(slot).permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, KEYS),
@@ -139,6 +139,7 @@ def _attend(
         qk = warpgroup_mma_wait(0, deps=[qk])  # [64, 64]
         if MASKED:
             qk = gl.where(seen(low, high, KEYS), qk, float("-inf"))
+            low, high = load_words(bits_ptr, turn - turns + 1, end - turns, offs_m)
         m_new = gl.maximum(m_i, gl.max(qk, 1) * scale)  # [64]
         p = gl.exp2(qk * scale - m_new[:, None])  # [64, 64]
         alpha = gl.exp2(m_i - m_new)

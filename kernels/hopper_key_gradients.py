@@ -57,16 +57,17 @@ def _add_key_gradients(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
+    if MASKED:
+        low, high = load_words(bits_ptr, begin, end, offs_m)  # [64], a tile ahead
     for nth in range(begin, end):
         slot = ring_slot(nth, STAGES)[0]
         dp = warpgroup_mma(
             v_tile, do_ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
         )  # fmt: skip
-        if MASKED:
-            low, high = load_words(bits_ptr, nth, offs_m)  # [64]
         p = gl.exp2(kq * scale - lse_ring.index(slot).load(COLUMNS)[None, :])
         if MASKED:
             p = gl.where(seen(low, high, KEYS), p, 0.0)
+            low, high = load_words(bits_ptr, nth + 1, end, offs_m)
         p_operand = gl.convert_layout(p.to(q_ring.dtype), OPERAND)
         following, phase = ring_slot(gl.minimum(nth + 1, last), STAGES)
         mbarrier.wait(ready.index(following), phase)

@@ -50,10 +50,10 @@ def _add_query_gradient(
     """Adds the keys of the tiles [begin, end) of the item to dq [64, D], not yet scaled."""
     KEYS: gl.constexpr = lse.type.layout.parent
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
+    if MASKED:
+        low, high = load_words(bits_ptr, begin, end, offs_m)  # [64], a tile ahead
     for nth in range(begin, end):
         slot, phase = ring_slot(nth, STAGES)
-        if MASKED:
-            low, high = load_words(bits_ptr, nth, offs_m)  # [64]
         mbarrier.wait(ready.index(slot), phase)
         zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
         qk = warpgroup_mma(
@@ -66,6 +66,7 @@ def _add_query_gradient(
         p = gl.exp2(qk * scale - lse[:, None])
         if MASKED:
             p = gl.where(seen(low, high, KEYS), p, 0.0)
+            low, high = load_words(bits_ptr, nth + 1, end, offs_m)
         dp = warpgroup_mma_wait(0, deps=[dp])  # [64, 64]
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(k_ring.dtype), OPERAND)
         dq = warpgroup_mma(ds, k_ring.index(slot), dq, is_async=True)

@@ -81,10 +81,11 @@ def copy_tiles(
 
 
 @gluon.jit
-def load_words(bits_ptr, tile, offs_m):
-    """The two words of the mask of a tile, int32 [64] each; see `tiles.tile_mask`."""
+def load_words(bits_ptr, tile, tiles, offs_m):
+    """The two words of the mask of a tile, int32 [64] each, if it is below `tiles`; see `tiles.tile_mask`."""
     word_ptrs = bits_ptr + tile * (2 * TILE) + offs_m
-    return gl.load(word_ptrs), gl.load(word_ptrs + TILE)
+    there = (offs_m >= 0) & (tile < tiles)
+    return gl.load(word_ptrs, mask=there, other=0), gl.load(word_ptrs + TILE, mask=there, other=0)
 
 
 @gluon.jit
