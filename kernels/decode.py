@@ -239,7 +239,7 @@ class Rows:
         block = max(1, tile // (line * size))
         lines = min(block, max(1, warps * 32 * 16 // (line * size)))  # all threads load 16 bytes at once
         shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
-        shapes |= {"num_warps": warps, **self.overlap}
+        options = {"num_warps": warps, **self.overlap}
         tensors = self._q, keys, self.list, self.count, self._attended, *self._parts, self._done
         numbers = self.slots, self.places, self.dim**-0.5 * LOG2_E
         heads = {"HEADS": self.heads, "GROUP": self._group, "DIM": self.dim}
@@ -247,12 +247,14 @@ class Rows:
         if self._many:
             slots = triton.next_power_of_2(self.slots)
             programs = self._shares, groups
-            heads |= {"SLOTS": slots, "PARTS": _JOINED, "DOTS": int(dots)}
+            heads |= {"SLOTS": slots, "PARTS": _JOINED}
             registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
-            _attend_evenly(programs, tensors, numbers, **heads, **shapes, maxnreg=registers)
+            _attend_evenly(
+                programs, tensors, numbers, **heads, **shapes, DOTS=int(dots), **options, maxnreg=registers
+            )
         else:
             programs = self.slots, groups, self._splits
-            _attend(programs, tensors, numbers, **heads, SPLITS=self._splits, **shapes)
+            _attend(programs, tensors, numbers, **heads, SPLITS=self._splits, **shapes, **options)
 
     def _tile(self, width: int, columns: int) -> dict[str, int]:
         """How many channels of `width` a program loads at once, and how far ahead, for `columns` of weights.

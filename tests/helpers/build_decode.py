@@ -34,6 +34,8 @@ def build(self, programs, tensors, numbers, **constants) -> None:
     kernel = self._kernel
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     names = kernel.arg_names
+    # In another order the launch cache would leave the kernel to Triton, whose launches cost the host more.
+    assert [name for name in names if name in constants] == [*constants], kernel.__name__
     given = dict(zip(names, [*tensors, *numbers])) | constants
     signature, fixed, attributes = {}, {}, {}
     for index, name in enumerate(names):
