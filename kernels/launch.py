@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -182,9 +182,15 @@ def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
 def can_specialize(gpu: Gpu, head_dim: int, itemsize: int) -> bool:
     """Whether the kernels in Gluon run: they need WGMMA, two bytes an element, rows of 128 bytes, and a
     Triton whose Gluon is known, since each version changes it."""
-    known = version("triton").split(".")[:2] in (["3", "6"], ["3", "7"])
     hopper = (gpu.vendor, gpu.capability) == ("nvidia", (9, 0))
-    return hopper and itemsize == 2 and head_dim == 64 and known
+    return hopper and itemsize == 2 and head_dim == 64 and _knows_gluon()
+
+
+def _knows_gluon() -> bool:
+    try:
+        return version("triton").split(".")[:2] in (["3", "6"], ["3", "7"])
+    except PackageNotFoundError:  # nightly builds of PyTorch bring it under another name
+        return False
 
 
 def untuned(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:

@@ -3,6 +3,7 @@ results on a GPU of Hopper's."""
 
 import types
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from random import Random
 
 import pytest
@@ -77,9 +78,15 @@ def test_each_block_finds_its_own_tiles_in_the_ring_and_skips_no_round_of_it(see
         assert [*map(list, taken)] == [[*range(number)] for number in turns]
 
 
+def no_metadata(name):
+    raise PackageNotFoundError(name)
+
+
 def test_they_are_asked_for_where_they_can_run(monkeypatch):
     hopper = gpu_of(90)
-    assert can_specialize(hopper, 64, 2)
+    for known in ("3.6.0", "3.7.1+git1234567"):
+        monkeypatch.setattr(launch, "version", lambda name, known=known: known)
+        assert can_specialize(hopper, 64, 2)
     for gpu, dim, size in (
         (hopper, 64, 4),
         (hopper, 32, 2),
@@ -88,8 +95,9 @@ def test_they_are_asked_for_where_they_can_run(monkeypatch):
         (replace(hopper, vendor="amd"), 64, 2),
     ):
         assert not can_specialize(gpu, dim, size)
-    monkeypatch.setattr(launch, "version", lambda name: "3.9.0")
-    assert not can_specialize(hopper, 64, 2)
+    for unknown in (lambda name: "3.5.1", lambda name: "3.9.0", no_metadata):
+        monkeypatch.setattr(launch, "version", unknown)
+        assert not can_specialize(hopper, 64, 2)
     with pytest.raises(ValueError, match="lag must be 1 to 2, got 3"):
         Specialized(80, 24, lag=3)
 

@@ -72,6 +72,7 @@ def test_the_table_is_asked_first(monkeypatch):
     entry = Entry("nvidia", (9, 0), 64, 2, Launches.all(Launch(32, 32)), "a GPU", "2026-01-01")
     monkeypatch.setattr(launch, "TABLE", (entry,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeProperties)
+    monkeypatch.setattr(launch, "version", lambda name: "3.7.1")  # whichever is installed
     launch._chosen.cache_clear()
     device = torch.device("cuda:0")
     special = {name: launch.SPECIALIZED[name] for name in launch.FASTER}
