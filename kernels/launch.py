@@ -181,12 +181,13 @@ def launches_on(gpu: Gpu, head_dim: int, itemsize: int) -> Launches:
 
 def can_specialize(gpu: Gpu, head_dim: int, itemsize: int) -> bool:
     """Whether the kernels in Gluon run: they need WGMMA, two bytes an element, rows of 128 bytes, and a
-    Triton whose Gluon is known, since each version changes it."""
+    Triton whose Gluon is known."""
     hopper = (gpu.vendor, gpu.capability) == ("nvidia", (9, 0))
-    return hopper and itemsize == 2 and head_dim == 64 and _knows_gluon()
+    return hopper and itemsize == 2 and head_dim == 64 and knows_gluon()
 
 
-def _knows_gluon() -> bool:
+def knows_gluon() -> bool:
+    """Whether the installed Triton has the Gluon that kernels are written in: each version changes it."""
     try:
         return version("triton").split(".")[:2] in (["3", "6"], ["3", "7"])
     except PackageNotFoundError:  # nightly builds of PyTorch bring it under another name

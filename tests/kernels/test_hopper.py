@@ -33,6 +33,7 @@ from helpers.attention_cases import (
 from helpers.fake_gpu import builds, gpu_of, programs_at_once
 from helpers.plan_cases import DEVICE, PlanOfMasks
 
+known_gluon = pytest.mark.skipif(not launch.knows_gluon(), reason="a Triton whose Gluon is not known")
 HOPPER = DEVICE == "cuda" and can_specialize(Gpu.of(torch.device("cuda")), 64, 2)
 
 
@@ -109,11 +110,13 @@ def check_build(build, products, programs):
     assert programs_at_once(build, 90) == programs, build
 
 
+@known_gluon
 def test_what_the_compiler_makes_of_the_forward():
     ((build,),) = builds((90, "bfloat16", 64, ("specialized_forward",)))
     check_build(build, products=32, programs=2)
 
 
+@known_gluon
 @pytest.mark.builds
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_the_compiler_makes_of_all(dtype):
