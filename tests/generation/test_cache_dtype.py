@@ -107,7 +107,7 @@ def test_a_generator_writes_with_such_caches(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"cache_dtype": "fp8"}, "--cache_dtype fp8: needs CUDA graphs"),
+        ({"cache_dtype": "fp8"}, "--cache_dtype fp8: needs CUDA graphs: a GPU, and no --no-graphs"),
         (
             {"cache_dtype": "fp8", "graphs": True},
             "--cache_dtype fp8: needs an NVIDIA GPU of compute capability",

@@ -70,7 +70,7 @@ def pick_cache_dtype(name: str, graphs: bool, device: torch.device) -> torch.dty
     if CACHE_DTYPES[name] is None:
         return None
     if not graphs:
-        raise UserError(f"--cache_dtype {name}: needs CUDA graphs, by which no songs are written here")
+        raise UserError(f"--cache_dtype {name}: needs CUDA graphs: a GPU, and no --no-graphs")
     if not has_float8(device):
         raise UserError(f"--cache_dtype {name}: needs an NVIDIA GPU of compute capability 8.9 or newer")
     return CACHE_DTYPES[name]
