@@ -237,7 +237,7 @@ def write_songs(
         stream = BarStream(number, draft.begin) if args.stream else None
         songs.append(Song(draft, progress, *paths_of(args, number).values(), stream))
     drafts = [song.draft for song in songs]
-    reason = cannot_write(drafts) if graphs else None
+    reason = cannot_write(drafts, cache_dtype) if graphs else None
     if graphs and reason is None:
         turns = write_on_device(model, drafts, max_context, attention, cache_dtype=cache_dtype)
     else:

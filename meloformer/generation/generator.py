@@ -192,7 +192,7 @@ class Generator:
 
     def _write(self, drafts: list[Draft]) -> Iterator[int]:
         if self._graphs:
-            reason = cannot_write(drafts)
+            reason = cannot_write(drafts, self._cache_dtype)
             if reason is None:
                 settings = self.max_context, self._attention, self._kept, self._cache_dtype
                 return write_on_device(self.model, drafts, *settings)

@@ -10,7 +10,7 @@ from meloformer.composer.compose import compose
 from meloformer.errors import UserError
 from meloformer.generation.constraints import Constraints
 from meloformer.generation.device import loop
-from meloformer.generation.device.loop import Slots, why_not
+from meloformer.generation.device.loop import Slots, cannot_write, why_not
 from meloformer.generation.device.sampling import SlotSampling
 from meloformer.generation.device.step import Step
 from meloformer.generation.device.tables import Tables
@@ -211,6 +211,10 @@ def test_why_a_draft_is_left_to_the_host():
     many = Constraints(chords=(vocab.CHORD.start,) * 1000)
     assert "chords" in why_not(Draft(constraints=many))
     assert "draws" in why_not(Draft(sampling=object()))
+    chords = Draft(constraints=many)
+    assert cannot_write([Draft()], torch.float8_e4m3fn) is None
+    assert cannot_write([Draft(), chords]).endswith("chords")
+    assert cannot_write([chords], torch.float8_e4m3fn).endswith("with caches of the model's dtype")
 
 
 def test_a_generator_writes_in_slots_if_asked(model, monkeypatch):

@@ -76,10 +76,14 @@ def pick_cache_dtype(name: str, graphs: bool, device: torch.device) -> torch.dty
     return CACHE_DTYPES[name]
 
 
-def cannot_write(drafts: Sequence[Draft]) -> str | None:
-    """Why not all of these drafts can be written in slots: a sentence, or None if they can."""
+def cannot_write(drafts: Sequence[Draft], cache_dtype: torch.dtype | None = None) -> str | None:
+    """Why not all of these drafts can be written in slots: a sentence, or None if they can. It says so, too,
+    if caches are then not of the `cache_dtype` that was asked for."""
     reasons = [reason for reason in map(why_not, drafts) if reason is not None]
-    return f"without CUDA graphs, which cannot yet write {reasons[0]}" if reasons else None
+    if not reasons:
+        return None
+    caches = "" if cache_dtype is None else ", and with caches of the model's dtype"
+    return f"without CUDA graphs, which cannot yet write {reasons[0]}{caches}"
 
 
 def write_on_device(
