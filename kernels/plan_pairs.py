@@ -7,7 +7,7 @@ Pair p of a batch row are its blocks 2p and 2p + 1, by queries; the last block o
 import triton
 import triton.language as tl
 
-from .plan_work import LEAST_SPLIT, PAIR_SLOTS, work_key
+from .plan_work import LEAST_SPLIT, PAIR_SLOTS, order_items, store_item
 from .tiles import BLOCK, PAIR_ITEMS
 
 
@@ -58,33 +58,15 @@ def pair_kernel(
     tiles = tl.load(ends_ptr + 2 * q_lists - 1) - tl.load(ends_ptr + q_lists - 1)
     most = tl.where(split > 0, split, tl.maximum(tiles // (64 * batch), LEAST_SPLIT))
     own = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    total = tl.load(places_ptr + own, mask=own < number, other=0)
     shared = tl.load(shared_ptr + own, mask=own < number, other=0)
-    splits = tl.maximum((total + most - 1) // most, 1)
-    key = work_key(own, total, splits, batch, pairs)
-    item = tl.zeros([CHUNK], tl.int32)
-    all_items, all_slots = 0, 0
-    for start in range(0, number, ACROSS):
-        other = start + tl.arange(0, ACROSS)
-        mask = other < number
-        other_total = tl.load(places_ptr + other, mask=mask, other=-1)
-        other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
-        other_key = work_key(other, other_total, other_splits, batch, pairs)
-        before = other_key[None, :] > key[:, None]
-        before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
-        before &= mask[None, :]
-        item += tl.sum(tl.where(before, other_splits[None, :], 0), 1)
-        all_items += tl.sum(other_splits, 0)
-        all_slots += tl.sum(tl.where(other_splits > 1, other_splits, 0), 0)
+    total, splits, item, all_items, all_slots = order_items(
+        places_ptr, own, number, most, batch, pairs, ACROSS
+    )
+    block = own // pairs * q_blocks + own % pairs * 2
     for split_id in range(0, tl.max(splits, 0)):
         keep = (own < number) & (split_id < splits) & (item + split_id < items)
         at = items_ptr + (item + split_id) * 8
-        tl.store(at, own // pairs * q_blocks + own % pairs * 2, mask=keep)
-        tl.store(at + 1, split_id * total // splits, mask=keep)
-        tl.store(at + 2, (split_id + 1) * total // splits, mask=keep)
-        tl.store(at + 3, tl.where(splits > 1, item + split_id, -1), mask=keep)
-        tl.store(at + 4, item, mask=keep)
-        tl.store(at + 5, splits, mask=keep)
+        store_item(at, block, total, splits, split_id, item, keep)
         tl.store(at + 6, shared, mask=keep)
     if tl.program_id(0) == 0:
         tl.store(needs_ptr + PAIR_SLOTS, all_slots)

@@ -14,10 +14,53 @@ LEAST_SPLIT = tl.constexpr(16)  # tiles: splits of fewer would cost more than th
 
 
 @triton.jit
-def work_key(list_id, tiles, splits, batch, blocks):
+def _work_key(list_id, tiles, splits, batch, blocks):
     """Blocks of a higher key come first: split ones; then batch row after row, whose keys and values stay in
     the cache meanwhile, and in a row from the longest list to the shortest."""
     return tl.where(splits > 1, (1 << 30) + tiles, ((batch - 1 - list_id // blocks) << 16) + tiles)
+
+
+@triton.jit
+def order_items(total_ptr, own, number, most, batch, blocks, ACROSS: tl.constexpr):
+    """The work items of the blocks `own` [C] among `number` blocks, see `_work_key`, of at most `most` tiles.
+
+    Args:
+        total_ptr: int32 [number], the tiles of each block.
+
+    Returns:
+        total, splits, item: of the blocks `own`, their tiles, their items and the first of these. Split
+            blocks come first: their items are the slots.
+        all_items, all_slots: of all blocks.
+    """
+    total = tl.load(total_ptr + own, mask=own < number, other=0)
+    splits = tl.maximum((total + most - 1) // most, 1)
+    key = _work_key(own, total, splits, batch, blocks)
+    item = tl.zeros([own.shape[0]], tl.int32)
+    all_items, all_slots = 0, 0
+    for start in range(0, number, ACROSS):
+        other = start + tl.arange(0, ACROSS)
+        mask = other < number
+        other_total = tl.load(total_ptr + other, mask=mask, other=-1)
+        other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
+        other_key = _work_key(other, other_total, other_splits, batch, blocks)
+        before = other_key[None, :] > key[:, None]
+        before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
+        before &= mask[None, :]
+        item += tl.sum(tl.where(before, other_splits[None, :], 0), 1)
+        all_items += tl.sum(other_splits, 0)
+        all_slots += tl.sum(tl.where(other_splits > 1, other_splits, 0), 0)
+    return total, splits, item, all_items, all_slots
+
+
+@triton.jit
+def store_item(at, block, total, splits, split_id, item, keep):
+    """Item `split_id` of blocks [C], with `total`, `splits` and `item` as `order_items` has them."""
+    tl.store(at, block, mask=keep)
+    tl.store(at + 1, split_id * total // splits, mask=keep)
+    tl.store(at + 2, (split_id + 1) * total // splits, mask=keep)
+    tl.store(at + 3, tl.where(splits > 1, item + split_id, -1), mask=keep)
+    tl.store(at + 4, item, mask=keep)
+    tl.store(at + 5, splits, mask=keep)
 
 
 @triton.jit(do_not_specialize=["lists", "items", "batch", "q_blocks", "k_blocks", "split"])
@@ -25,7 +68,7 @@ def work_kernel(
     tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
     lists, items, batch, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Work items of one group in the order of work, int32 [4, items, 8]; see `work_key`.
+    """Work items of one group in the order of work, int32 [4, items, 8]; see `order_items`.
 
     An item is (block, first tile, end tile, slot, first slot of the block, items of the block, ...), with
     blocks counted within the group and tiles within the list; the slot is -1 if the block has one item. A
@@ -40,35 +83,14 @@ def work_kernel(
     balanced = (tl.load(ends_ptr + first + number - 1) - before_all) // (tl.where(group < 2, 64, 40) * batch)
     most = tl.where(split > 0, split, tl.maximum(balanced, LEAST_SPLIT))
     own = chunk * CHUNK + tl.arange(0, CHUNK)
-    total = tl.load(tiles_ptr + first + own, mask=own < number, other=0)
-    splits = tl.maximum((total + most - 1) // most, 1)
     blocks = tl.where(group == 2, k_blocks, q_blocks)
-    key = work_key(own, total, splits, batch, blocks)
-    item = tl.zeros([CHUNK], tl.int32)
-    all_items, all_slots = 0, 0
-    for start in range(0, number, ACROSS):
-        other = start + tl.arange(0, ACROSS)
-        mask = other < number
-        other_total = tl.load(tiles_ptr + first + other, mask=mask, other=-1)
-        other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
-        other_key = work_key(other, other_total, other_splits, batch, blocks)
-        before = other_key[None, :] > key[:, None]
-        before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
-        before &= mask[None, :]
-        item += tl.sum(tl.where(before, other_splits[None, :], 0), 1)
-        all_items += tl.sum(other_splits, 0)
-        all_slots += tl.sum(tl.where(other_splits > 1, other_splits, 0), 0)
-    # Split blocks come first: their items are the slots.
+    total, splits, item, all_items, all_slots = order_items(
+        tiles_ptr + first, own, number, most, batch, blocks, ACROSS
+    )
     out = items_ptr + (group * items + item) * 8
     for split_id in range(0, tl.max(splits, 0)):
         keep = (own < number) & (split_id < splits) & (item + split_id < items)
-        at = out + split_id * 8
-        tl.store(at, own, mask=keep)
-        tl.store(at + 1, split_id * total // splits, mask=keep)
-        tl.store(at + 2, (split_id + 1) * total // splits, mask=keep)
-        tl.store(at + 3, tl.where(splits > 1, item + split_id, -1), mask=keep)
-        tl.store(at + 4, item, mask=keep)
-        tl.store(at + 5, splits, mask=keep)
+        store_item(out + split_id * 8, own, total, splits, split_id, item, keep)
     if chunk == 0:
         tl.store(needs_ptr + SLOTS + group, all_slots)
         tl.store(needs_ptr + ITEM_COUNTS + group, all_items)
