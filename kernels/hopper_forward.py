@@ -1,4 +1,4 @@
-"""The forward kernel of the update phase for Hopper, in Gluon: warps that fetch, and warps that multiply.
+"""The same-instrument forward for Hopper, in Gluon: warps that fetch, and warps that multiply.
 
 It computes what `update_forward` does, its twin, from the same lists and masks. A program takes a pair of
 neighbouring blocks of one head. One warp group, the producer, reads the lists and copies keys and values into
@@ -26,10 +26,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import TILE, WARPS, announce, load_words, ring_slot, seen
-from .tiles import GEOMETRY, ITEM_SIZE, PAIR_ITEMS, head_ptr, key_pointers, last_to_arrive
-
-_LOWEST = gl.constexpr(-1e30)
+from .hopper_ring import WARPS, announce, load_words, ring_barriers, ring_slot, seen
+from .tiles import (
+    BLOCK,
+    GEOMETRY,
+    ITEM_SIZE,
+    LOWEST,
+    PAIR_ITEMS,
+    head_ptr,
+    key_pointers,
+    keys_of_head,
+    last_to_arrive,
+    merge,
+)
 
 
 @gluon.jit
@@ -76,14 +85,14 @@ def _tile_at(place, shared, alternating, first_0, masked_0, turns_0, first_1, ma
 @gluon.jit
 def _produce(
     keys, strides, table_ptr, gathered_ptr, items_ptr, heads, geometry, k_ring, v_ring, ready, free,
-    FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """Copies keys and values of all places into the ring, a tile each.
 
     The list is read a place ahead, so that no copy waits for it.
     """
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    offs_n = gl.arange(0, TILE, gl.SliceLayout(1, COPY))
+    offs_n = gl.arange(0, BLOCK, gl.SliceLayout(1, COPY))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
     summaries, blocks, _, first_list, group, items, _ = geometry
     _, block, begin, end, shared, list_0, list_1, turns_0, turns_1 = _load_pair(
@@ -94,22 +103,18 @@ def _produce(
     )  # fmt: skip
     alternating = gl.minimum(turns_0, turns_1) - shared
     b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-    keys = (
-        head_ptr(keys[0], strides[0], b, h), head_ptr(keys[1], strides[1], b, h),
-        head_ptr(keys[2], strides[2], b, h), head_ptr(keys[3], strides[3], b, h),
-    )  # fmt: skip
-    key_strides = (strides[0][2], strides[1][2], strides[2][2], strides[3][2])
+    keys, key_strides = keys_of_head(keys, strides, b, h)
     tile = _tile_at(begin, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1)
-    token = gl.load(gathered_ptr + tile * TILE + offs_n)  # [64]
+    token = gl.load(gathered_ptr + tile * BLOCK + offs_n)  # [64]
     for place in range(begin, end + LAG):
         nth = place - begin
         if place < end:
-            k_ptrs, v_ptrs = key_pointers(token, keys, key_strides, summaries, FIRST)  # [64, 1]
+            k_ptrs, v_ptrs = key_pointers(token, keys, key_strides, summaries, False)  # [64, 1]
             following = gl.minimum(place + 1, end - 1)
             tile = _tile_at(
                 following, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1
             )
-            token = gl.load(gathered_ptr + tile * TILE + offs_n)
+            token = gl.load(gathered_ptr + tile * BLOCK + offs_n)
             slot, phase = ring_slot(nth, STAGES)
             mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
             async_copy.async_copy_global_to_shared(k_ring.index(slot), k_ptrs + offs_d[None, :])
@@ -133,7 +138,7 @@ def _attend(
         slot, phase = ring_slot(_place(turn, which, shared, alternating) - begin, STAGES)
         mbarrier.wait(ready.index(slot), phase)
         qk = warpgroup_mma(
-            q_tile, k_ring.index(slot).permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, KEYS),
+            q_tile, k_ring.index(slot).permute((1, 0)), gl.zeros([BLOCK, BLOCK], gl.float32, KEYS),
             use_acc=False, is_async=True,
         )  # fmt: skip
         qk = warpgroup_mma_wait(0, deps=[qk])  # [64, 64]
@@ -154,17 +159,9 @@ def _attend(
 
 
 @gluon.jit
-def _merge(acc, m_i, l_i, acc_part, m_part, l_part):
-    """acc [64, D], m_i and l_i [64] of the keys of both."""
-    m_new = gl.maximum(m_i, m_part)
-    alpha, beta = gl.exp2(m_i - m_new), gl.exp2(m_part - m_new)
-    return acc * alpha[:, None] + acc_part * beta[:, None], m_new, l_i * alpha + l_part * beta
-
-
-@gluon.jit
 def _consume(
     which, pointers, strides, scale, heads, queries, geometry, k_ring, v_ring, q_tile, ready, free,
-    FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The part of block `which` of a pair: its queries, its turns among the places, its results."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -181,20 +178,20 @@ def _consume(
     alternating = gl.minimum(turns_0, turns_1) - shared
     turns, list_ptr = gl.where(which == 0, turns_0, turns_1), gl.where(which == 0, list_0, list_1)
     exists = (which == 0) | (block % blocks + 1 < blocks)
-    if exists & (FIRST | (turns > 0)):
+    if exists & (turns > 0):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-        order_ptr += (first_block + block + which) * TILE
-        row_offs = gl.arange(0, TILE, gl.SliceLayout(1, ROWS))
+        order_ptr += (first_block + block + which) * BLOCK
+        row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
         row_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
         row = gl.maximum(gl.load(order_ptr + row_offs) - summaries, 0)[:, None]  # [64, 1]
         q_tile.store(gl.load(head_ptr(q_ptr, q_strides, b, h) + row * q_strides[2] + row_d))
         fence_async_shared()
         tl.debug_barrier()
 
-        offs_m = gl.arange(0, TILE, OF_KEYS)
-        acc = gl.zeros([TILE, D], gl.float32, CHANNELS)
-        m_i = gl.full([TILE], _LOWEST, gl.float32, OF_KEYS)
-        l_i = gl.zeros([TILE], gl.float32, OF_KEYS)
+        offs_m = gl.arange(0, BLOCK, OF_KEYS)
+        acc = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
+        m_i = gl.full([BLOCK], LOWEST, gl.float32, OF_KEYS)
+        l_i = gl.zeros([BLOCK], gl.float32, OF_KEYS)
         full = turns - gl.load(list_ptr + 2)
         first_turn = _turns_before(begin, which, shared, alternating, turns)
         last_turn = _turns_before(end, which, shared, alternating, turns)
@@ -203,7 +200,7 @@ def _consume(
             acc, m_i, l_i, q_tile, k_ring, v_ring, ready, free, bits_ptr, scale,
             first_turn, border, which, begin, shared, alternating, offs_m, False, STAGES,
         )  # fmt: skip
-        bits_ptr += (gl.load(list_ptr + 1) + border - full) * (2 * TILE)
+        bits_ptr += (gl.load(list_ptr + 1) + border - full) * (2 * BLOCK)
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q_tile, k_ring, v_ring, ready, free, bits_ptr, scale,
             border, last_turn, which, begin, shared, alternating, offs_m, True, STAGES,
@@ -211,30 +208,30 @@ def _consume(
 
         m_i = gl.convert_layout(m_i, OF_CHANNELS, assert_trivial=True)
         l_i = gl.convert_layout(l_i, OF_CHANNELS, assert_trivial=True)
-        offs_m = gl.arange(0, TILE, OF_CHANNELS)
+        offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))
         slot = gl.load(pair_ptr + 3)
         complete = slot < 0
         if slot >= 0:
-            size = TILE * (D + 2)
+            size = BLOCK * (D + 2)
             partial_ptr = partials_ptr + ((slot.to(gl.int64) * heads + h) * 2 + which) * size
             offs_md = offs_m[:, None] * D + offs_d[None, :]  # [64, D]
             gl.store(partial_ptr + offs_md, acc)
-            gl.store(partial_ptr + TILE * D + offs_m, m_i)
-            gl.store(partial_ptr + TILE * D + TILE + offs_m, l_i)
+            gl.store(partial_ptr + BLOCK * D + offs_m, m_i)
+            gl.store(partial_ptr + BLOCK * D + BLOCK + offs_m, l_i)
             first_slot, splits = gl.load(pair_ptr + 4), gl.load(pair_ptr + 5)
             head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, which, 2)
             if complete:
-                acc = gl.zeros([TILE, D], gl.float32, CHANNELS)
-                m_i = gl.full([TILE], _LOWEST, gl.float32, OF_CHANNELS)
-                l_i = gl.zeros([TILE], gl.float32, OF_CHANNELS)
+                acc = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
+                m_i = gl.full([BLOCK], LOWEST, gl.float32, OF_CHANNELS)
+                l_i = gl.zeros([BLOCK], gl.float32, OF_CHANNELS)
                 partial_ptr = partials_ptr + ((first_slot.to(gl.int64) * heads + h) * 2 + which) * size
                 for _ in range(0, splits):
-                    m_part = gl.load(partial_ptr + TILE * D + offs_m, cache_modifier=".cg")  # [64]
-                    l_part = gl.load(partial_ptr + TILE * D + TILE + offs_m, cache_modifier=".cg")
+                    m_part = gl.load(partial_ptr + BLOCK * D + offs_m, cache_modifier=".cg")  # [64]
+                    l_part = gl.load(partial_ptr + BLOCK * D + BLOCK + offs_m, cache_modifier=".cg")
                     acc_part = gl.load(partial_ptr + offs_md, cache_modifier=".cg")  # [64, D]
-                    acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, m_part, l_part)
+                    acc, m_i, l_i = merge(acc, m_i, l_i, acc_part, m_part, l_part)
                     partial_ptr += heads * (2 * size)
         if complete:
             o_ptr = head_ptr(o_ptr, o_strides, b, h)
@@ -242,11 +239,11 @@ def _consume(
             query = gl.load(order_ptr + offs_m)  # [64]
             m_mask = query >= 0
             query = gl.maximum(query - summaries, 0)
-            if not FIRST:  # what the first pass left, as if its keys had just been taken
-                lse = gl.load(lse_ptr + query)
-                acc_part = gl.load(o_ptr + query[:, None] * o_strides[2] + offs_d[None, :]).to(gl.float32)
-                l_part = gl.where(lse == float("-inf"), 0.0, 1.0)
-                acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, gl.maximum(lse, _LOWEST), l_part)
+            # What the first pass left, as if its keys had just been taken.
+            lse = gl.load(lse_ptr + query)
+            acc_part = gl.load(o_ptr + query[:, None] * o_strides[2] + offs_d[None, :]).to(gl.float32)
+            l_part = gl.where(lse == float("-inf"), 0.0, 1.0)
+            acc, m_i, l_i = merge(acc, m_i, l_i, acc_part, gl.maximum(lse, LOWEST), l_part)
             fully_masked = l_i == 0
             l_i = gl.where(fully_masked, 1.0, l_i)
             q_tile.store((acc * (1 / l_i)[:, None]).to(q_tile.dtype))
@@ -263,22 +260,18 @@ def hopper_forward_kernel(
     order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
     scale, heads, queries, summaries, blocks, first_block, first_list, group, items, first_counter,
-    FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Two blocks of 64 queries of one head, an item of `plan_pairs`; arguments and results are those of
     `update_forward.forward_kernel`. Of a pair that is split, `partials` holds both blocks in turn.
     """
     if gl.program_id(0) // heads < gl.load(needs_ptr + PAIR_ITEMS):
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], q_ptr.dtype.element_ty)
-        k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, TILE, D], RING)
-        v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, TILE, D], RING)
-        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, TILE, D], RING)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(free.index(i), count=2)
+        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_ptr.dtype.element_ty)
+        k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
+        v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
+        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, BLOCK, D], RING)
+        ready, free = ring_barriers(2, STAGES)
         # Each reads what it needs of the pair itself: what is passed to warps is passed byte by byte.
         pointers = (
             q_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr
@@ -290,15 +283,15 @@ def hopper_forward_kernel(
             [
                 (_consume, (
                     0, pointers, strides, scale, heads, queries, geometry,
-                    k_ring, v_ring, q_tiles.index(0), ready, free, FIRST, D, STAGES,
+                    k_ring, v_ring, q_tiles.index(0), ready, free, D, STAGES,
                 )),
                 (_consume, (
                     1, pointers, strides, scale, heads, queries, geometry,
-                    k_ring, v_ring, q_tiles.index(1), ready, free, FIRST, D, STAGES,
+                    k_ring, v_ring, q_tiles.index(1), ready, free, D, STAGES,
                 )),
                 (_produce, (
                     (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr), key_strides, table_ptr, gathered_ptr, items_ptr,
-                    heads, geometry, k_ring, v_ring, ready, free, FIRST, D, STAGES, LAG,
+                    heads, geometry, k_ring, v_ring, ready, free, D, STAGES, LAG,
                 )),
             ],
             [WARPS, WARPS],

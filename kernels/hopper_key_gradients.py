@@ -16,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import TILE, WARPS, copy_tiles, load_words, ring_slot, seen
-from .tiles import GEOMETRY, ITEM_COUNTS, head_ptr, last_to_arrive, load_item, load_split
+from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
+from .tiles import BLOCK, GEOMETRY, ITEM_COUNTS, head_ptr, last_to_arrive, load_item, load_split
 
 
 @gluon.jit
@@ -37,7 +37,7 @@ def _produce(
     stats_ptr += (b * heads + h) * queries * 2
     rows, steps = (q_ptr, do_ptr, q_ptr, do_ptr), (q_strides[2], do_strides[2], q_strides[2], do_strides[2])
     copy_tiles(
-        gathered_ptr + (first + begin) * TILE, end - begin, rows, steps, 0, stats_ptr, rings, ready, free,
+        gathered_ptr + (first + begin) * BLOCK, end - begin, rows, steps, 0, stats_ptr, rings, ready, free,
         False, True, D, STAGES, LAG,
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def _add_key_gradients(
     KEYS: gl.constexpr = kq.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
+    zeros = gl.zeros([BLOCK, BLOCK], gl.float32, KEYS)
     if MASKED:
         low, high = load_words(bits_ptr, begin, end, offs_m)  # [64], a tile ahead
     for nth in range(begin, end):
@@ -104,8 +104,8 @@ def _consume(
     )
     if FIRST | (num_tiles > 0):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-        order_ptr += (first_block + block) * TILE
-        row_offs = gl.arange(0, TILE, gl.SliceLayout(1, ROWS))
+        order_ptr += (first_block + block) * BLOCK
+        row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
         row_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
         k_ptr, v_ptr = head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h)
         dk_ptr, dv_ptr = head_ptr(dk_r_ptr, dk_r_strides, b, h), head_ptr(dv_r_ptr, dk_r_strides, b, h)
@@ -124,16 +124,16 @@ def _consume(
         fence_async_shared()
         tl.debug_barrier()
 
-        dk = gl.zeros([TILE, D], gl.float32, CHANNELS)
-        dv = gl.zeros([TILE, D], gl.float32, CHANNELS)
+        dk = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
+        dv = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
         border = gl.minimum(gl.maximum(num_masked, begin), end) - begin  # masked tiles come first
-        bits_ptr += (first_masked + begin) * (2 * TILE)
-        offs_m = gl.arange(0, TILE, gl.SliceLayout(1, KEYS))
+        bits_ptr += (first_masked + begin) * (2 * BLOCK)
+        offs_m = gl.arange(0, BLOCK, gl.SliceLayout(1, KEYS))
         last = end - begin - 1
         if last >= 0:
             mbarrier.wait(ready.index(0), 0)
             kq = warpgroup_mma(
-                k_tile, q_ring.index(0).permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, KEYS),
+                k_tile, q_ring.index(0).permute((1, 0)), gl.zeros([BLOCK, BLOCK], gl.float32, KEYS),
                 use_acc=False, is_async=True,
             )  # fmt: skip
             kq = warpgroup_mma_wait(0, deps=[kq])
@@ -147,25 +147,25 @@ def _consume(
             )  # fmt: skip
         dk *= softmax_scale
 
-        offs_m = gl.arange(0, TILE, OF_CHANNELS)
+        offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
         complete = slot < 0
         if slot >= 0:
-            partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * TILE * D)
+            partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * BLOCK * D)
             offs_md = offs_m[:, None] * D + offs_d  # [64, D]
             gl.store(partial_ptr + offs_md, dk)
-            gl.store(partial_ptr + TILE * D + offs_md, dv)
+            gl.store(partial_ptr + BLOCK * D + offs_md, dv)
             first_slot, splits = load_split(item_ptr)
             head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, 0, 1)
             if complete:
-                dk = gl.zeros([TILE, D], gl.float32, CHANNELS)
-                dv = gl.zeros([TILE, D], gl.float32, CHANNELS)
-                partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (2 * TILE * D)
+                dk = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
+                dv = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
+                partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (2 * BLOCK * D)
                 for _part in range(0, splits):
                     dk += gl.load(partial_ptr + offs_md, cache_modifier=".cg")
-                    dv += gl.load(partial_ptr + TILE * D + offs_md, cache_modifier=".cg")
-                    partial_ptr += heads * (2 * TILE * D)
+                    dv += gl.load(partial_ptr + BLOCK * D + offs_md, cache_modifier=".cg")
+                    partial_ptr += heads * (2 * BLOCK * D)
         if complete:
             if not FIRST:  # add to what the first pass stored
                 key = gl.load(order_ptr + offs_m)[:, None]  # [64, 1]
@@ -193,19 +193,15 @@ def hopper_key_gradient_kernel(
     """dk and dv of the 64 keys of one work item of one head: see `update_backward.key_gradient_kernel`."""
     if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
         DTYPE: gl.constexpr = q_ptr.dtype.element_ty
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], DTYPE)
+        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, D], RING)
-        do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, D], RING)
-        lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
-        delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
-        k_tile = gl.allocate_shared_memory(DTYPE, [TILE, D], RING)
-        v_tile = gl.allocate_shared_memory(DTYPE, [TILE, D], RING)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(free.index(i), count=1)
+        q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+        do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+        lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], PLAIN)
+        delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], PLAIN)
+        k_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+        v_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+        ready, free = ring_barriers(1, STAGES)
         # Each reads its item itself: what is passed to warps is passed byte by byte.
         gl.warp_specialize(
             [

@@ -14,8 +14,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import TILE, WARPS, copy_tiles, load_words, ring_slot, seen
-from .tiles import GEOMETRY, ITEM_COUNTS, head_ptr, last_to_arrive, load_item, load_split
+from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
+from .tiles import (
+    BLOCK,
+    GEOMETRY,
+    ITEM_COUNTS,
+    head_ptr,
+    keys_of_head,
+    last_to_arrive,
+    load_item,
+    load_split,
+)
 
 
 @gluon.jit
@@ -30,12 +39,8 @@ def _produce(
         items_ptr, table_ptr, first_list, group, items, gl.program_id(0) // heads
     )
     b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-    rows = (
-        head_ptr(keys[0], strides[0], b, h), head_ptr(keys[1], strides[1], b, h),
-        head_ptr(keys[2], strides[2], b, h), head_ptr(keys[3], strides[3], b, h),
-    )  # fmt: skip
-    steps = (strides[0][2], strides[1][2], strides[2][2], strides[3][2])
-    gathered_ptr += (first + begin) * TILE
+    rows, steps = keys_of_head(keys, strides, b, h)
+    gathered_ptr += (first + begin) * BLOCK
     copy_tiles(
         gathered_ptr, end - begin, rows, steps, summaries, gathered_ptr, rings, ready, free,
         FIRST, False, D, STAGES, LAG,
@@ -55,7 +60,7 @@ def _add_query_gradient(
     for nth in range(begin, end):
         slot, phase = ring_slot(nth, STAGES)
         mbarrier.wait(ready.index(slot), phase)
-        zeros = gl.zeros([TILE, TILE], gl.float32, KEYS)
+        zeros = gl.zeros([BLOCK, BLOCK], gl.float32, KEYS)
         qk = warpgroup_mma(
             q_tile, k_ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
         )  # fmt: skip
@@ -95,11 +100,11 @@ def _consume(
     )
     if FIRST | (num_tiles > 0):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-        order_ptr += (first_block + block) * TILE
+        order_ptr += (first_block + block) * BLOCK
         dq_ptr = head_ptr(dq_ptr, dq_strides, b, h)
-        row_offs = gl.arange(0, TILE, gl.SliceLayout(1, ROWS))
+        row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
         row_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
-        offs_m = gl.arange(0, TILE, OF_KEYS)
+        offs_m = gl.arange(0, BLOCK, OF_KEYS)
         row = gl.load(order_ptr + row_offs)  # [64]
         query = gl.maximum(row - summaries, 0)
         do = gl.load(head_ptr(do_ptr, do_strides, b, h) + query[:, None] * do_strides[2] + row_d)  # [64, D]
@@ -120,9 +125,9 @@ def _consume(
             query = gl.maximum(gl.load(order_ptr + offs_m) - summaries, 0)  # [64]
             lse, delta = gl.load(stats_ptr + query * 2), gl.load(stats_ptr + query * 2 + 1)
 
-        dq = gl.zeros([TILE, D], gl.float32, CHANNELS)
+        dq = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
         border = gl.minimum(gl.maximum(num_masked, begin), end) - begin  # masked tiles come first
-        bits_ptr += (first_masked + begin) * (2 * TILE)
+        bits_ptr += (first_masked + begin) * (2 * BLOCK)
         dq = _add_query_gradient(
             dq, lse, delta, q_tile, do_tile, k_ring, v_ring, ready, free, bits_ptr, scale,
             0, border, offs_m, True, STAGES,
@@ -133,22 +138,22 @@ def _consume(
         )  # fmt: skip
         dq *= softmax_scale
 
-        offs_c = gl.arange(0, TILE, gl.SliceLayout(1, CHANNELS))
+        offs_c = gl.arange(0, BLOCK, gl.SliceLayout(1, CHANNELS))
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
         complete = slot < 0
         if slot >= 0:
-            partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (TILE * D)
+            partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (BLOCK * D)
             offs_md = offs_c[:, None] * D + offs_d  # [64, D]
             gl.store(partial_ptr + offs_md, dq)
             first_slot, splits = load_split(item_ptr)
             head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, 0, 1)
             if complete:
-                dq = gl.zeros([TILE, D], gl.float32, CHANNELS)
-                partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (TILE * D)
+                dq = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
+                partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (BLOCK * D)
                 for _part in range(0, splits):
                     dq += gl.load(partial_ptr + offs_md, cache_modifier=".cg")
-                    partial_ptr += heads * (TILE * D)
+                    partial_ptr += heads * (BLOCK * D)
         if complete:
             if not FIRST:  # add to what the first pass stored
                 token = gl.load(order_ptr + offs_c)  # [64]
@@ -172,16 +177,12 @@ def hopper_query_gradient_kernel(
     """dq of the 64 queries of one work item of one head: see `update_backward.query_gradient_kernel`."""
     if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
         DTYPE: gl.constexpr = q_ptr.dtype.element_ty
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], DTYPE)
-        k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, D], RING)
-        v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, D], RING)
-        q_tile = gl.allocate_shared_memory(DTYPE, [TILE, D], RING)
-        do_tile = gl.allocate_shared_memory(DTYPE, [TILE, D], RING)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(free.index(i), count=1)
+        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
+        k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+        v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+        q_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+        do_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+        ready, free = ring_barriers(1, STAGES)
         # Each reads its item itself: what is passed to warps is passed byte by byte.
         gl.warp_specialize(
             [

@@ -10,9 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .tiles import key_pointers
+from .tiles import BLOCK, key_pointers
 
-TILE = gl.constexpr(64)  # as `tiles.BLOCK`
 WARPS = gl.constexpr(4)  # of a warp group
 
 
@@ -21,6 +20,17 @@ def ring_slot(nth, STAGES: gl.constexpr):
     """The buffer of the nth tile of a program, and the phase of its barriers."""
     nth = nth.to(gl.uint32)  # a division of what has a sign costs more
     return (nth % STAGES).to(gl.int32), ((nth // STAGES) & 1).to(gl.int32)
+
+
+@gluon.jit
+def ring_barriers(readers, STAGES: gl.constexpr):
+    """`ready` and `free` of a ring that so many warp groups read."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=readers)
+    return ready, free
 
 
 @gluon.jit
@@ -55,9 +65,9 @@ def copy_tiles(
     """
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     EACH: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    offs_n = gl.arange(0, TILE, gl.SliceLayout(1, COPY))
+    offs_n = gl.arange(0, BLOCK, gl.SliceLayout(1, COPY))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, COPY))[None, :]
-    offs = gl.arange(0, TILE, EACH)
+    offs = gl.arange(0, BLOCK, EACH)
     last = gl.maximum(tiles - 1, 0)
     token = gl.load(gathered_ptr + offs_n)  # [64]
     if STATS:
@@ -65,7 +75,7 @@ def copy_tiles(
     for nth in range(0, tiles + LAG):
         if nth < tiles:
             ptrs_0, ptrs_1 = key_pointers(token, rows, strides, summaries, HAS_SUMMARIES)  # [64, 1]
-            following = gathered_ptr + gl.minimum(nth + 1, last) * TILE
+            following = gathered_ptr + gl.minimum(nth + 1, last) * BLOCK
             token = gl.load(following + offs_n)
             if STATS:
                 stats_ptrs = stats_ptr + own * 2
@@ -83,15 +93,15 @@ def copy_tiles(
 @gluon.jit
 def load_words(bits_ptr, tile, tiles, offs_m):
     """The two words of the mask of a tile, int32 [64] each, if it is below `tiles`; see `tiles.tile_mask`."""
-    word_ptrs = bits_ptr + tile * (2 * TILE) + offs_m
+    word_ptrs = bits_ptr + tile * (2 * BLOCK) + offs_m
     there = (offs_m >= 0) & (tile < tiles)
-    return gl.load(word_ptrs, mask=there, other=0), gl.load(word_ptrs + TILE, mask=there, other=0)
+    return gl.load(word_ptrs, mask=there, other=0), gl.load(word_ptrs + BLOCK, mask=there, other=0)
 
 
 @gluon.jit
 def seen(low, high, LAYOUT: gl.constexpr):
     """bool [64, 64] from the words of a tile."""
-    offs_n = gl.arange(0, TILE, gl.SliceLayout(0, LAYOUT))
+    offs_n = gl.arange(0, BLOCK, gl.SliceLayout(0, LAYOUT))
     word = gl.where((offs_n < 32)[None, :], low[:, None], high[:, None])
     word = word >> (4 * (offs_n & 6))[None, :]
     return (word & (1 << (4 * (offs_n & 1) + ((offs_n & 31) >> 3)))[None, :]) != 0

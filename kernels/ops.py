@@ -161,9 +161,9 @@ class Update:
 
     def forward(self, o: Tensor, lse: Tensor, same_inst: bool) -> None:
         launch = self.launches.forward_same_inst if same_inst else self.launches.forward_local
-        kernel, constants = _forward, _constants(launch, self.dim, not same_inst)
-        if isinstance(launch, Specialized):
-            kernel = _specialized()[0]
+        kernel, constants = _forward, {"FIRST": not same_inst} | _constants(launch, self.dim)
+        if isinstance(launch, Specialized):  # which is of the same-instrument pass alone
+            kernel, constants = _specialized()[0], _constants(launch, self.dim)
             programs, geometry = self._pairs()
         else:
             programs, geometry = self._group(launch, same_inst, by_keys=False)
@@ -190,7 +190,8 @@ class Update:
                 *(self.scale * LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
-            **_constants(launch, self.dim, not same_inst),
+            FIRST=not same_inst,
+            **_constants(launch, self.dim),
         )
 
     def key_gradients(self, gradients: Sequence[Tensor], do: Tensor, stats: Tensor, same_inst: bool) -> None:
@@ -208,7 +209,8 @@ class Update:
                 *(self.scale * LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
-            **_constants(launch, self.dim, not same_inst),
+            FIRST=not same_inst,
+            **_constants(launch, self.dim),
         )
 
     def _group(
@@ -252,10 +254,9 @@ def _specialized() -> tuple[Launcher, Launcher, Launcher]:
     return tuple(map(Launcher, kernels))
 
 
-def _constants(launch: Launch | Specialized, dim: int, first: bool) -> dict:
+def _constants(launch: Launch | Specialized, dim: int) -> dict:
     if isinstance(launch, Specialized):
         constants = {
-            "FIRST": first,
             "D": dim,
             "STAGES": launch.num_stages,
             "LAG": launch.lag,
@@ -265,7 +266,6 @@ def _constants(launch: Launch | Specialized, dim: int, first: bool) -> dict:
             constants["CONSUMER_REGISTERS"] = launch.consumer_registers
         return constants | {"num_warps": 4, "maxnreg": launch.maxnreg}
     constants = {
-        "FIRST": first,
         "BM": launch.block_m,
         "BN": launch.block_n,
         "D": dim,

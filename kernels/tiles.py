@@ -41,6 +41,16 @@ def head_ptr(base_ptr, strides, b, h):
 
 
 @triton.jit
+def keys_of_head(pointers, strides, b, h):
+    """`keys` and `key_strides` of `key_pointers`, from the tensors (k_s, v_s, k_r, v_r) and their strides."""
+    keys = (
+        head_ptr(pointers[0], strides[0], b, h), head_ptr(pointers[1], strides[1], b, h),
+        head_ptr(pointers[2], strides[2], b, h), head_ptr(pointers[3], strides[3], b, h),
+    )  # fmt: skip
+    return keys, (strides[0][2], strides[1][2], strides[2][2], strides[3][2])
+
+
+@triton.jit
 def load_item(items_ptr, table_ptr, first_list, group, items, index):
     """Work item `index` of a group: what a program computes. See `plan_work.work_kernel`.
 
@@ -77,6 +87,14 @@ def last_to_arrive(counters_ptr, first_slot, splits, heads, head, sub, SUBS: tl.
     tl.debug_barrier()  # all threads have written
     counter_ptr = counters_ptr + (first_slot * heads + head) * SUBS + sub
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1
+
+
+@triton.jit
+def merge(acc, m_i, l_i, acc_part, m_part, l_part):
+    """acc [BM, D], m_i and l_i [BM] of the keys of both."""
+    m_new = tl.maximum(m_i, m_part)
+    alpha, beta = tl.exp2(m_i - m_new), tl.exp2(m_part - m_new)
+    return acc * alpha[:, None] + acc_part * beta[:, None], m_new, l_i * alpha + l_part * beta
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from .tiles import (
     ITEM_COUNTS,
     head_ptr,
     key_pointers,
+    keys_of_head,
     last_to_arrive,
     load_item,
     load_split,
@@ -98,11 +99,10 @@ def query_gradient_kernel(
             else:
                 lse, delta = tl.load(stats_ptr + stats_offs * 2), tl.load(stats_ptr + stats_offs * 2 + 1)
 
-            keys = (
-                head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
-                head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
+            keys, key_strides = keys_of_head(
+                (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
+                (k_s_strides, v_s_strides, k_r_strides, v_r_strides), b, h,
             )  # fmt: skip
-            key_strides = (k_s_strides[2], v_s_strides[2], k_r_strides[2], v_r_strides[2])
             border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
             dq = tl.zeros([BM, D], tl.float32)
             dq = _add_query_gradient(

@@ -19,9 +19,11 @@ from .tiles import (
     LOWEST,
     head_ptr,
     key_pointers,
+    keys_of_head,
     last_to_arrive,
     load_item,
     load_split,
+    merge,
     tile_mask,
 )
 
@@ -56,14 +58,6 @@ def _attend(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BM, D]
         m_i = m_new
     return acc, m_i, l_i
-
-
-@triton.jit
-def _merge(acc, m_i, l_i, acc_part, m_part, l_part):
-    """acc [BM, D], m_i and l_i [BM] of the keys of both."""
-    m_new = tl.maximum(m_i, m_part)
-    alpha, beta = tl.exp2(m_i - m_new), tl.exp2(m_part - m_new)
-    return acc * alpha[:, None] + acc_part * beta[:, None], m_new, l_i * alpha + l_part * beta
 
 
 @triton.jit
@@ -110,11 +104,10 @@ def forward_kernel(
             acc = tl.zeros([BM, D], tl.float32)
             m_i = tl.full([BM], LOWEST, tl.float32)
             l_i = tl.zeros([BM], tl.float32)
-            keys = (
-                head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
-                head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
+            keys, key_strides = keys_of_head(
+                (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
+                (k_s_strides, v_s_strides, k_r_strides, v_r_strides), b, h,
             )  # fmt: skip
-            key_strides = (k_s_strides[2], v_s_strides[2], k_r_strides[2], v_r_strides[2])
             border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
             acc, m_i, l_i = _attend(
                 acc, m_i, l_i, q, keys, key_strides,
@@ -149,12 +142,12 @@ def forward_kernel(
                         m_part = tl.load(partial_ptr + BLOCK * D + offs_m, cache_modifier=".cg")  # [BM]
                         l_part = tl.load(partial_ptr + BLOCK * D + BLOCK + offs_m, cache_modifier=".cg")
                         acc_part = tl.load(partial_ptr + offs_md, cache_modifier=".cg")  # [BM, D]
-                        acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, m_part, l_part)
+                        acc, m_i, l_i = merge(acc, m_i, l_i, acc_part, m_part, l_part)
                         partial_ptr += heads * size
             if complete:
                 if not FIRST:
                     acc_part, m_part, l_part = _left_by_the_first_pass(o_ptrs, lse_ptrs)
-                    acc, m_i, l_i = _merge(acc, m_i, l_i, acc_part, m_part, l_part)
+                    acc, m_i, l_i = merge(acc, m_i, l_i, acc_part, m_part, l_part)
                 fully_masked = l_i == 0
                 l_i = tl.where(fully_masked, 1.0, l_i)
                 o = acc / l_i[:, None]
