@@ -14,6 +14,7 @@ from . import decode_attention as attention
 from . import decode_products as products
 from .decode_list import list_kernel
 from .launch_cache import Launcher
+from .overlap import can_overlap
 from .tiles import LOG2_E
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
@@ -46,13 +47,6 @@ _project, _attended = Launcher(products.project_kernel), Launcher(products.atten
 _gate, _down, _head = (
     Launcher(kernel) for kernel in (products.gate_kernel, products.down_kernel, products.head_kernel)
 )
-
-
-def can_overlap(device: torch.device) -> bool:
-    """Whether a kernel can be launched there while the one before it runs (programmatic dependent launch)."""
-    compiled = isinstance(attention.attend_kernel, triton.JITFunction)
-    nvidia = compiled and device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def overlap_options(device: torch.device, slots: int) -> dict[str, int]:

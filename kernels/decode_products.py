@@ -20,6 +20,8 @@ Tiles: R rows, C columns of the result, K channels of the input. PAIRS pairs of 
 import triton
 import triton.language as tl
 
+from .overlap import let_next_start, wait_for_previous
+
 READS, SUMMARIZES = 1, 2
 _READS, _SUMMARIZES = tl.constexpr(READS), tl.constexpr(SUMMARIZES)
 EARLY, LATE = 1, 2  # when a kernel lets the next one be launched
@@ -33,17 +35,14 @@ def begin(OVERLAPS: tl.constexpr):
     If OVERLAPS is not 0, launches of a graph overlap: a program is there when what it reads is. What was
     written by any kernel before must not be read earlier than here.
     """
-    if OVERLAPS == _EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
+    let_next_start(OVERLAPS == _EARLY)
+    wait_for_previous(OVERLAPS != 0)
 
 
 @triton.jit
 def near_end(OVERLAPS: tl.constexpr):
     """Where a program has little left to do: if LATE, lets the next kernel be launched."""
-    if OVERLAPS == _LATE:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(OVERLAPS == _LATE)
 
 
 @triton.jit

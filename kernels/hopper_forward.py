@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ring import WARPS, announce, load_words, ring_barriers, ring_slot, seen
+from .overlap import let_next_start, wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -161,7 +162,7 @@ def _attend(
 @gluon.jit
 def _consume(
     which, pointers, strides, scale, heads, queries, geometry, k_ring, v_ring, q_tile, ready, free,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The part of block `which` of a pair: its queries, its turns among the places, its results."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -210,6 +211,7 @@ def _consume(
         l_i = gl.convert_layout(l_i, OF_CHANNELS, assert_trivial=True)
         offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))
+        wait_for_previous(OVERLAPS)
         slot = gl.load(pair_ptr + 3)
         complete = slot < 0
         if slot >= 0:
@@ -260,12 +262,13 @@ def hopper_forward_kernel(
     order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
     scale, heads, queries, summaries, blocks, first_block, first_list, group, items, first_counter,
-    D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Two blocks of 64 queries of one head, an item of `plan_pairs`; arguments and results are those of
     `update_forward.forward_kernel`. Of a pair that is split, `partials` holds both blocks in turn.
     """
+    let_next_start(OVERLAPS)
     if gl.program_id(0) // heads < gl.load(needs_ptr + PAIR_ITEMS):
         RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_ptr.dtype.element_ty)
         k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
@@ -283,11 +286,11 @@ def hopper_forward_kernel(
             [
                 (_consume, (
                     0, pointers, strides, scale, heads, queries, geometry,
-                    k_ring, v_ring, q_tiles.index(0), ready, free, D, STAGES,
+                    k_ring, v_ring, q_tiles.index(0), ready, free, OVERLAPS, D, STAGES,
                 )),
                 (_consume, (
                     1, pointers, strides, scale, heads, queries, geometry,
-                    k_ring, v_ring, q_tiles.index(1), ready, free, D, STAGES,
+                    k_ring, v_ring, q_tiles.index(1), ready, free, OVERLAPS, D, STAGES,
                 )),
                 (_produce, (
                     (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr), key_strides, table_ptr, gathered_ptr, items_ptr,
@@ -297,3 +300,4 @@ def hopper_forward_kernel(
             [WARPS, WARPS],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
+    wait_for_previous(OVERLAPS)  # whoever waits for this pass waits for both

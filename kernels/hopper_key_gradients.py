@@ -17,7 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
-from .tiles import BLOCK, GEOMETRY, ITEM_COUNTS, head_ptr, last_to_arrive, load_item, load_split
+from .overlap import wait_for_previous
+from .tiles import (
+    BLOCK,
+    GEOMETRY,
+    ITEM_COUNTS,
+    head_ptr,
+    last_to_arrive,
+    load_item,
+    load_split,
+    start_pass,
+)
 
 
 @gluon.jit
@@ -88,7 +98,7 @@ def _add_key_gradients(
 def _consume(
     pointers, key_pointers, strides, scale, softmax_scale, heads, geometry,
     q_ring, do_ring, lse_ring, delta_ring, k_tile, v_tile, ready, free,
-    FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The keys of the item and their gradients."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -149,6 +159,7 @@ def _consume(
 
         offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
+        wait_for_previous(OVERLAPS and not FIRST)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * BLOCK * D)
@@ -187,10 +198,11 @@ def hopper_key_gradient_kernel(
     order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dk_s_strides, dk_r_strides,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    first_counter, FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the 64 keys of one work item of one head: see `update_backward.key_gradient_kernel`."""
+    start_pass(FIRST, OVERLAPS)
     if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
         DTYPE: gl.constexpr = q_ptr.dtype.element_ty
         RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
@@ -211,7 +223,8 @@ def hopper_key_gradient_kernel(
                     (k_s_strides, v_s_strides, k_r_strides, v_r_strides, dk_s_strides, dk_r_strides),
                     scale, softmax_scale, heads,
                     (summaries, blocks, first_block, first_list, group, items, first_counter),
-                    q_ring, do_ring, lse_ring, delta_ring, k_tile, v_tile, ready, free, FIRST, D, STAGES,
+                    q_ring, do_ring, lse_ring, delta_ring, k_tile, v_tile, ready, free, FIRST, OVERLAPS, D,
+                    STAGES,
                 )),
                 (_produce, (
                     (q_ptr, do_ptr, stats_ptr, table_ptr, gathered_ptr, items_ptr),
@@ -222,3 +235,4 @@ def hopper_key_gradient_kernel(
             [WARPS],
             [PRODUCER_REGISTERS],
         )  # fmt: skip
+    wait_for_previous(OVERLAPS and not FIRST)

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
+from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -24,6 +25,7 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
+    start_pass,
 )
 
 
@@ -84,7 +86,7 @@ def _add_query_gradient(
 def _consume(
     pointers, tensors, strides, scale, softmax_scale, heads, queries, geometry,
     k_ring, v_ring, q_tile, do_tile, ready, free,
-    FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The queries of the item and their gradients."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -113,17 +115,14 @@ def _consume(
         fence_async_shared()
         tl.debug_barrier()
         stats_ptr += (b * heads + h) * queries * 2
+        o = gl.load(head_ptr(o_ptr, dq_strides, b, h) + query[:, None] * dq_strides[2] + row_d)
+        row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)  # [64]
+        row_lse = gl.load(lse_ptr + (b * heads + h) * queries + query)
         if FIRST:
-            o = gl.load(head_ptr(o_ptr, dq_strides, b, h) + query[:, None] * dq_strides[2] + row_d)
-            row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)  # [64]
-            row_lse = gl.load(lse_ptr + (b * heads + h) * queries + query)
             keep = (row >= 0) & (begin == 0)
             gl.store(stats_ptr + query * 2, row_lse, mask=keep)
             gl.store(stats_ptr + query * 2 + 1, row_delta, mask=keep)
-            lse, delta = gl.convert_layout(row_lse, OF_KEYS), gl.convert_layout(row_delta, OF_KEYS)
-        else:
-            query = gl.maximum(gl.load(order_ptr + offs_m) - summaries, 0)  # [64]
-            lse, delta = gl.load(stats_ptr + query * 2), gl.load(stats_ptr + query * 2 + 1)
+        lse, delta = gl.convert_layout(row_lse, OF_KEYS), gl.convert_layout(row_delta, OF_KEYS)
 
         dq = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
         border = gl.minimum(gl.maximum(num_masked, begin), end) - begin  # masked tiles come first
@@ -140,6 +139,7 @@ def _consume(
 
         offs_c = gl.arange(0, BLOCK, gl.SliceLayout(1, CHANNELS))
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
+        wait_for_previous(OVERLAPS and not FIRST)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (BLOCK * D)
@@ -171,10 +171,11 @@ def hopper_query_gradient_kernel(
     partials_ptr, counters_ptr, order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    first_counter, FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq of the 64 queries of one work item of one head: see `update_backward.query_gradient_kernel`."""
+    start_pass(FIRST, OVERLAPS)
     if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
         DTYPE: gl.constexpr = q_ptr.dtype.element_ty
         RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
@@ -191,7 +192,8 @@ def hopper_query_gradient_kernel(
                     (q_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr),
                     (q_strides, do_strides, dq_strides), scale, softmax_scale, heads, queries,
                     (summaries, blocks, first_block, first_list, group, items, first_counter),
-                    k_ring, v_ring, q_tile, do_tile, ready, free, FIRST, D, STAGES,
+                    k_ring, v_ring, q_tile, do_tile, ready, free, FIRST, OVERLAPS, D,
+                    STAGES,
                 )),
                 (_produce, (
                     (table_ptr, gathered_ptr, items_ptr), (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
@@ -203,3 +205,4 @@ def hopper_query_gradient_kernel(
             [WARPS],
             [PRODUCER_REGISTERS],
         )  # fmt: skip
+    wait_for_previous(OVERLAPS and not FIRST)

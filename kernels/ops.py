@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import overlap
 from .launch import Launch, Specialized, launches_for
 from .launch_cache import Launcher
 from .operators import register, register_gradient
@@ -120,6 +121,7 @@ def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     o, lse = _with_output_strides(o, run.inputs[0]), lse.contiguous()
     for same_inst in (False, True):
         run.query_gradient(gradients[0], o, lse, do, stats, same_inst)
+    for same_inst in (False, True):
         run.key_gradients(gradients[1:], do, stats, same_inst)
     return gradients
 
@@ -128,7 +130,8 @@ class Update:
     """The launches of the update phase on some inputs, with what they have in common.
 
     Every kernel runs once for each pass: the local pass writes its results, the same-instrument pass
-    (`same_inst`) continues or adds to them.
+    (`same_inst`) continues or adds to them. It comes next, since where launches overlap it starts while the
+    local pass ends, see `tiles.start_pass`.
     """
 
     def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor], kernels: int):
@@ -158,14 +161,17 @@ class Update:
         self.launches = launches_for(q.device, q.dtype, self.dim)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
+        self.overlaps = overlap.can_overlap(q.device)
 
     def forward(self, o: Tensor, lse: Tensor, same_inst: bool) -> None:
         launch = self.launches.forward_same_inst if same_inst else self.launches.forward_local
-        kernel, constants = _forward, {"FIRST": not same_inst} | _constants(launch, self.dim)
+        constants = self._constants(launch, same_inst)
         if isinstance(launch, Specialized):  # which is of the same-instrument pass alone
-            kernel, constants = _specialized()[0], _constants(launch, self.dim)
+            kernel = _specialized()[0]
+            del constants["FIRST"]
             programs, geometry = self._pairs()
         else:
+            kernel = _forward
             programs, geometry = self._group(launch, same_inst, by_keys=False)
         kernel(
             programs,
@@ -177,7 +183,7 @@ class Update:
     def query_gradient(
         self, dq: Tensor, o: Tensor, lse: Tensor, do: Tensor, stats: Tensor, same_inst: bool
     ) -> None:
-        """The local pass also writes `stats`, float32 [B, H, N, 2], which all later launches read."""
+        """The local pass also writes `stats`, float32 [B, H, N, 2], which `key_gradients` reads."""
         launch = self.launches.dq_same_inst if same_inst else self.launches.dq_local
         programs, geometry = self._group(launch, same_inst, by_keys=False)
         kernel = _specialized()[1] if isinstance(launch, Specialized) else _query_gradient
@@ -190,8 +196,7 @@ class Update:
                 *(self.scale * LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
-            FIRST=not same_inst,
-            **_constants(launch, self.dim),
+            **self._constants(launch, same_inst),
         )
 
     def key_gradients(self, gradients: Sequence[Tensor], do: Tensor, stats: Tensor, same_inst: bool) -> None:
@@ -209,9 +214,24 @@ class Update:
                 *(self.scale * LOG2_E, self.scale, self.heads, self.queries),
                 *geometry,
             ),
-            FIRST=not same_inst,
-            **_constants(launch, self.dim),
+            **self._constants(launch, same_inst),
         )
+
+    def _constants(self, launch: Launch | Specialized, same_inst: bool) -> dict:
+        """In the order of the kernels' parameters, then options of the compiler."""
+        constants = {"FIRST": not same_inst, "OVERLAPS": self.overlaps}
+        if isinstance(launch, Specialized):
+            constants |= {"D": self.dim, "STAGES": launch.num_stages, "LAG": launch.lag}
+            constants |= {"PRODUCER_REGISTERS": launch.producer_registers}
+            if launch.consumer_registers is not None:
+                constants["CONSUMER_REGISTERS"] = launch.consumer_registers
+            constants["num_warps"] = 4
+        else:
+            constants |= {"BM": launch.block_m, "BN": launch.block_n, "D": self.dim, "PRECISION": "ieee"}
+            constants |= {"STAGES": launch.num_stages, "num_warps": launch.num_warps}
+        if launch.maxnreg is not None:
+            constants["maxnreg"] = launch.maxnreg
+        return constants | {"launch_pdl": True} if self.overlaps else constants
 
     def _group(
         self, launch: Launch | Specialized, same_inst: bool, by_keys: bool
@@ -252,28 +272,6 @@ def _specialized() -> tuple[Launcher, Launcher, Launcher]:
 
     kernels = hopper_forward_kernel, hopper_query_gradient_kernel, hopper_key_gradient_kernel
     return tuple(map(Launcher, kernels))
-
-
-def _constants(launch: Launch | Specialized, dim: int) -> dict:
-    if isinstance(launch, Specialized):
-        constants = {
-            "D": dim,
-            "STAGES": launch.num_stages,
-            "LAG": launch.lag,
-            "PRODUCER_REGISTERS": launch.producer_registers,
-        }
-        if launch.consumer_registers is not None:
-            constants["CONSUMER_REGISTERS"] = launch.consumer_registers
-        return constants | {"num_warps": 4, "maxnreg": launch.maxnreg}
-    constants = {
-        "BM": launch.block_m,
-        "BN": launch.block_n,
-        "D": dim,
-        "PRECISION": "ieee",
-        "STAGES": launch.num_stages,
-        "num_warps": launch.num_warps,
-    }
-    return constants if launch.maxnreg is None else constants | {"maxnreg": launch.maxnreg}
 
 
 def _addressable(x: Tensor) -> Tensor:

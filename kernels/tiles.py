@@ -17,6 +17,8 @@ from math import e, log2
 import triton
 import triton.language as tl
 
+from .overlap import let_next_start, wait_for_previous
+
 BLOCK = tl.constexpr(64)  # tokens of a block, and gathered tokens of a tile: of a plan
 ITEM_COUNTS = tl.constexpr(7)  # where `needs` of a plan holds the number of work items of each group
 PAIR_ITEMS, PAIRS = tl.constexpr(12), tl.constexpr(4)  # and that of pairs, and their group of items
@@ -32,6 +34,15 @@ LOG2_E = log2(e)  # on scores before a softmax in base 2, whose exponentials are
 
 # Below any logit, but finite: -inf - -inf would be NaN.
 LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def start_pass(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
+    """First of all in a kernel. With OVERLAPS the second pass starts while the first one ends: it reads what
+    both were given, which is there because the first one waits for it, and needs what that one left at its
+    own end alone."""
+    wait_for_previous(OVERLAPS and FIRST)
+    let_next_start(OVERLAPS)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper.
 import triton
 import triton.language as tl
 
+from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -23,6 +24,7 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
+    start_pass,
     tile_mask,
 )
 
@@ -60,17 +62,18 @@ def query_gradient_kernel(
     partials_ptr, counters_ptr, order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    first_counter, FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one work item of one head; see `update_forward.forward_kernel`. o has dq's strides.
 
-    The first pass also stores lse and delta side by side, float32 [B, H, N, 2]. As a pair the other kernels
-    load them by tiles of twice the rows, which Triton (3.6) copies once per program; a vector shorter than
-    the program's threads it would load once in every thread that needs it. `partials` is float32
-    [slots, H, 64, D].
+    The first pass also stores lse and delta side by side, float32 [B, H, N, 2]. As a pair
+    `key_gradient_kernel` loads them by tiles of twice the rows, which Triton (3.6) copies once per program; a
+    vector shorter than the program's threads it would load once in every thread that needs it. `partials` is
+    float32 [slots, H, 64, D].
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
+    start_pass(FIRST, OVERLAPS)
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
     sub = work % SUBS
@@ -90,14 +93,12 @@ def query_gradient_kernel(
             do = tl.load(do_ptrs)  # [BM, D]
             dq_offs = b * dq_strides[0] + h * dq_strides[1] + query[:, None] * dq_strides[2] + offs_d[None, :]
             stats_offs = (b * heads + h) * queries + query  # [BM]
+            lse = tl.load(lse_ptr + stats_offs)  # [BM]
+            delta = tl.sum(tl.load(o_ptr + dq_offs).to(tl.float32) * do.to(tl.float32), 1)  # [BM]
             if FIRST:
-                lse = tl.load(lse_ptr + stats_offs)  # [BM]
-                delta = tl.sum(tl.load(o_ptr + dq_offs).to(tl.float32) * do.to(tl.float32), 1)  # [BM]
                 if begin == 0:
                     tl.store(stats_ptr + stats_offs * 2, lse, mask=m_mask)
                     tl.store(stats_ptr + stats_offs * 2 + 1, delta, mask=m_mask)
-            else:
-                lse, delta = tl.load(stats_ptr + stats_offs * 2), tl.load(stats_ptr + stats_offs * 2 + 1)
 
             keys, key_strides = keys_of_head(
                 (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
@@ -118,6 +119,7 @@ def query_gradient_kernel(
                 False, FIRST, BN, PRECISION, STAGES,
             )  # fmt: skip
             dq *= softmax_scale
+            wait_for_previous(OVERLAPS and not FIRST)
             complete = slot < 0
             if slot >= 0:
                 partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (BLOCK * D)
@@ -137,6 +139,7 @@ def query_gradient_kernel(
                 if not FIRST:
                     dq += tl.load(dq_ptr + dq_offs).to(tl.float32)
                 tl.store(dq_ptr + dq_offs, dq.to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
+    wait_for_previous(OVERLAPS and not FIRST)
 
 
 @triton.jit
@@ -186,14 +189,15 @@ def key_gradient_kernel(
     order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dk_s_strides, dk_r_strides,
     scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    first_counter, FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BM keys of one work item of one head; dv has the strides of dk.
 
     See `update_forward.forward_kernel`. `partials` is float32 [slots, H, 2, 64, D]: dk, then dv.
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
+    start_pass(FIRST, OVERLAPS)
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
     sub = work % SUBS
@@ -234,6 +238,7 @@ def key_gradient_kernel(
             )  # fmt: skip
             dk *= softmax_scale
             m_mask = (token >= 0)[:, None]
+            wait_for_previous(OVERLAPS and not FIRST)
             complete = slot < 0
             if slot >= 0:
                 partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
@@ -259,3 +264,4 @@ def key_gradient_kernel(
                 else:
                     offs = b * dk_r_strides[0] + h * dk_r_strides[1] + key * dk_r_strides[2] + offs_d[None, :]
                     _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, offs, m_mask, FIRST)
+    wait_for_previous(OVERLAPS and not FIRST)

@@ -12,6 +12,7 @@ accumulator that comes from memory, made ptxas run the products of the loop one 
 import triton
 import triton.language as tl
 
+from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -24,6 +25,7 @@ from .tiles import (
     load_item,
     load_split,
     merge,
+    start_pass,
     tile_mask,
 )
 
@@ -74,7 +76,7 @@ def forward_kernel(
     order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
     scale, heads, queries, summaries, blocks, first_block, first_list, group, items, first_counter,
-    FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one work item of one head: o [B, H, N, D] and lse, float32 [B, H, N] in base 2.
@@ -84,6 +86,7 @@ def forward_kernel(
     `first_block`. `partials` is float32 [slots, H, 64 * (D + 2)]: of a split block acc, then m_i, then l_i.
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
+    start_pass(FIRST, OVERLAPS)
     head = tl.program_id(0) % heads  # heads first: those of one item share its list and masks
     work = tl.program_id(0) // heads
     sub = work % SUBS
@@ -121,6 +124,7 @@ def forward_kernel(
                 end - border, summaries, scale, offs_m, offs_n, offs_d,
                 False, FIRST, BN, PRECISION, STAGES,
             )  # fmt: skip
+            wait_for_previous(OVERLAPS and not FIRST)  # partial results of the first pass have been read then
             complete = slot < 0
             if slot >= 0:
                 size = BLOCK * (D + 2)
@@ -153,3 +157,4 @@ def forward_kernel(
                 o = acc / l_i[:, None]
                 tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=m_mask[:, None])
                 tl.store(lse_ptrs, tl.where(fully_masked, float("-inf"), m_i + tl.log2(l_i)), mask=m_mask)
+    wait_for_previous(OVERLAPS and not FIRST)  # whoever waits for this pass waits for both

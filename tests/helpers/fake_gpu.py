@@ -89,6 +89,9 @@ def emitted(ptx: str) -> dict:
         "wgmma": r"wgmma\.mma_async",
     }
     found = {name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}
+    before, *after = ptx.split("griddepcontrol.wait")
+    found |= {"waits": len(after), "reads_ahead": before.count("ld.global")}
+    found |= {"writes_ahead": len(re.findall(r"\b(?:st|atom|red)\.global", before))}
     return found | {"threads": int(re.search(r"\.(?:req|max)ntid (\d+)", ptx)[1])}
 
 
@@ -116,12 +119,15 @@ def compile_for(arch: int) -> Iterator[FakeDriver]:
     from triton import knobs
     from triton.runtime import driver
 
+    from meloformer.kernels import overlap
+
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(log):
         fake = FakeDriver(arch, Path(cache), log)
         driver.set_active(fake)
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = cache, True
         forget_launches()
+        overlap.can_overlap = lambda device: arch >= 90
         yield fake
 
 

@@ -29,6 +29,18 @@ def test_the_gathered_keys_are_copied_asynchronously_and_products_are_fused():
     assert near["cp_async"] == far["cp_async"]
 
 
+def check_overlap(builds, arch):
+    """Kernels of a first pass read nothing before they wait for what was launched before; those of a second
+    pass, which come next, do, and write nothing."""
+    for build, first in zip(builds, 3 * (True,) + 3 * (False,), strict=True):
+        if arch < 90:
+            assert build["waits"] == 0, build
+        elif first:
+            assert build["waits"] == 1 and build["reads_ahead"] == 0, build
+        else:  # once where it needs what the first one left, and once for programs without work
+            assert build["waits"] == 2 and build["reads_ahead"] > 0 == build["writes_ahead"], build
+
+
 @pytest.mark.builds
 @pytest.mark.parametrize("arch", GPUS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -43,6 +55,7 @@ def test_attention_with_the_launches_chosen_for_an_architecture(dim, dtype, arch
     for build in update:
         assert programs_at_once(build, arch) >= LEAST_PROGRAMS[dim], build
         assert build["fma"] >= 30 and (build["wgmma"] > 0) == (arch == 90), build
+    check_overlap(update, arch)
     for near, far in zip(update[:3], update[3:]):
         assert near["cp_async"] == far["cp_async"] >= 20, (near, far)
 

@@ -123,6 +123,10 @@ def test_what_the_compiler_makes_of_all(dtype):
     (found,) = builds((90, dtype, 64, ("specialized",)))
     for build, (products, programs) in zip(found, [(32, 2), (24, 3), (24, 3), (36, 2), (36, 2)], strict=True):
         check_build(build, products, programs)
+    for near in found[1::2]:
+        assert near["waits"] == 1 and near["reads_ahead"] == 0, near
+    for far in found[::2]:  # the forward waits for each of its blocks
+        assert far["waits"] >= 2 and far["reads_ahead"] > 0 == far["writes_ahead"], far
 
 
 @pytest.mark.gpu

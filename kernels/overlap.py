@@ -1,0 +1,35 @@
+"""Launches that overlap: a kernel starts while the one before it in the stream ends.
+
+This is programmatic dependent launch, on GPUs of NVIDIA of compute capability 9.0 or higher (CUDA C++
+programming guide). A kernel launched so starts when each program of the one before has called
+`let_next_start` or has ended. What that one writes is there once `wait_for_previous` returns, and it has
+ended then; who was before it has ended if it has itself waited.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_previous(OVERLAPS: tl.constexpr):
+    """Until the kernel before has ended."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAPS: tl.constexpr):
+    """The next kernel may start when each program came here."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether launches there can overlap; with Triton's interpreter none do."""
+    compiled = isinstance(wait_for_previous, triton.JITFunction)
+    nvidia = compiled and device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
