@@ -70,7 +70,7 @@ class Row:
     def run(self, kernel: str) -> None:
         """The kernel `kernel`, a field of `Launches`, once."""
         name, same_inst = kernel.split("_")[0], kernel.endswith("same_inst")
-        update = ops.Update(self.inputs, self.plan, kernels=1)
+        update = ops.Update(self.inputs, self.plan)
         if name == "forward":
             update.forward(self.o, self.lse, same_inst)
         elif name == "dq":

@@ -31,9 +31,10 @@ from .overlap import let_next_start, wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
+    ITEM_COUNTS,
+    ITEM_LISTS,
     ITEM_SIZE,
     LOWEST,
-    PAIR_ITEMS,
     head_ptr,
     key_pointers,
     keys_of_head,
@@ -59,16 +60,18 @@ def _turns_before(place, which, shared, alternating, turns):
 
 
 @gluon.jit
-def _load_pair(table_ptr, items_ptr, blocks, first_list, group, items, index):
-    """What the warps of a program have in common: pair `index`, and the lists of its two blocks."""
+def _load_pair(items_ptr, needs_ptr, group, items, index):
+    """What the warps of a program have in common: pair `index`, if it is there, see `plan_pairs.pair_kernel`.
+
+    turns_1 is 0 if the first block stands alone.
+    """
+    there = index < gl.load(needs_ptr + ITEM_COUNTS + group)
     pair_ptr = items_ptr + (group * items + index) * ITEM_SIZE
     block, begin, end = gl.load(pair_ptr), gl.load(pair_ptr + 1), gl.load(pair_ptr + 2)
-    shared = gl.load(pair_ptr + 6)
-    has_second = block % blocks + 1 < blocks
-    list_0 = table_ptr + (first_list + block) * 4
-    list_1 = list_0 + gl.where(has_second, 4, 0)
-    turns_0, turns_1 = gl.load(list_0 + 3), gl.where(has_second, gl.load(list_1 + 3), 0)
-    return pair_ptr, block, begin, end, shared, list_0, list_1, turns_0, turns_1
+    shared, list_0 = gl.load(pair_ptr + 6), pair_ptr + ITEM_LISTS
+    list_1 = list_0 + 4
+    turns_0, turns_1 = gl.load(list_0 + 3), gl.load(list_1 + 3)
+    return there, pair_ptr, block, begin, end, shared, list_0, list_1, turns_0, turns_1
 
 
 @gluon.jit
@@ -85,7 +88,7 @@ def _tile_at(place, shared, alternating, first_0, masked_0, turns_0, first_1, ma
 
 @gluon.jit
 def _produce(
-    keys, strides, table_ptr, gathered_ptr, items_ptr, heads, geometry, k_ring, v_ring, ready, free,
+    keys, strides, gathered_ptr, items_ptr, needs_ptr, heads, geometry, k_ring, v_ring, ready, free,
     D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """Copies keys and values of all places into the ring, a tile each.
@@ -95,33 +98,34 @@ def _produce(
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     offs_n = gl.arange(0, BLOCK, gl.SliceLayout(1, COPY))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    summaries, blocks, _, first_list, group, items, _ = geometry
-    _, block, begin, end, shared, list_0, list_1, turns_0, turns_1 = _load_pair(
-        table_ptr, items_ptr, blocks, first_list, group, items, gl.program_id(0) // heads
+    summaries, blocks, _, group, items = geometry
+    there, _, block, begin, end, shared, list_0, list_1, turns_0, turns_1 = _load_pair(
+        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
     )
     first_0, masked_0, first_1, masked_1 = (
         gl.load(list_0), gl.load(list_0 + 2), gl.load(list_1), gl.load(list_1 + 2)
     )  # fmt: skip
-    alternating = gl.minimum(turns_0, turns_1) - shared
-    b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-    keys, key_strides = keys_of_head(keys, strides, b, h)
-    tile = _tile_at(begin, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1)
-    token = gl.load(gathered_ptr + tile * BLOCK + offs_n)  # [64]
-    for place in range(begin, end + LAG):
-        nth = place - begin
-        if place < end:
-            k_ptrs, v_ptrs = key_pointers(token, keys, key_strides, summaries, False)  # [64, 1]
-            following = gl.minimum(place + 1, end - 1)
-            tile = _tile_at(
-                following, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1
-            )
-            token = gl.load(gathered_ptr + tile * BLOCK + offs_n)
-            slot, phase = ring_slot(nth, STAGES)
-            mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
-            async_copy.async_copy_global_to_shared(k_ring.index(slot), k_ptrs + offs_d[None, :])
-            async_copy.async_copy_global_to_shared(v_ring.index(slot), v_ptrs + offs_d[None, :])
-            mbarrier.arrive(free.index(slot), pred=place >= shared)
-        announce(ready, nth, STAGES, LAG)
+    if there:
+        alternating = gl.minimum(turns_0, turns_1) - shared
+        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        keys, key_strides = keys_of_head(keys, strides, b, h)
+        tile = _tile_at(begin, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1)
+        token = gl.load(gathered_ptr + tile * BLOCK + offs_n)  # [64]
+        for place in range(begin, end + LAG):
+            nth = place - begin
+            if place < end:
+                k_ptrs, v_ptrs = key_pointers(token, keys, key_strides, summaries, False)  # [64, 1]
+                following = gl.minimum(place + 1, end - 1)
+                tile = _tile_at(
+                    following, shared, alternating, first_0, masked_0, turns_0, first_1, masked_1, turns_1
+                )
+                token = gl.load(gathered_ptr + tile * BLOCK + offs_n)
+                slot, phase = ring_slot(nth, STAGES)
+                mbarrier.wait(free.index(slot), phase ^ 1)  # the first round finds all of it free
+                async_copy.async_copy_global_to_shared(k_ring.index(slot), k_ptrs + offs_d[None, :])
+                async_copy.async_copy_global_to_shared(v_ring.index(slot), v_ptrs + offs_d[None, :])
+                mbarrier.arrive(free.index(slot), pred=place >= shared)
+            announce(ready, nth, STAGES, LAG)
 
 
 @gluon.jit
@@ -170,16 +174,15 @@ def _consume(
     CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     OF_KEYS: gl.constexpr = gl.SliceLayout(1, KEYS)
     OF_CHANNELS: gl.constexpr = gl.SliceLayout(1, CHANNELS)
-    q_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr = pointers
+    q_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr, order_ptr, bits_ptr, items_ptr, needs_ptr = pointers
     q_strides, o_strides = strides
-    summaries, blocks, first_block, first_list, group, items, first_counter = geometry
-    pair_ptr, block, begin, end, shared, list_0, list_1, turns_0, turns_1 = _load_pair(
-        table_ptr, items_ptr, blocks, first_list, group, items, gl.program_id(0) // heads
+    summaries, blocks, first_block, group, items = geometry
+    there, pair_ptr, block, begin, end, shared, list_0, list_1, turns_0, turns_1 = _load_pair(
+        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
     )
     alternating = gl.minimum(turns_0, turns_1) - shared
     turns, list_ptr = gl.where(which == 0, turns_0, turns_1), gl.where(which == 0, list_0, list_1)
-    exists = (which == 0) | (block % blocks + 1 < blocks)
-    if exists & (turns > 0):
+    if there & (turns > 0):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
         order_ptr += (first_block + block + which) * BLOCK
         row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
@@ -223,7 +226,7 @@ def _consume(
             gl.store(partial_ptr + BLOCK * D + BLOCK + offs_m, l_i)
             first_slot, splits = gl.load(pair_ptr + 4), gl.load(pair_ptr + 5)
             head = gl.program_id(0) % heads
-            complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, which, 2)
+            complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, which, 2)
             if complete:
                 acc = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
                 m_i = gl.full([BLOCK], LOWEST, gl.float32, OF_CHANNELS)
@@ -259,9 +262,9 @@ def _consume(
 @gluon.jit(do_not_specialize=GEOMETRY)
 def hopper_forward_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr,
-    order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    order_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
-    scale, heads, queries, summaries, blocks, first_block, first_list, group, items, first_counter,
+    scale, heads, queries, summaries, blocks, first_block, group, items,
     OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -269,35 +272,34 @@ def hopper_forward_kernel(
     `update_forward.forward_kernel`. Of a pair that is split, `partials` holds both blocks in turn.
     """
     let_next_start(OVERLAPS)
-    if gl.program_id(0) // heads < gl.load(needs_ptr + PAIR_ITEMS):
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_ptr.dtype.element_ty)
-        k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
-        v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
-        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, BLOCK, D], RING)
-        ready, free = ring_barriers(2, STAGES)
-        # Each reads what it needs of the pair itself: what is passed to warps is passed byte by byte.
-        pointers = (
-            q_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr
-        )  # fmt: skip
-        strides = q_strides, o_strides
-        geometry = summaries, blocks, first_block, first_list, group, items, first_counter
-        key_strides = k_s_strides, v_s_strides, k_r_strides, v_r_strides
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    0, pointers, strides, scale, heads, queries, geometry,
-                    k_ring, v_ring, q_tiles.index(0), ready, free, OVERLAPS, D, STAGES,
-                )),
-                (_consume, (
-                    1, pointers, strides, scale, heads, queries, geometry,
-                    k_ring, v_ring, q_tiles.index(1), ready, free, OVERLAPS, D, STAGES,
-                )),
-                (_produce, (
-                    (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr), key_strides, table_ptr, gathered_ptr, items_ptr,
-                    heads, geometry, k_ring, v_ring, ready, free, D, STAGES, LAG,
-                )),
-            ],
-            [WARPS, WARPS],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+    RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_ptr.dtype.element_ty)
+    k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
+    v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
+    q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, BLOCK, D], RING)
+    ready, free = ring_barriers(2, STAGES)
+    # Each reads what it needs of the pair itself: what is passed to warps is passed byte by byte.
+    pointers = (
+        q_ptr, o_ptr, lse_ptr, partials_ptr, counters_ptr, order_ptr, bits_ptr, items_ptr, needs_ptr
+    )  # fmt: skip
+    strides = q_strides, o_strides
+    geometry = summaries, blocks, first_block, group, items
+    key_strides = k_s_strides, v_s_strides, k_r_strides, v_r_strides
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, pointers, strides, scale, heads, queries, geometry,
+                k_ring, v_ring, q_tiles.index(0), ready, free, OVERLAPS, D, STAGES,
+            )),
+            (_consume, (
+                1, pointers, strides, scale, heads, queries, geometry,
+                k_ring, v_ring, q_tiles.index(1), ready, free, OVERLAPS, D, STAGES,
+            )),
+            (_produce, (
+                (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr), key_strides, gathered_ptr, items_ptr, needs_ptr,
+                heads, geometry, k_ring, v_ring, ready, free, D, STAGES, LAG,
+            )),
+        ],
+        [WARPS, WARPS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
     wait_for_previous(OVERLAPS)  # whoever waits for this pass waits for both

@@ -21,7 +21,6 @@ from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
-    ITEM_COUNTS,
     head_ptr,
     last_to_arrive,
     load_item,
@@ -36,20 +35,22 @@ def _produce(
     D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """Copies the queries of the item, with all that belongs to them, into the ring."""
-    q_ptr, do_ptr, stats_ptr, table_ptr, gathered_ptr, items_ptr = pointers
+    q_ptr, do_ptr, stats_ptr, gathered_ptr, items_ptr, needs_ptr = pointers
     q_strides, do_strides = strides
-    blocks, first_list, group, items = geometry
-    _, block, begin, end, _, first, _, _, _ = load_item(
-        items_ptr, table_ptr, first_list, group, items, gl.program_id(0) // heads
+    blocks, group, items = geometry
+    there, _, block, begin, end, _, first, _, _, _ = load_item(
+        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
     )
-    b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-    q_ptr, do_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
-    stats_ptr += (b * heads + h) * queries * 2
-    rows, steps = (q_ptr, do_ptr, q_ptr, do_ptr), (q_strides[2], do_strides[2], q_strides[2], do_strides[2])
-    copy_tiles(
-        gathered_ptr + (first + begin) * BLOCK, end - begin, rows, steps, 0, stats_ptr, rings, ready, free,
-        False, True, D, STAGES, LAG,
-    )  # fmt: skip
+    if there:
+        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        q_ptr, do_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
+        stats_ptr += (b * heads + h) * queries * 2
+        rows = q_ptr, do_ptr, q_ptr, do_ptr
+        steps = q_strides[2], do_strides[2], q_strides[2], do_strides[2]
+        copy_tiles(
+            gathered_ptr + (first + begin) * BLOCK, end - begin, rows, steps, 0, stats_ptr, rings, ready,
+            free, False, True, D, STAGES, LAG,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -105,14 +106,14 @@ def _consume(
     KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
     CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     OF_CHANNELS: gl.constexpr = gl.SliceLayout(1, CHANNELS)
-    partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr = pointers
+    partials_ptr, counters_ptr, order_ptr, bits_ptr, items_ptr, needs_ptr = pointers
     k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr = key_pointers
     k_s_strides, v_s_strides, k_r_strides, v_r_strides, dk_s_strides, dk_r_strides = strides
-    summaries, blocks, first_block, first_list, group, items, first_counter = geometry
-    item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, table_ptr, first_list, group, items, gl.program_id(0) // heads
+    summaries, blocks, first_block, group, items = geometry
+    there, item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
+        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
     )
-    if FIRST | (num_tiles > 0):
+    if there & ((num_tiles > 0) | FIRST):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
         order_ptr += (first_block + block) * BLOCK
         row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
@@ -168,7 +169,7 @@ def _consume(
             gl.store(partial_ptr + BLOCK * D + offs_md, dv)
             first_slot, splits = load_split(item_ptr)
             head = gl.program_id(0) % heads
-            complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, 0, 1)
+            complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, 0, 1)
             if complete:
                 dk = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
                 dv = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
@@ -195,44 +196,43 @@ def _consume(
 def hopper_key_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr,
     dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, partials_ptr, counters_ptr,
-    order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    order_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dk_s_strides, dk_r_strides,
-    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    scale, softmax_scale, heads, queries, summaries, blocks, first_block, group, items,
+    FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the 64 keys of one work item of one head: see `update_backward.key_gradient_kernel`."""
     start_pass(FIRST, OVERLAPS)
-    if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
-        DTYPE: gl.constexpr = q_ptr.dtype.element_ty
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
-        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
-        do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
-        lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], PLAIN)
-        delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], PLAIN)
-        k_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
-        v_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
-        ready, free = ring_barriers(1, STAGES)
-        # Each reads its item itself: what is passed to warps is passed byte by byte.
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    (partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr),
-                    (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr),
-                    (k_s_strides, v_s_strides, k_r_strides, v_r_strides, dk_s_strides, dk_r_strides),
-                    scale, softmax_scale, heads,
-                    (summaries, blocks, first_block, first_list, group, items, first_counter),
-                    q_ring, do_ring, lse_ring, delta_ring, k_tile, v_tile, ready, free, FIRST, OVERLAPS, D,
-                    STAGES,
-                )),
-                (_produce, (
-                    (q_ptr, do_ptr, stats_ptr, table_ptr, gathered_ptr, items_ptr),
-                    (q_strides, do_strides), heads, queries, (blocks, first_list, group, items),
-                    (q_ring, do_ring, lse_ring, delta_ring), ready, free, D, STAGES, LAG,
-                )),
-            ],
-            [WARPS],
-            [PRODUCER_REGISTERS],
-        )  # fmt: skip
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+    do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], PLAIN)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], PLAIN)
+    k_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+    v_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+    ready, free = ring_barriers(1, STAGES)
+    # Each reads its item itself: what is passed to warps is passed byte by byte.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                (partials_ptr, counters_ptr, order_ptr, bits_ptr, items_ptr, needs_ptr),
+                (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr),
+                (k_s_strides, v_s_strides, k_r_strides, v_r_strides, dk_s_strides, dk_r_strides),
+                scale, softmax_scale, heads,
+                (summaries, blocks, first_block, group, items),
+                q_ring, do_ring, lse_ring, delta_ring, k_tile, v_tile, ready, free, FIRST, OVERLAPS, D,
+                STAGES,
+            )),
+            (_produce, (
+                (q_ptr, do_ptr, stats_ptr, gathered_ptr, items_ptr, needs_ptr),
+                (q_strides, do_strides), heads, queries, (blocks, group, items),
+                (q_ring, do_ring, lse_ring, delta_ring), ready, free, D, STAGES, LAG,
+            )),
+        ],
+        [WARPS],
+        [PRODUCER_REGISTERS],
+    )  # fmt: skip
     wait_for_previous(OVERLAPS and not FIRST)

@@ -19,7 +19,6 @@ from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
-    ITEM_COUNTS,
     head_ptr,
     keys_of_head,
     last_to_arrive,
@@ -35,18 +34,19 @@ def _produce(
     FIRST: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """Copies the keys and values of the item into the ring."""
-    table_ptr, gathered_ptr, items_ptr = pointers
-    summaries, blocks, first_list, group, items = geometry
-    _, block, begin, end, _, first, _, _, _ = load_item(
-        items_ptr, table_ptr, first_list, group, items, gl.program_id(0) // heads
+    gathered_ptr, items_ptr, needs_ptr = pointers
+    summaries, blocks, group, items = geometry
+    there, _, block, begin, end, _, first, _, _, _ = load_item(
+        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
     )
-    b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
-    rows, steps = keys_of_head(keys, strides, b, h)
-    gathered_ptr += (first + begin) * BLOCK
-    copy_tiles(
-        gathered_ptr, end - begin, rows, steps, summaries, gathered_ptr, rings, ready, free,
-        FIRST, False, D, STAGES, LAG,
-    )  # fmt: skip
+    if there:
+        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        rows, steps = keys_of_head(keys, strides, b, h)
+        gathered_ptr += (first + begin) * BLOCK
+        copy_tiles(
+            gathered_ptr, end - begin, rows, steps, summaries, gathered_ptr, rings, ready, free,
+            FIRST, False, D, STAGES, LAG,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -93,14 +93,14 @@ def _consume(
     KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
     CHANNELS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     OF_KEYS: gl.constexpr = gl.SliceLayout(1, KEYS)
-    partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr = pointers
+    partials_ptr, counters_ptr, order_ptr, bits_ptr, items_ptr, needs_ptr = pointers
     q_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr = tensors
     q_strides, do_strides, dq_strides = strides
-    summaries, blocks, first_block, first_list, group, items, first_counter = geometry
-    item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, table_ptr, first_list, group, items, gl.program_id(0) // heads
+    summaries, blocks, first_block, group, items = geometry
+    there, item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
+        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
     )
-    if FIRST | (num_tiles > 0):
+    if there & ((num_tiles > 0) | FIRST):
         b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
         order_ptr += (first_block + block) * BLOCK
         dq_ptr = head_ptr(dq_ptr, dq_strides, b, h)
@@ -147,7 +147,7 @@ def _consume(
             gl.store(partial_ptr + offs_md, dq)
             first_slot, splits = load_split(item_ptr)
             head = gl.program_id(0) % heads
-            complete = last_to_arrive(counters_ptr + first_counter, first_slot, splits, heads, head, 0, 1)
+            complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, 0, 1)
             if complete:
                 dq = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
                 partial_ptr = partials_ptr + (first_slot.to(gl.int64) * heads + h) * (BLOCK * D)
@@ -168,41 +168,40 @@ def _consume(
 @gluon.jit(do_not_specialize=GEOMETRY)
 def hopper_query_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr,
-    partials_ptr, counters_ptr, order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    partials_ptr, counters_ptr, order_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
-    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    scale, softmax_scale, heads, queries, summaries, blocks, first_block, group, items,
+    FIRST: gl.constexpr, OVERLAPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq of the 64 queries of one work item of one head: see `update_backward.query_gradient_kernel`."""
     start_pass(FIRST, OVERLAPS)
-    if gl.program_id(0) // heads < gl.load(needs_ptr + ITEM_COUNTS + group):
-        DTYPE: gl.constexpr = q_ptr.dtype.element_ty
-        RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
-        k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
-        v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
-        q_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
-        do_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
-        ready, free = ring_barriers(1, STAGES)
-        # Each reads its item itself: what is passed to warps is passed byte by byte.
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    (partials_ptr, counters_ptr, order_ptr, table_ptr, bits_ptr, items_ptr),
-                    (q_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr),
-                    (q_strides, do_strides, dq_strides), scale, softmax_scale, heads, queries,
-                    (summaries, blocks, first_block, first_list, group, items, first_counter),
-                    k_ring, v_ring, q_tile, do_tile, ready, free, FIRST, OVERLAPS, D,
-                    STAGES,
-                )),
-                (_produce, (
-                    (table_ptr, gathered_ptr, items_ptr), (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
-                    (k_s_strides, v_s_strides, k_r_strides, v_r_strides), heads,
-                    (summaries, blocks, first_list, group, items),
-                    (k_ring, v_ring), ready, free, FIRST, D, STAGES, LAG,
-                )),
-            ],
-            [WARPS],
-            [PRODUCER_REGISTERS],
-        )  # fmt: skip
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
+    q_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+    do_tile = gl.allocate_shared_memory(DTYPE, [BLOCK, D], RING)
+    ready, free = ring_barriers(1, STAGES)
+    # Each reads its item itself: what is passed to warps is passed byte by byte.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                (partials_ptr, counters_ptr, order_ptr, bits_ptr, items_ptr, needs_ptr),
+                (q_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr),
+                (q_strides, do_strides, dq_strides), scale, softmax_scale, heads, queries,
+                (summaries, blocks, first_block, group, items),
+                k_ring, v_ring, q_tile, do_tile, ready, free, FIRST, OVERLAPS, D,
+                STAGES,
+            )),
+            (_produce, (
+                (gathered_ptr, items_ptr, needs_ptr), (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
+                (k_s_strides, v_s_strides, k_r_strides, v_r_strides), heads,
+                (summaries, blocks, group, items),
+                (k_ring, v_ring), ready, free, FIRST, D, STAGES, LAG,
+            )),
+        ],
+        [WARPS],
+        [PRODUCER_REGISTERS],
+    )  # fmt: skip
     wait_for_previous(OVERLAPS and not FIRST)

@@ -106,7 +106,7 @@ def update(q, k_s, v_s, k_r, v_r, *plan):
     Raises:
         ValueError: shapes or dtypes do not match.
     """
-    run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=2)
+    run = Update((q, k_s, v_s, k_r, v_r), plan)
     o, lse = _outputs(q)
     run.forward(o, lse, same_inst=False)
     run.forward(o, lse, same_inst=True)
@@ -115,7 +115,7 @@ def update(q, k_s, v_s, k_r, v_r, *plan):
 
 def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     *plan, o, lse, do = rest
-    run = Update((q, k_s, v_s, k_r, v_r), plan, kernels=4)
+    run = Update((q, k_s, v_s, k_r, v_r), plan)
     gradients = tuple(map(_empty_like, run.inputs))
     do, stats = _addressable(do), lse.new_empty(*lse.shape, 2)
     o, lse = _with_output_strides(o, run.inputs[0]), lse.contiguous()
@@ -134,12 +134,11 @@ class Update:
     local pass ends, see `tiles.start_pass`.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor], kernels: int):
+    def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor]):
         """
         Args:
             inputs: q [B, H, N, D], k_s and v_s [B, H, M, D], k_r and v_r [B, H, N, D].
             plan: see `plan.Plan.tensors`.
-            kernels: the number of launches to come.
         """
         _check_inputs(*inputs)
         self.inputs = tuple(map(_addressable, inputs))
@@ -149,15 +148,13 @@ class Update:
         self.summaries = k_s.shape[2]
         self.q_blocks = -(-self.queries // BLOCK)
         self.k_blocks = self.q_blocks + -(-self.summaries // BLOCK)
-        self.items = plan[4].shape[1]
+        self.items = plan[3].shape[1]
         self.slots = self.items - self.batch * self.k_blocks
-        # Partial results of split blocks, at most dk and dv; and a counter per launch, slot, head and
-        # program.
+        # Partial results of split blocks, at most dk and dv; and a counter per slot, head and program. The
+        # second pass waits for the first one before it touches either.
         partial = 2 * BLOCK * (self.dim + 2)
         self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
-        self.counters_per_launch = self.slots * self.heads * (BLOCK // 16)
-        self.counters = plan[4].new_zeros(kernels * self.counters_per_launch)
-        self.launched = 0
+        self.counters = _zeros(q.device, self.slots * self.heads * (BLOCK // 16))
         self.launches = launches_for(q.device, q.dtype, self.dim)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
@@ -236,30 +233,37 @@ class Update:
     def _group(
         self, launch: Launch | Specialized, same_inst: bool, by_keys: bool
     ) -> tuple[tuple[int], tuple[int, ...]]:
-        """The grid for a group of a plan, and the kernels' arguments from `summaries` to `first_counter`."""
+        """The grid for a group of a plan, and the kernels' arguments from `summaries` to `items`."""
         batch, q_blocks, k_blocks = self.batch, self.q_blocks, self.k_blocks
         blocks = k_blocks if by_keys and not same_inst else q_blocks
-        if same_inst:
-            first_block = batch * (q_blocks + k_blocks)
-            first_list = batch * (2 * q_blocks + k_blocks if by_keys else q_blocks)
-        else:
-            first_block, first_list = (batch * q_blocks, 2 * batch * q_blocks) if by_keys else (0, 0)
+        first_block = batch * (q_blocks * (by_keys or same_inst) + k_blocks * same_inst)
         parts = 1 if isinstance(launch, Specialized) else BLOCK // launch.block_m  # programs of an item
         programs = (batch * blocks + self.slots) * parts * self.heads
         group = 2 * by_keys + same_inst
-        return (programs,), self._geometry(blocks, first_block, first_list, group)
+        return (programs,), (self.summaries, blocks, first_block, group, self.items)
 
     def _pairs(self) -> tuple[tuple[int], tuple[int, ...]]:
         """As `_group`, for pairs of blocks of the same-instrument pass."""
         batch, blocks = self.batch, self.q_blocks
         programs = (batch * -(-blocks // 2) + self.slots) * self.heads
-        first_block, first_list = batch * (blocks + self.k_blocks), batch * blocks
-        return (programs,), self._geometry(blocks, first_block, first_list, PAIRS.value)
+        first_block = batch * (blocks + self.k_blocks)
+        return (programs,), (self.summaries, blocks, first_block, PAIRS.value, self.items)
 
-    def _geometry(self, blocks: int, first_block: int, first_list: int, group: int) -> tuple[int, ...]:
-        first_counter = self.launched * self.counters_per_launch
-        self.launched += 1
-        return (self.summaries, blocks, first_block, first_list, group, self.items, first_counter)
+
+def _zeros(device: torch.device, number: int) -> Tensor:
+    """So many zeros or more, int32, for kernels that leave them as zeros: those of a stream share them, since
+    they run one after the other. A graph gets its own, whose memory is its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(number, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    found = _kept_zeros.get((device, stream))
+    if found is None or len(found) < number:
+        found = torch.zeros(2 * number, dtype=torch.int32, device=device)
+        _kept_zeros[device, stream] = found
+    return found
+
+
+_kept_zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @cache
@@ -319,7 +323,7 @@ def _strides(*tensors: Tensor) -> "list[tuple[int, ...]]":
 
 _INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
 _BARS = "Tensor bars, Tensor slot"
-_PLAN = "Tensor order, Tensor table, Tensor gathered, Tensor bits, Tensor items, Tensor needs"
+_PLAN = "Tensor order, Tensor gathered, Tensor bits, Tensor items, Tensor needs"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 

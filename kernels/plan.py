@@ -33,10 +33,10 @@ from torch import Tensor
 from .plan_layout import encode_kernel, layout_kernel
 from .plan_lists import bits_kernel, candidates_kernel, count_kernel, fill_kernel, look_kernel
 from .plan_pairs import pair_kernel, share_kernel
-from .plan_work import CANDIDATES, MASKED, NEEDS, PAIR_SLOTS, SLOTS, TILES, work_kernel
+from .plan_work import CANDIDATES, GROUPS, MASKED, NEEDS, SLOTS, TILES, work_kernel
 from .structure import Kind, Structure, kinds_seen
 from .tiles import BLOCK as _BLOCK
-from .tiles import PAIRS
+from .tiles import ITEM_SIZE, PAIRS
 
 BLOCK = _BLOCK.value  # tokens of a block, and gathered tokens of a tile
 
@@ -92,7 +92,7 @@ class Plan:
         gathered: [tiles * 64], the gathered tokens: keys counted as in `order`, queries in the regular
             stream.
         bits: [masked tiles, 2, 64], see `tiles.tile_mask`.
-        items: [5, items, 8], the work items of each group, see `plan_work.work_kernel`; then those of pairs,
+        items: [5, items, 16], the work items of each group, see `plan_work.work_kernel`; then those of pairs,
             see `plan_pairs`.
         needs: [13], the capacities that were needed, and the number of items of each group, see `plan_work`.
     """
@@ -182,9 +182,9 @@ class Plan:
         )  # fmt: skip
 
         # A block that is split has an item for every slot.
-        self.needs, self.items = empty(NEEDS), empty(5, batch * k_blocks + slots, 8)
+        self.needs, self.items = empty(NEEDS), empty(GROUPS, batch * k_blocks + slots, ITEM_SIZE.value)
         work_kernel[triton.cdiv(batch * k_blocks, 32), 4](
-            sizes, ends, end, self.items, self.needs,
+            sizes, ends, end, self.table, self.items, self.needs,
             lists, self.items.shape[1], batch, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
         )  # fmt: skip
         pairs = triton.cdiv(q_blocks, 2)
@@ -193,7 +193,7 @@ class Plan:
             self.table, self.gathered, shared, places, tiles, batch, q_blocks, pairs, CHUNK=8, num_warps=1
         )
         pair_kernel[(triton.cdiv(batch * pairs, 32),)](
-            shared, places, ends, self.items[PAIRS.value], self.needs,
+            shared, places, ends, self.table, self.items[PAIRS.value], self.needs,
             self.items.shape[1], batch, q_blocks, pairs, self.split, CHUNK=32, ACROSS=128,
         )  # fmt: skip
         self._request_needs()
@@ -225,7 +225,7 @@ class Plan:
                 self._copied.synchronize()
             needs = self._host_needs.tolist()
             self._host_needs = self._copied = None
-            slots = max(*needs[SLOTS : SLOTS + 4], needs[PAIR_SLOTS])
+            slots = max(needs[SLOTS : SLOTS + GROUPS])
             needed = (needs[CANDIDATES], needs[TILES], needs[MASKED], slots)
             known = _capacities.get(self._key)
             if known is None or any(n > c for n, c in zip(needed, self.capacity)):
@@ -237,21 +237,14 @@ class Plan:
                 with on_device(self.structure.device):
                     self._make(_capacities[self._key])
         # Capacities grow now and then, and the number of summaries varies: no reason to compile anew.
-        sizes = (self.gathered, 0), (self.bits, 0), (self.items, 1), (self.order, 0), (self.table, 0)
+        sizes = (self.gathered, 0), (self.bits, 0), (self.items, 1), (self.order, 0)
         for tensor, dimension in sizes:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What `torch.ops.meloformer.update` takes of a plan."""
-        return (
-            self.order,
-            self.table,
-            self.gathered,
-            self.bits,
-            self.items,
-            self.needs,
-        )
+        return self.order, self.gathered, self.bits, self.items, self.needs
 
     def statistics(self) -> dict[str, int]:
         """Pairs of the update phase over all rows: `visible`, `computed`, those in `full` tiles; `tiles`
@@ -268,7 +261,7 @@ class Plan:
             "computed": int(tiles) * area,
             "full": int(tiles - masked) * area,
             "tiles": int(tiles),
-            "bytes": sum(x.nbytes for x in self.tensors),
+            "bytes": sum(x.nbytes for x in (*self.tensors, self.table)),
         }
 
     def _absent_in_full(self, by_queries: Tensor) -> int:

@@ -7,8 +7,8 @@ Pair p of a batch row are its blocks 2p and 2p + 1, by queries; the last block o
 import triton
 import triton.language as tl
 
-from .plan_work import LEAST_SPLIT, PAIR_SLOTS, order_items, store_item
-from .tiles import BLOCK, PAIR_ITEMS
+from .plan_work import LEAST_SPLIT, SLOTS, order_items, store_item, store_lists
+from .tiles import BLOCK, ITEM_COUNTS, ITEM_SIZE, PAIRS
 
 
 @triton.jit(do_not_specialize=["tiles", "batch", "q_blocks", "pairs"])
@@ -45,13 +45,14 @@ def share_kernel(
 
 @triton.jit(do_not_specialize=["items", "batch", "q_blocks", "pairs", "split"])
 def pair_kernel(
-    shared_ptr, places_ptr, ends_ptr, items_ptr, needs_ptr, items, batch, q_blocks, pairs, split,
+    shared_ptr, places_ptr, ends_ptr, table_ptr, items_ptr, needs_ptr, items, batch, q_blocks, pairs, split,
     CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Work items of pairs in the order of work, int32 [items, 8], as those of `plan_work.work_kernel`.
+    """Work items of pairs in the order of work, int32 [items, 16], as those of `plan_work.work_kernel`.
 
     An item is (first block of the pair, first place, end place, slot, first slot of the pair, items of the
-    pair, shared tiles, ...). A pair is split as a block is, by its places.
+    pair, shared tiles, ...), and the lists of both blocks, the second one empty if the first stands alone. A
+    pair is split as a block is, by its places.
     """
     number = batch * pairs
     q_lists = batch * q_blocks
@@ -65,9 +66,10 @@ def pair_kernel(
     block = own // pairs * q_blocks + own % pairs * 2
     for split_id in range(0, tl.max(splits, 0)):
         keep = (own < number) & (split_id < splits) & (item + split_id < items)
-        at = items_ptr + (item + split_id) * 8
+        at = items_ptr + (item + split_id) * ITEM_SIZE
         store_item(at, block, total, splits, split_id, item, keep)
         tl.store(at + 6, shared, mask=keep)
+        store_lists(at, table_ptr, q_lists + block, 2, block % q_blocks + 1 < q_blocks, keep)
     if tl.program_id(0) == 0:
-        tl.store(needs_ptr + PAIR_SLOTS, all_slots)
-        tl.store(needs_ptr + PAIR_ITEMS, all_items)
+        tl.store(needs_ptr + SLOTS + PAIRS, all_slots)
+        tl.store(needs_ptr + ITEM_COUNTS + PAIRS, all_items)

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from .tiles import ITEM_COUNTS
+from .tiles import ITEM_COUNTS, ITEM_LISTS, ITEM_SIZE
 
-# Entries of `needs`; those of each group from SLOTS and from ITEM_COUNTS on, those of pairs at the end.
+# Entries of `needs`; those of each group from SLOTS and from ITEM_COUNTS on.
 CANDIDATES, TILES, MASKED, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-PAIR_SLOTS = tl.constexpr(11)  # `tiles.PAIR_ITEMS` comes next
-NEEDS = 13
+GROUPS = 5
+NEEDS = ITEM_COUNTS.value + GROUPS
 
 LEAST_SPLIT = tl.constexpr(16)  # tiles: splits of fewer would cost more than the better balance gains
 
@@ -63,15 +63,25 @@ def store_item(at, block, total, splits, split_id, item, keep):
     tl.store(at + 5, splits, mask=keep)
 
 
+@triton.jit
+def store_lists(at, table_ptr, list_id, NUMBER: tl.constexpr, there, keep):
+    """Rows `list_id` [C] of `table` and NUMBER - 1 after them, zeros unless `there`, to the items at [C]."""
+    column = tl.arange(0, 4 * NUMBER)[None, :]
+    mask = (keep & there)[:, None] | (keep[:, None] & (column < 4))
+    entry = tl.load(table_ptr + list_id[:, None] * 4 + column, mask=mask, other=0)
+    tl.store(at[:, None] + ITEM_LISTS + column, entry, mask=keep[:, None])
+
+
 @triton.jit(do_not_specialize=["lists", "items", "batch", "q_blocks", "k_blocks", "split"])
 def work_kernel(
-    tiles_ptr, ends_ptr, end_ptr, items_ptr, needs_ptr,
+    tiles_ptr, ends_ptr, end_ptr, table_ptr, items_ptr, needs_ptr,
     lists, items, batch, q_blocks, k_blocks, split, CHUNK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Work items of one group in the order of work, int32 [4, items, 8]; see `order_items`.
+    """Work items of one group in the order of work, int32 [4, items, 16]; see `order_items`.
 
     An item is (block, first tile, end tile, slot, first slot of the block, items of the block, ...), with
-    blocks counted within the group and tiles within the list; the slot is -1 if the block has one item. A
+    blocks counted within the group and tiles within the list; the slot is -1 if the block has one item. From
+    ITEM_LISTS on comes its list's row of `table`: whoever has read an item needs no more to find its tiles. A
     block is split if its list would take longer than all others of a batch row together take on a GPU: if it
     has more tiles than `split`, or, if that is 0, than a fixed fraction of the average of a batch row.
     """
@@ -87,10 +97,12 @@ def work_kernel(
     total, splits, item, all_items, all_slots = order_items(
         tiles_ptr + first, own, number, most, batch, blocks, ACROSS
     )
-    out = items_ptr + (group * items + item) * 8
+    out = items_ptr + (group * items + item) * ITEM_SIZE
     for split_id in range(0, tl.max(splits, 0)):
         keep = (own < number) & (split_id < splits) & (item + split_id < items)
-        store_item(out + split_id * 8, own, total, splits, split_id, item, keep)
+        at = out + split_id * ITEM_SIZE
+        store_item(at, own, total, splits, split_id, item, keep)
+        store_lists(at, table_ptr, first + own, 1, keep, keep)
     if chunk == 0:
         tl.store(needs_ptr + SLOTS + group, all_slots)
         tl.store(needs_ptr + ITEM_COUNTS + group, all_items)

@@ -20,14 +20,15 @@ import triton.language as tl
 from .overlap import let_next_start, wait_for_previous
 
 BLOCK = tl.constexpr(64)  # tokens of a block, and gathered tokens of a tile: of a plan
-ITEM_COUNTS = tl.constexpr(7)  # where `needs` of a plan holds the number of work items of each group
-PAIR_ITEMS, PAIRS = tl.constexpr(12), tl.constexpr(4)  # and that of pairs, and their group of items
-ITEM_SIZE = tl.constexpr(8)  # int32 of a work item
+PAIRS = tl.constexpr(4)  # the group of work items of a plan that are pairs of blocks; four are of blocks
+ITEM_COUNTS = tl.constexpr(8)  # where `needs` of a plan holds the number of items of each group
+ITEM_SIZE = tl.constexpr(16)  # int32 of an item: what it is, and from ITEM_LISTS on a list or two
+ITEM_LISTS = tl.constexpr(8)
 
 # Arguments that differ from batch to batch: compiling anew for some of their values would gain nothing.
 GEOMETRY = (
     *("heads", "queries", "summaries", "blocks"),
-    *("first_block", "first_list", "group", "items", "first_counter"),
+    *("first_block", "group", "items"),
 )
 
 LOG2_E = log2(e)  # on scores before a softmax in base 2, whose exponentials are the cheaper ones
@@ -62,10 +63,13 @@ def keys_of_head(pointers, strides, b, h):
 
 
 @triton.jit
-def load_item(items_ptr, table_ptr, first_list, group, items, index):
+def load_item(items_ptr, needs_ptr, group, items, index):
     """Work item `index` of a group: what a program computes. See `plan_work.work_kernel`.
 
+    All of it is read at once: what a program waits for before its first tile, it waits for in a row.
+
     Returns:
+        there: whether there is one; the rest means nothing otherwise.
         item_ptr: the item, for `load_split`.
         block: its block, counted within the group.
         begin, end: its tiles, counted within the list of the block.
@@ -74,13 +78,14 @@ def load_item(items_ptr, table_ptr, first_list, group, items, index):
             all lists, and how many are masked.
         num_tiles: tiles of the list.
     """
+    there = index < tl.load(needs_ptr + ITEM_COUNTS + group)
     item_ptr = items_ptr + (group * items + index) * ITEM_SIZE
     block, begin, end = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     slot = tl.load(item_ptr + 3)
-    list_ptr = table_ptr + (first_list + block) * 4
+    list_ptr = item_ptr + ITEM_LISTS
     first, first_masked, num_masked = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
     num_tiles = tl.load(list_ptr + 3)
-    return item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
+    return there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
 
 
 @triton.jit
@@ -91,13 +96,16 @@ def load_split(item_ptr):
 
 @triton.jit
 def last_to_arrive(counters_ptr, first_slot, splits, heads, head, sub, SUBS: tl.constexpr):
-    """True for the last split of a block to arrive; the partial results of all are visible to it then.
+    """True for the last split of a block to arrive; the partial results of all are visible to it then. It
+    leaves the counter as it was for the first one: zero.
 
     Which one is last differs from run to run, but it adds up all of them in the order of the list.
     """
     tl.debug_barrier()  # all threads have written
     counter_ptr = counters_ptr + (first_slot * heads + head) * SUBS + sub
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1
+    tl.store(counter_ptr, 0, mask=last)
+    return last
 
 
 @triton.jit

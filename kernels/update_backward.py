@@ -17,7 +17,6 @@ from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
-    ITEM_COUNTS,
     head_ptr,
     key_pointers,
     keys_of_head,
@@ -59,10 +58,10 @@ def _add_query_gradient(
 @triton.jit(do_not_specialize=GEOMETRY)
 def query_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr,
-    partials_ptr, counters_ptr, order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    partials_ptr, counters_ptr, order_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
-    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    scale, softmax_scale, heads, queries, summaries, blocks, first_block, group, items,
+    FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one work item of one head; see `update_forward.forward_kernel`. o has dq's strides.
@@ -77,68 +76,65 @@ def query_gradient_kernel(
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
     sub = work % SUBS
-    if work // SUBS < tl.load(needs_ptr + ITEM_COUNTS + group):
-        item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
-            items_ptr, table_ptr, first_list, group, items, work // SUBS
-        )
-        if FIRST or num_tiles > 0:
-            b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
-            offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-            query = tl.load(order_ptr + (first_block + block) * BLOCK + offs_m)  # [BM]
-            m_mask = query >= 0
-            query = tl.maximum(query - summaries, 0)
-            q_ptrs = head_ptr(q_ptr, q_strides, b, h) + query[:, None] * q_strides[2] + offs_d[None, :]
-            q = tl.load(q_ptrs)  # [BM, D]
-            do_ptrs = head_ptr(do_ptr, do_strides, b, h) + query[:, None] * do_strides[2] + offs_d[None, :]
-            do = tl.load(do_ptrs)  # [BM, D]
-            dq_offs = b * dq_strides[0] + h * dq_strides[1] + query[:, None] * dq_strides[2] + offs_d[None, :]
-            stats_offs = (b * heads + h) * queries + query  # [BM]
-            lse = tl.load(lse_ptr + stats_offs)  # [BM]
-            delta = tl.sum(tl.load(o_ptr + dq_offs).to(tl.float32) * do.to(tl.float32), 1)  # [BM]
-            if FIRST:
-                if begin == 0:
-                    tl.store(stats_ptr + stats_offs * 2, lse, mask=m_mask)
-                    tl.store(stats_ptr + stats_offs * 2 + 1, delta, mask=m_mask)
+    there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
+        items_ptr, needs_ptr, group, items, work // SUBS
+    )
+    if there & ((num_tiles > 0) | FIRST):
+        b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
+        offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+        query = tl.load(order_ptr + (first_block + block) * BLOCK + offs_m)  # [BM]
+        m_mask = query >= 0
+        query = tl.maximum(query - summaries, 0)
+        q_ptrs = head_ptr(q_ptr, q_strides, b, h) + query[:, None] * q_strides[2] + offs_d[None, :]
+        q = tl.load(q_ptrs)  # [BM, D]
+        do_ptrs = head_ptr(do_ptr, do_strides, b, h) + query[:, None] * do_strides[2] + offs_d[None, :]
+        do = tl.load(do_ptrs)  # [BM, D]
+        dq_offs = b * dq_strides[0] + h * dq_strides[1] + query[:, None] * dq_strides[2] + offs_d[None, :]
+        stats_offs = (b * heads + h) * queries + query  # [BM]
+        lse = tl.load(lse_ptr + stats_offs)  # [BM]
+        delta = tl.sum(tl.load(o_ptr + dq_offs).to(tl.float32) * do.to(tl.float32), 1)  # [BM]
+        if FIRST:
+            if begin == 0:
+                tl.store(stats_ptr + stats_offs * 2, lse, mask=m_mask)
+                tl.store(stats_ptr + stats_offs * 2 + 1, delta, mask=m_mask)
 
-            keys, key_strides = keys_of_head(
-                (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
-                (k_s_strides, v_s_strides, k_r_strides, v_r_strides), b, h,
-            )  # fmt: skip
-            border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
-            dq = tl.zeros([BM, D], tl.float32)
-            dq = _add_query_gradient(
-                dq, q, do, lse, delta, keys, key_strides,
-                gathered_ptr + (first + begin) * BLOCK, bits_ptr + (first_masked + begin) * (2 * BLOCK),
-                border - begin, summaries, scale, offs_m, offs_n, offs_d,
-                True, FIRST, BN, PRECISION, STAGES,
-            )  # fmt: skip
-            dq = _add_query_gradient(
-                dq, q, do, lse, delta, keys, key_strides,
-                gathered_ptr + (first + border) * BLOCK, bits_ptr,
-                end - border, summaries, scale, offs_m, offs_n, offs_d,
-                False, FIRST, BN, PRECISION, STAGES,
-            )  # fmt: skip
-            dq *= softmax_scale
-            wait_for_previous(OVERLAPS and not FIRST)
-            complete = slot < 0
-            if slot >= 0:
-                partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (BLOCK * D)
-                offs_md = offs_m[:, None] * D + offs_d[None, :]  # [BM, D]
-                tl.store(partial_ptr + offs_md, dq)
-                first_slot, splits = load_split(item_ptr)
-                complete = last_to_arrive(
-                    counters_ptr + first_counter, first_slot, splits, heads, head, sub, SUBS
-                )
-                if complete:
-                    dq = tl.zeros([BM, D], tl.float32)
-                    partial_ptr = partials_ptr + (first_slot.to(tl.int64) * heads + h) * (BLOCK * D)
-                    for _ in range(0, splits):
-                        dq += tl.load(partial_ptr + offs_md, cache_modifier=".cg")
-                        partial_ptr += heads * (BLOCK * D)
+        keys, key_strides = keys_of_head(
+            (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
+            (k_s_strides, v_s_strides, k_r_strides, v_r_strides), b, h,
+        )  # fmt: skip
+        border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
+        dq = tl.zeros([BM, D], tl.float32)
+        dq = _add_query_gradient(
+            dq, q, do, lse, delta, keys, key_strides,
+            gathered_ptr + (first + begin) * BLOCK, bits_ptr + (first_masked + begin) * (2 * BLOCK),
+            border - begin, summaries, scale, offs_m, offs_n, offs_d,
+            True, FIRST, BN, PRECISION, STAGES,
+        )  # fmt: skip
+        dq = _add_query_gradient(
+            dq, q, do, lse, delta, keys, key_strides,
+            gathered_ptr + (first + border) * BLOCK, bits_ptr,
+            end - border, summaries, scale, offs_m, offs_n, offs_d,
+            False, FIRST, BN, PRECISION, STAGES,
+        )  # fmt: skip
+        dq *= softmax_scale
+        wait_for_previous(OVERLAPS and not FIRST)
+        complete = slot < 0
+        if slot >= 0:
+            partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (BLOCK * D)
+            offs_md = offs_m[:, None] * D + offs_d[None, :]  # [BM, D]
+            tl.store(partial_ptr + offs_md, dq)
+            first_slot, splits = load_split(item_ptr)
+            complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, sub, SUBS)
             if complete:
-                if not FIRST:
-                    dq += tl.load(dq_ptr + dq_offs).to(tl.float32)
-                tl.store(dq_ptr + dq_offs, dq.to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
+                dq = tl.zeros([BM, D], tl.float32)
+                partial_ptr = partials_ptr + (first_slot.to(tl.int64) * heads + h) * (BLOCK * D)
+                for _ in range(0, splits):
+                    dq += tl.load(partial_ptr + offs_md, cache_modifier=".cg")
+                    partial_ptr += heads * (BLOCK * D)
+        if complete:
+            if not FIRST:
+                dq += tl.load(dq_ptr + dq_offs).to(tl.float32)
+            tl.store(dq_ptr + dq_offs, dq.to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
     wait_for_previous(OVERLAPS and not FIRST)
 
 
@@ -186,10 +182,10 @@ def _store_key_gradients(dk, dv, dk_ptr, dv_ptr, offs, m_mask, FIRST: tl.constex
 def key_gradient_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, do_ptr, stats_ptr,
     dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, partials_ptr, counters_ptr,
-    order_ptr, table_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
+    order_ptr, gathered_ptr, bits_ptr, items_ptr, needs_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dk_s_strides, dk_r_strides,
-    scale, softmax_scale, heads, queries, summaries, blocks, first_block, first_list, group, items,
-    first_counter, FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    scale, softmax_scale, heads, queries, summaries, blocks, first_block, group, items,
+    FIRST: tl.constexpr, OVERLAPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BM keys of one work item of one head; dv has the strides of dk.
@@ -201,67 +197,64 @@ def key_gradient_kernel(
     head = tl.program_id(0) % heads
     work = tl.program_id(0) // heads
     sub = work % SUBS
-    if work // SUBS < tl.load(needs_ptr + ITEM_COUNTS + group):
-        item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
-            items_ptr, table_ptr, first_list, group, items, work // SUBS
-        )
-        if FIRST or num_tiles > 0:
-            b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
-            offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-            slots_ptr = order_ptr + (first_block + block) * BLOCK
-            token = tl.load(slots_ptr + offs_m)  # [BM]
-            is_summary = tl.load(slots_ptr) < summaries  # a block is of one stream
-            key = tl.maximum(tl.where(is_summary, token, token - summaries), 0)[:, None]  # [BM, 1]
-            if is_summary:
-                k_ptrs = head_ptr(k_s_ptr, k_s_strides, b, h) + key * k_s_strides[2] + offs_d[None, :]
-                v_ptrs = head_ptr(v_s_ptr, v_s_strides, b, h) + key * v_s_strides[2] + offs_d[None, :]
-                k, v = tl.load(k_ptrs), tl.load(v_ptrs)  # [BM, D]
-            else:
-                k_ptrs = head_ptr(k_r_ptr, k_r_strides, b, h) + key * k_r_strides[2] + offs_d[None, :]
-                v_ptrs = head_ptr(v_r_ptr, v_r_strides, b, h) + key * v_r_strides[2] + offs_d[None, :]
-                k, v = tl.load(k_ptrs), tl.load(v_ptrs)  # [BM, D]
+    there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
+        items_ptr, needs_ptr, group, items, work // SUBS
+    )
+    if there & ((num_tiles > 0) | FIRST):
+        b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
+        offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+        slots_ptr = order_ptr + (first_block + block) * BLOCK
+        token = tl.load(slots_ptr + offs_m)  # [BM]
+        is_summary = tl.load(slots_ptr) < summaries  # a block is of one stream
+        key = tl.maximum(tl.where(is_summary, token, token - summaries), 0)[:, None]  # [BM, 1]
+        if is_summary:
+            k_ptrs = head_ptr(k_s_ptr, k_s_strides, b, h) + key * k_s_strides[2] + offs_d[None, :]
+            v_ptrs = head_ptr(v_s_ptr, v_s_strides, b, h) + key * v_s_strides[2] + offs_d[None, :]
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)  # [BM, D]
+        else:
+            k_ptrs = head_ptr(k_r_ptr, k_r_strides, b, h) + key * k_r_strides[2] + offs_d[None, :]
+            v_ptrs = head_ptr(v_r_ptr, v_r_strides, b, h) + key * v_r_strides[2] + offs_d[None, :]
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)  # [BM, D]
 
-            q_head_ptr, do_head_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
-            stats_head_ptr = stats_ptr + (b * heads + h) * queries * 2
-            border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
-            dk = tl.zeros([BM, D], tl.float32)
-            dv = tl.zeros([BM, D], tl.float32)
-            dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_head_ptr, do_head_ptr, q_strides[2], do_strides[2], stats_head_ptr,
-                gathered_ptr + (first + begin) * BLOCK, bits_ptr + (first_masked + begin) * (2 * BLOCK),
-                border - begin, scale, offs_m, offs_n, offs_d, True, BN, PRECISION, STAGES,
-            )  # fmt: skip
-            dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_head_ptr, do_head_ptr, q_strides[2], do_strides[2], stats_head_ptr,
-                gathered_ptr + (first + border) * BLOCK, bits_ptr,
-                end - border, scale, offs_m, offs_n, offs_d, False, BN, PRECISION, STAGES,
-            )  # fmt: skip
-            dk *= softmax_scale
-            m_mask = (token >= 0)[:, None]
-            wait_for_previous(OVERLAPS and not FIRST)
-            complete = slot < 0
-            if slot >= 0:
-                partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
-                offs_md = offs_m[:, None] * D + offs_d[None, :]  # [BM, D]
-                tl.store(partial_ptr + offs_md, dk)
-                tl.store(partial_ptr + BLOCK * D + offs_md, dv)
-                first_slot, splits = load_split(item_ptr)
-                complete = last_to_arrive(
-                    counters_ptr + first_counter, first_slot, splits, heads, head, sub, SUBS
-                )
-                if complete:
-                    dk = tl.zeros([BM, D], tl.float32)
-                    dv = tl.zeros([BM, D], tl.float32)
-                    partial_ptr = partials_ptr + (first_slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
-                    for _ in range(0, splits):
-                        dk += tl.load(partial_ptr + offs_md, cache_modifier=".cg")
-                        dv += tl.load(partial_ptr + BLOCK * D + offs_md, cache_modifier=".cg")
-                        partial_ptr += heads * (2 * BLOCK * D)
+        q_head_ptr, do_head_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
+        stats_head_ptr = stats_ptr + (b * heads + h) * queries * 2
+        border = tl.minimum(tl.maximum(num_masked, begin), end)  # masked tiles come first
+        dk = tl.zeros([BM, D], tl.float32)
+        dv = tl.zeros([BM, D], tl.float32)
+        dk, dv = _add_key_gradients(
+            dk, dv, k, v, q_head_ptr, do_head_ptr, q_strides[2], do_strides[2], stats_head_ptr,
+            gathered_ptr + (first + begin) * BLOCK, bits_ptr + (first_masked + begin) * (2 * BLOCK),
+            border - begin, scale, offs_m, offs_n, offs_d, True, BN, PRECISION, STAGES,
+        )  # fmt: skip
+        dk, dv = _add_key_gradients(
+            dk, dv, k, v, q_head_ptr, do_head_ptr, q_strides[2], do_strides[2], stats_head_ptr,
+            gathered_ptr + (first + border) * BLOCK, bits_ptr,
+            end - border, scale, offs_m, offs_n, offs_d, False, BN, PRECISION, STAGES,
+        )  # fmt: skip
+        dk *= softmax_scale
+        m_mask = (token >= 0)[:, None]
+        wait_for_previous(OVERLAPS and not FIRST)
+        complete = slot < 0
+        if slot >= 0:
+            partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
+            offs_md = offs_m[:, None] * D + offs_d[None, :]  # [BM, D]
+            tl.store(partial_ptr + offs_md, dk)
+            tl.store(partial_ptr + BLOCK * D + offs_md, dv)
+            first_slot, splits = load_split(item_ptr)
+            complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, sub, SUBS)
             if complete:
-                if is_summary:
-                    offs = b * dk_s_strides[0] + h * dk_s_strides[1] + key * dk_s_strides[2] + offs_d[None, :]
-                    _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, offs, m_mask, FIRST)
-                else:
-                    offs = b * dk_r_strides[0] + h * dk_r_strides[1] + key * dk_r_strides[2] + offs_d[None, :]
-                    _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, offs, m_mask, FIRST)
+                dk = tl.zeros([BM, D], tl.float32)
+                dv = tl.zeros([BM, D], tl.float32)
+                partial_ptr = partials_ptr + (first_slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
+                for _ in range(0, splits):
+                    dk += tl.load(partial_ptr + offs_md, cache_modifier=".cg")
+                    dv += tl.load(partial_ptr + BLOCK * D + offs_md, cache_modifier=".cg")
+                    partial_ptr += heads * (2 * BLOCK * D)
+        if complete:
+            if is_summary:
+                offs = b * dk_s_strides[0] + h * dk_s_strides[1] + key * dk_s_strides[2] + offs_d[None, :]
+                _store_key_gradients(dk, dv, dk_s_ptr, dv_s_ptr, offs, m_mask, FIRST)
+            else:
+                offs = b * dk_r_strides[0] + h * dk_r_strides[1] + key * dk_r_strides[2] + offs_d[None, :]
+                _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, offs, m_mask, FIRST)
     wait_for_previous(OVERLAPS and not FIRST)

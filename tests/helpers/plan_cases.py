@@ -103,7 +103,7 @@ class PlanOfMasks:
         ]
         table, tokens, bits, items = [], [], [], []
         for order, mask, by_keys in groups:
-            totals = []
+            totals, first_line = [], len(table)
             for row, slots in enumerate(order):
                 for own in slots.view(-1, BLOCK):
                     columns, tiles = self._line(mask[row], own, by_keys, summaries, len(table) % 3 > 0)
@@ -116,24 +116,25 @@ class PlanOfMasks:
                 parts, first = max(-(-totals[line] // split), 1), len(group)
                 for part in range(parts):
                     bounds = [(part + i) * totals[line] // parts for i in (0, 1)]
-                    group.append([line, *bounds, len(group) if parts > 1 else -1, first, parts, 0, 0])
+                    slot = len(group) if parts > 1 else -1
+                    lists = [*table[first_line + line], 0, 0, 0, 0]
+                    group.append([line, *bounds, slot, first, parts, 0, 0, *lists])
             items.append(group)
         items.append(self._pairs(table[len(queries) * queries.shape[1] // BLOCK :], tokens, far_order, split))
 
         k_lines = rows * (keys.shape[1] // BLOCK)
         slots = max(sum(item[3] >= 0 for item in group) for group in items)
-        padded = torch.full((5, k_lines + slots, 8), 10**6)
+        padded = torch.full((5, k_lines + slots, 16), 10**6)
         for out, group in zip(padded, items):
             out[: len(group)] = torch.tensor(group)
         self.tensors = tuple(
             x.to(torch.int32).to(DEVICE)
             for x in (
                 torch.cat([queries.flatten(), keys.flatten(), far_order.flatten()]),
-                torch.tensor(table),
                 torch.stack([*tokens, torch.zeros(BLOCK, dtype=torch.int64)]).flatten(),
                 torch.stack([*bits, torch.zeros(2, BLOCK, dtype=torch.int32)]),
                 padded,
-                torch.tensor([0] * 7 + [len(group) for group in items[:4]] + [0, len(items[4])]),
+                torch.tensor([0] * 8 + [len(group) for group in items]),
             )
         )
 
@@ -153,7 +154,9 @@ class PlanOfMasks:
             parts, first = max(-(-places // split), 1), len(items)
             for part in range(parts):
                 bounds = [(part + i) * places // parts for i in (0, 1)]
-                items.append([line, *bounds, len(items) if parts > 1 else -1, first, parts, shared, 0])
+                slot = len(items) if parts > 1 else -1
+                lists = [number for entry in (*pair, [0] * 4)[:2] for number in entry]
+                items.append([line, *bounds, slot, first, parts, shared, 0, *lists])
         return items
 
     @staticmethod

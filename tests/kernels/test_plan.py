@@ -144,12 +144,13 @@ def test_work_is_complete_and_in_order(split):
     plan = Plan(structure(batch).to(DEVICE), split=split).finalize()
     q, k = plan.batch * plan.q_blocks, plan.batch * plan.k_blocks
     needs = plan.needs.tolist()
-    for group, total in enumerate(plan.table[:, 3].cpu().split([q, q, k, q])):
-        taken = {}
-        items = plan.items[group, : needs[7 + group]].tolist()
-        for line, first, end, slot, first_slot, parts, *_ in items:
+    for group, lists in enumerate(plan.table.cpu().split([q, q, k, q])):
+        taken, total = {}, lists[:, 3]
+        items = plan.items[group, : needs[8 + group]].tolist()
+        for line, first, end, slot, first_slot, parts, _, _, *tiles in items:
             taken.setdefault(line, []).append((first, end, slot))
             assert slot == (-1 if parts == 1 else first_slot + len(taken[line]) - 1)
+            assert tiles[:4] == lists[line].tolist()
         blocks = len(total) // plan.batch
         order = [
             (len(taken[line]) == 1, (len(taken[line]) == 1) * line // blocks, -total[line]) for line in taken
@@ -159,7 +160,7 @@ def test_work_is_complete_and_in_order(split):
         for line, parts in taken.items():
             assert [first for first, _, _ in parts] + [total[line]] == [0] + [end for _, end, _ in parts]
             assert all(end - first <= (split or 16) for first, end, _ in parts)
-        slots = [slot for *_, slot, _, _, _, _ in items if slot >= 0]
+        slots = [item[3] for item in items if item[3] >= 0]
         assert slots == list(range(needs[3 + group]))
 
 
@@ -173,12 +174,15 @@ def test_pairs_share_the_full_tiles_that_both_lists_begin_with(split):
     lists = plan.table[plan.batch * blocks : 2 * plan.batch * blocks].tolist()
     tiles = plan.gathered.view(-1, BLOCK).cpu()
     taken, order, slots = {}, [], []
-    for block, begin, end, slot, first_slot, parts, shared, _ in plan.items[4, : needs[12]].tolist():
+    for item in plan.items[4, : needs[12]].tolist():
+        block, begin, end, slot, first_slot, parts, shared, _, *tiles_of_both = item
+        alone = block % blocks + 1 == blocks
+        assert tiles_of_both == [*lists[block], *([0] * 4 if alone else lists[block + 1])]
         taken.setdefault(block, []).append((begin, end, shared))
         order.append((parts == 1, (parts == 1) * block // blocks))
         slots += [slot] * (slot >= 0)
         assert slot == (-1 if parts == 1 else first_slot + len(taken[block]) - 1)
-    assert order == sorted(order) and slots == list(range(needs[11]))
+    assert order == sorted(order) and slots == list(range(needs[7]))
     assert sorted(taken) == [row * blocks + i for row in range(plan.batch) for i in range(0, blocks, 2)]
     found = 0
     for block, parts in taken.items():
@@ -204,17 +208,17 @@ def test_lines_are_split_by_the_share_of_a_row():
     tiles[::4] = 5000
     sizes = torch.stack([tiles, torch.zeros_like(tiles), tiles]).to(DEVICE)
     ends = sizes[:2].cumsum(1, dtype=torch.int32)
-    items = torch.zeros(4, 4000, 8, dtype=torch.int32, device=DEVICE)
+    items = torch.zeros(5, 4000, 16, dtype=torch.int32, device=DEVICE)
     needs = torch.zeros(plan_module.NEEDS, dtype=torch.int32, device=DEVICE)
     plan_module.work_kernel[1, 4](
-        sizes, ends, ends[0].contiguous(), items, needs,
+        sizes, ends, ends[0].contiguous(), torch.zeros(lines, 4).int().to(DEVICE), items, needs,
         lines, items.shape[1], rows, q_blocks, k_blocks, 0, CHUNK=32, ACROSS=128,
     )  # fmt: skip
     q, k = rows * q_blocks, rows * k_blocks
     for group, total in enumerate(tiles.split([q, q, k, q])):
         most = max(int(total.sum()) // ((64 if group < 2 else 40) * rows), 16)
         assert most > 16
-        parts = [item[5] for item in items[group, : needs[7 + group]].tolist()]
+        parts = [item[5] for item in items[group, : needs[8 + group]].tolist()]
         assert sum(1 / number for number in parts) == pytest.approx(len(total))
         expected = [max(-(-number // most), 1) for number in total.tolist()]
         assert sorted(parts) == sorted(number for number in expected for _ in range(number))

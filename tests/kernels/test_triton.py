@@ -76,6 +76,18 @@ def test_kind_rules(kind_rule):
     check_phase(case("documents", kind_rule=kind_rule), "update", split=1)
 
 
+def test_the_next_launch_finds_the_counters_of_split_blocks_as_zeros(monkeypatch):
+    made, zeros = [], ops._zeros
+
+    def keep(device, number):
+        made.append(zeros(device, number))
+        return made[-1]
+
+    monkeypatch.setattr(ops, "_zeros", keep)
+    check_phase(case("documents"), "update", split=1)
+    assert made and all(len(x) > 0 and not x.any() for x in made)
+
+
 LAUNCHES = {
     "small": Launches.all(Launch(16, 32)),
     "half": Launches.all(Launch(32, 64)),
