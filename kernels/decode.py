@@ -13,6 +13,7 @@ from torch import Tensor
 from . import decode_attention as attention
 from . import decode_products as products
 from .decode_list import list_kernel
+from .launch import multiprocessors
 from .launch_cache import Launcher
 from .overlap import can_overlap
 from .tiles import LOG2_E
@@ -32,7 +33,7 @@ _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
 _LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
-_MANY_OVERLAP = 0  # when the next kernel is launched if there are several songs, see `decode_products.begin`
+_MANY_OVERLAP = products.LATE  # when the next kernel starts, of several songs: see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
 _DOWN_PARTS = 6  # of the sums of the down projection: it has few columns, and long ones
 _WEIGHT_BYTES, _TILE_BYTES = 512, 16384  # of a row of weights that are loaded at once, and of a tile of rows
@@ -50,18 +51,12 @@ _gate, _down, _head = (
 
 
 def overlap_options(device: torch.device, slots: int) -> dict[str, int]:
-    """For the launch of a kernel that calls `decode_products.begin`, last of all. Launches overlap for one
-    song: with many, programs that wait take room from those that run, unless they are launched LATE."""
+    """For the launch of a kernel that calls `decode_products.begin`, last of all. With many songs, programs
+    that wait take room from those that run, unless they are launched LATE."""
     when = products.EARLY if slots == 1 else _MANY_OVERLAP
     if when and can_overlap(device):
         return {"OVERLAPS": when, "launch_pdl": True}
     return {"OVERLAPS": 0}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # interpreted, a program after the other
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class Rows:
         self._many = slots >= _MANY
         self._group = min(_MOST_HEADS, heads & -heads) if self._many else 1
         self._splits = max(1, min(_MOST_PARTS, triton.next_power_of_2(_PROGRAMS // (slots * heads) + 1) // 2))
-        self._shares = max(1, _multiprocessors(device) * _EACH * self._group // heads)
+        self._shares = max(1, multiprocessors(device) * _EACH * self._group // heads)
         self.mode, self.place, self.past, self.count, self.group = (integers() for _ in range(5))
         self.list = numbers(self.places, dtype=torch.int32)
         self.cos, self.sin = numbers(dim // 2), numbers(dim // 2)

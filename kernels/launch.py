@@ -138,13 +138,24 @@ SPECIALIZED = {
 }
 # Those that took at most 0.95 of the time of their twins on songs, on an H200 (see docs/attention.md).
 FASTER = ("forward_same_inst", "dq_local", "dkv_local", "dkv_same_inst")
+# Where all programs run at once, so many for each multiprocessor, their twins are done sooner: they have less
+# to prepare.
+_FEW_PROGRAMS = 3
 
 TABLE = tuple(read_entry(**entry) for entry in ENTRIES)
 
 
-def launches_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
-    """The launches of `TABLE` for this GPU; without an entry, those that suit its size."""
-    return _override[-1] if _override else _chosen(device, dtype, head_dim)
+def launches_for(device: torch.device, dtype: torch.dtype, head_dim: int, programs: int) -> Launches:
+    """The launches of `TABLE` for this GPU; without an entry, those that suit its size.
+
+    Args:
+        device, dtype, head_dim: of queries.
+        programs: of a kernel, about as many.
+    """
+    if _override:
+        return _override[-1]
+    few = programs <= _FEW_PROGRAMS * multiprocessors(device)
+    return _chosen(device, dtype, head_dim, few)
 
 
 @contextmanager
@@ -160,13 +171,18 @@ def override(launches: Launches):
 _override: list[Launches] = []
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on a CPU, where programs are interpreted one after the other, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @cache
-def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launches:
+def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, few: bool) -> Launches:
     if device.type != "cuda":
         return Launches()
     gpu = Gpu.of(device)
     found = launches_on(gpu, head_dim, dtype.itemsize)
-    chosen = FASTER if can_specialize(gpu, head_dim, dtype.itemsize) else ()
+    chosen = FASTER if not few and can_specialize(gpu, head_dim, dtype.itemsize) else ()
     return replace(found, **{name: SPECIALIZED[name] for name in chosen})
 
 

@@ -155,7 +155,7 @@ class Update:
         partial = 2 * BLOCK * (self.dim + 2)
         self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
         self.counters = _zeros(q.device, self.slots * self.heads * (BLOCK // 16))
-        self.launches = launches_for(q.device, q.dtype, self.dim)
+        self.launches = launches_for(q.device, q.dtype, self.dim, self.batch * self.q_blocks * self.heads)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
         self.overlaps = overlap.can_overlap(q.device)

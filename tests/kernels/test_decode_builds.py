@@ -50,7 +50,7 @@ def test_kernels_fit_a_hopper_gpu(tmp_path):
     for build in builds:
         assert build["shared"] <= SHARED, build
     for build in many:
-        assert build["waits"] == 0, build
+        assert build["waits"] == 1, build
         assert build["wgmma"] == 0, build  # by these, products of 64 rows were wrong on an H200
         if build["kernel"] in products:  # weights are on their way while others are multiplied
             assert build["cp_async"] and build["mma"], build

@@ -65,7 +65,7 @@ def test_entries_say_where_they_come_from():
 class FakeProperties:
     major, minor, shared_memory_per_block_optin = 9, 0, 227 * KILOBYTE
     shared_memory_per_multiprocessor, max_threads_per_multi_processor = 228 * KILOBYTE, 2048
-    regs_per_multiprocessor = 65_536
+    regs_per_multiprocessor, multi_processor_count = 65_536, 132
 
 
 def test_the_table_is_asked_first(monkeypatch):
@@ -76,13 +76,14 @@ def test_the_table_is_asked_first(monkeypatch):
     launch._chosen.cache_clear()
     device = torch.device("cuda:0")
     special = {name: launch.SPECIALIZED[name] for name in launch.FASTER}
-    assert special and launch.launches_for(device, torch.bfloat16, 64) == dataclasses.replace(
-        entry.launches, **special
-    )
-    assert launch.launches_for(device, torch.float16, 64) == dataclasses.replace(entry.launches, **special)
-    assert launch.launches_for(device, torch.float32, 64) == untuned(gpu_of(90), 64, 4)
+    many, few = 3 * 132 + 1, 3 * 132
+    specialized = dataclasses.replace(entry.launches, **special)
+    assert special and launch.launches_for(device, torch.bfloat16, 64, many) == specialized
+    assert launch.launches_for(device, torch.float16, 64, many) == specialized
+    assert launch.launches_for(device, torch.bfloat16, 64, few) == entry.launches
+    assert launch.launches_for(device, torch.float32, 64, many) == untuned(gpu_of(90), 64, 4)
     with launch.override(Launches()):
-        assert launch.launches_for(device, torch.bfloat16, 64) == Launches()
+        assert launch.launches_for(device, torch.bfloat16, 64, many) == Launches()
     launch._chosen.cache_clear()
 
 
