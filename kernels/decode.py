@@ -26,12 +26,13 @@ _PROGRAMS = 1024  # of attention for few songs: as many parts of the lists of ke
 _MOST_PARTS = 16
 _MANY = 8  # songs whose lists are shared out evenly: so many, or more
 _EACH = 3  # programs of attention for each multiprocessor, which all run at once, if there are so many songs
-_MOST_HEADS = 4  # that a program then takes
+_MOST_HEADS = 4  # that a program then takes: tensor cores can attend to as many
 _JOINED = 8  # parts of a list that it then joins at once
 _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
+_LEAST_PLACES = 16  # of a warp then, in a tile: what products sum at least
 _LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
 _MANY_OVERLAP = products.LATE  # when the next kernel starts, of several songs: see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
@@ -222,10 +223,11 @@ class Rows:
             tile, warps, stages = _MANY_TILE, _MANY_WARPS, _MANY_STAGES
         line = self._group * self.dim  # numbers
         size = keys.element_size()
-        dots = self._many and size == 1 and self._q.element_size() == 2
-        if dots:
+        dots, least = 0, 1
+        if self._many and size == 1 and self._q.element_size() == 2:
             tile, stages = _DOT_TILE, _DOT_STAGES
-        block = max(1, tile // (line * size))
+            dots, least = warps, _LEAST_PLACES * warps
+        block = max(least, tile // (line * size))
         lines = min(block, max(1, warps * 32 * 16 // (line * size)))  # all threads load 16 bytes at once
         shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
         options = {"num_warps": warps, **self.overlap}
@@ -239,7 +241,7 @@ class Rows:
             heads |= {"SLOTS": slots, "PARTS": _JOINED}
             registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
             _attend_evenly(
-                programs, tensors, numbers, **heads, **shapes, DOTS=int(dots), **options, maxnreg=registers
+                programs, tensors, numbers, **heads, **shapes, DOTS=dots, **options, maxnreg=registers
             )
         else:
             programs = self.slots, groups, self._splits

@@ -18,7 +18,7 @@ from .decode_products import LATE, begin, near_end
 from .tiles import LOWEST
 
 _LATE = tl.constexpr(LATE)
-_DOT_ROWS = tl.constexpr(8)  # of one side of a product: any more, and wgmma would compute it, see `decode`
+_DOT_COLUMNS = tl.constexpr(8)  # of a product: any more, and wgmma would compute it, see `decode`
 
 
 @triton.jit
@@ -56,65 +56,100 @@ def _attend_listed(
     return tl.sum(o * weight[:, :, None], 0), highest, tl.sum(total * weight, 0)
 
 
+_COMPILED = tl.constexpr(isinstance(_attend_listed, triton.JITFunction))
+
+
 @triton.jit
 def _attend_listed_by_dots(
     q, keys_ptr, list_ptr, apart, count, first, last, scale,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_attend_listed` by tensor cores, for keys of 8 bits: every tile, of q [G, D] as it lies in memory.
 
-    keys_ptr: at the first of the heads. R rows, heads or more. One product has the scores of all heads: q is
-    spread over as many rows, zeros but in the channels of its own head. So the product with the values has
-    for each head the channels of all, of which its own are taken in the end: most of what is computed is not
-    needed, but takes less time than what else converts and adds numbers. Keys, values, and q below 65,504 are
-    float16 without loss; weights are rounded to it, by 2 ** -12 of themselves at most.
+    keys_ptr: at the first of the heads. Each of W warps has places of its own of every tile, B / W, and its
+    own peaks and sums: in the loop no warp needs what another has computed. One product has the scores of all
+    heads: q is spread over as many columns of R, zeros but in the channels of its own head. So the product
+    with the values has for each head the channels of all, of which its own are taken in the end: most of what
+    is computed is not needed, but takes less time than what else converts and adds numbers.
+
+    Keys and values are read as pairs of channels, of 16 bits: so they come from shared memory as tensor cores
+    want them, values transposed, which is not possible with bytes. The first channels of all pairs are one
+    operand, the second ones another. The columns have every head twice: for the sums of values with the first
+    channels, and with the second.
+
+    Keys, values, and q below 65,504 are float16 without loss; weights are rounded to it, by 2 ** -12 of
+    themselves at most.
     """
     GROUP: tl.constexpr = q.shape[0]
     DIM: tl.constexpr = q.shape[1]
-    WIDTH: tl.constexpr = GROUP * DIM
-    tl.static_assert(GROUP <= _DOT_ROWS)
-    row = tl.arange(0, _DOT_ROWS)
-    own = row[:, None] == tl.arange(0, GROUP)[None, :]  # [R, G]
-    spread = tl.where(own[:, :, None], q.to(tl.float16)[None, :, :], 0.0)
-    spread = tl.trans(tl.reshape(spread, [_DOT_ROWS, WIDTH]))  # [G * D, R]
-    channel = tl.arange(0, WIDTH)
-    peak = tl.full([_DOT_ROWS], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK, _DOT_ROWS], tl.float32)  # of each place of a tile, to be summed in the end
-    even = tl.zeros([WIDTH // 2, _DOT_ROWS], tl.float32)
-    odd = even
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+    PAIRS: tl.constexpr = GROUP * DIM // 2
+    HALF: tl.constexpr = _DOT_COLUMNS // 2
+    EACH: tl.constexpr = BLOCK // WARPS
+    tl.static_assert(GROUP <= HALF)
+    column, pair = tl.arange(0, _DOT_COLUMNS), tl.arange(0, PAIRS)
+    of_head = (column % GROUP)[:, None] == tl.arange(0, GROUP)[None, :]  # [R, G]
+    spread = tl.where(of_head[:, :, None], q.to(tl.float16)[None, :, :], 0.0)
+    q_first, q_second = tl.split(tl.reshape(spread, [_DOT_COLUMNS, PAIRS, 2]))
+    q_first, q_second = tl.trans(q_first), tl.trans(q_second)  # [G * D / 2, R]
+    keys_ptr = keys_ptr.to(tl.pointer_type(tl.int16))
+    values_ptr = keys_ptr + apart // 2
+    of_first = (column < HALF)[None, None, :]
+    peak = tl.full([WARPS, _DOT_COLUMNS], LOWEST, tl.float32)
+    total = tl.zeros([WARPS, EACH, _DOT_COLUMNS], tl.float32)  # of each place, to be summed in the end
+    o = tl.zeros([WARPS, PAIRS, _DOT_COLUMNS], tl.float32)
+    for start in tl.range(first, tl.minimum(last, count), BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
-        mask = at < count
-        place = tl.load(list_ptr + at, mask=mask, other=0).to(tl.int64)
-        offs = (place * STRIDE)[:, None] + channel[None, :]  # [B, G * D], as k and v are
-        k = tl.load(keys_ptr + offs, mask=mask[:, None], other=0.0)
-        v = tl.load(keys_ptr + apart + offs, mask=mask[:, None], other=0.0)
-        score = tl.dot(k.to(tl.float16), spread) * scale  # [B, R]
-        score = tl.where(mask[:, None], score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))  # [R]
-        weight, kept = tl.exp2(score - new_peak[None, :]), tl.exp2(peak - new_peak)
-        total = total * kept[None, :] + weight
-        # The instructions take pairs of what is summed from one register. As places these would be single
-        # bytes of v far from each other; so they are two channels of a place, which lie side by side, times
-        # its weight and 0 in turn.
-        v = tl.permute(tl.reshape(v.to(tl.float16), [BLOCK, WIDTH // 2, 2]), [1, 0, 2])
-        v = tl.reshape(v, [WIDTH // 2, 2 * BLOCK])
+        # Behind the last place it is read again, which takes no masks. Every place is loaded twice: other
+        # threads need it for keys than for values, and of so few numbers as there are places Triton would
+        # have each thread load all that it needs. Multiplied last: only so are addresses known to be aligned.
+        twice = tl.minimum(at, count - 1)[:, None] + tl.zeros([1, 2], tl.int32)
+        place, again = tl.split(tl.load(list_ptr + twice).to(tl.int64))
+        place, again = place * (STRIDE // 2), tl.reshape(again, [WARPS, EACH]) * (STRIDE // 2)
+        k = tl.load(keys_ptr + place[:, None] + pair[None, :])  # [B, G * D / 2]
+        v = tl.load(values_ptr + again[:, None, :] + pair[None, :, None])  # [W, G * D / 2, B / W]
+        k_first, k_second = _float16_of_pairs(k)
+        score = tl.dot(k_second, q_second, tl.dot(k_first, q_first)) * scale  # [B, R]
+        score = tl.where((at < count)[:, None], score, float("-inf"))
+        score = tl.reshape(score, [WARPS, EACH, _DOT_COLUMNS])
+        new_peak = tl.maximum(peak, tl.max(score, 1))  # [W, R]
+        weight, kept = tl.exp2(score - new_peak[:, None, :]), tl.exp2(peak - new_peak)
+        total = total * kept[:, None, :] + weight
         weight = weight.to(tl.float16)
-        none = tl.zeros_like(weight)
-        even = tl.dot(v, _in_turn(weight, none), even * kept[None, :])
-        odd = tl.dot(v, _in_turn(none, weight), odd * kept[None, :])
+        v_first, v_second = _float16_of_pairs(v)
+        o = tl.dot(v_first, tl.where(of_first, weight, 0.0), o * kept[:, None, :])
+        o = tl.dot(v_second, tl.where(of_first, 0.0, weight), o)
         peak = new_peak
-    total = tl.sum(total, 0)
-    o = tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2]), [_DOT_ROWS, GROUP, DIM])
-    o = tl.sum(tl.where(own[:, :, None], o, 0.0), 0)
-    return o, tl.sum(tl.where(own, peak[:, None], 0.0), 0), tl.sum(tl.where(own, total[:, None], 0.0), 0)
+    highest = tl.max(peak, 0)  # [R]
+    kept = tl.exp2(peak - highest[None, :])
+    total = tl.sum(tl.sum(total, 1) * kept, 0)
+    o = tl.reshape(o * kept[:, None, :], [WARPS, PAIRS, 2, HALF])
+    own = (pair // (DIM // 2))[:, None] == tl.arange(0, HALF)[None, :]
+    o = tl.sum(tl.sum(tl.where(own[None, :, None, :], o, 0.0), 3), 0)  # [G * D / 2, 2]
+    # Columns of the same head have the same.
+    highest = tl.max(tl.reshape(highest, [_DOT_COLUMNS // GROUP, GROUP]), 0)
+    total = tl.max(tl.reshape(total, [_DOT_COLUMNS // GROUP, GROUP]), 0)
+    return tl.reshape(o, [GROUP, DIM]), highest, total
 
 
 @triton.jit
-def _in_turn(first, second):
-    """[2 B, R], rows of first and second [B, R] in turn."""
-    both = tl.permute(tl.join(first, second), [0, 2, 1])
-    return tl.reshape(both, [2 * first.shape[0], first.shape[1]])
+def _float16_of_pairs(pairs):
+    """The first and the second numbers of pairs of float8_e4m3fn that are int16, as float16."""
+    if _COMPILED:  # Triton would take apart and join every byte
+        first, second = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes;
+            .reg .b16 first, second;
+            prmt.b32 bytes, $2, 0, 0x3120;
+            mov.b32 {first, second}, bytes;
+            cvt.rn.f16x2.e4m3x2 $0, first;
+            cvt.rn.f16x2.e4m3x2 $1, second;
+            }""",
+            "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        first = (pairs & 255).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        second = (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return first, second
 
 
 @triton.jit
@@ -203,7 +238,7 @@ def attend_evenly_kernel(
     A song that one program has wholly is done then. Of others the part with the beginning is left in o, peak
     and sum [2 programs, HEADS(, DIM)] at 2 program + 1, the next ones at 2 program, and they are joined in
     their order, PARTS at once, by the program that is the last to be done. SLOTS: a power of two, slots or
-    more. DOTS: by tensor cores (`_attend_listed_by_dots`).
+    more. DOTS: 0, or with how many warps tensor cores attend (`_attend_listed_by_dots`).
     """
     if OVERLAPS != _LATE:
         begin(OVERLAPS)
@@ -237,7 +272,7 @@ def attend_evenly_kernel(
         if DOTS:
             o, peak, total = _attend_listed_by_dots(
                 q, song_ptr + tl.program_id(1) * GROUP * DIM, song_list_ptr, apart, count, first_place,
-                last_place, scale, HEADS * DIM, BLOCK, STAGES,
+                last_place, scale, HEADS * DIM, BLOCK, DOTS, STAGES,
             )  # fmt: skip
         else:
             o, peak, total = _attend_listed(

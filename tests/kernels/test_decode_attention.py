@@ -60,10 +60,11 @@ def test_keys_of_8_bits_are_read_exactly(songs, monkeypatch):
     _attends(*rows_and_keys(COUNTS[-songs:], "cpu", torch.float8_e4m3fn))
 
 
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", [1, 2, 4])
 def test_tensor_cores_attend_to_keys_of_8_bits(heads, monkeypatch):
     """Queries of 16 bits: all is exact, up to float32, but that weights are rounded to float16."""
-    for name, value in {"_EACH": 3 * HEADS // heads, "_MOST_HEADS": heads}.items():
+    values = {"_EACH": 3 * HEADS // heads, "_MOST_HEADS": heads, "_MANY_WARPS": 2}
+    for name, value in values.items():
         monkeypatch.setattr(decode, name, value)
     monkeypatch.setattr(decode, "_DOT_TILE", 32 * heads * DIM)  # 32 places
     rows, keys = rows_and_keys(COUNTS, "cpu", torch.float8_e4m3fn)
