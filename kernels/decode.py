@@ -32,7 +32,7 @@ _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
-_LEAST_PLACES = 16  # of a warp then, in a tile: what products sum at least
+_DOT_PLACES = 16  # of a tile that each warp then has at least: a product sums as many
 _LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
 _MANY_OVERLAP = products.LATE  # when the next kernel starts, of several songs: see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
@@ -223,11 +223,13 @@ class Rows:
             tile, warps, stages = _MANY_TILE, _MANY_WARPS, _MANY_STAGES
         line = self._group * self.dim  # numbers
         size = keys.element_size()
-        dots, least = 0, 1
-        if self._many and size == 1 and self._q.element_size() == 2:
+        dots = self._many and size == 1 and self._q.element_size() == 2
+        if dots:
             tile, stages = _DOT_TILE, _DOT_STAGES
-            dots, least = warps, _LEAST_PLACES * warps
-        block = max(least, tile // (line * size))
+        block = max(1, tile // (line * size))
+        if dots:
+            block = max(block, _DOT_PLACES)
+            warps = min(warps, block // _DOT_PLACES)
         lines = min(block, max(1, warps * 32 * 16 // (line * size)))  # all threads load 16 bytes at once
         shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
         options = {"num_warps": warps, **self.overlap}
@@ -240,9 +242,8 @@ class Rows:
             programs = self._shares, groups
             heads |= {"SLOTS": slots, "PARTS": _JOINED}
             registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
-            _attend_evenly(
-                programs, tensors, numbers, **heads, **shapes, DOTS=dots, **options, maxnreg=registers
-            )
+            shapes |= {"DOTS": warps if dots else 0}
+            _attend_evenly(programs, tensors, numbers, **heads, **shapes, **options, maxnreg=registers)
         else:
             programs = self.slots, groups, self._splits
             _attend(programs, tensors, numbers, **heads, SPLITS=self._splits, **shapes, **options)
