@@ -33,6 +33,8 @@ _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
 _DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
 _DOT_PLACES = 16  # of a tile that each warp then has at least: a product sums as many
+# Tiles that take as long as a program takes longer for every song that begins in its share.
+_MANY_BEGINS, _DOT_BEGINS = 0, 1
 _LARGEST = {torch.float8_e4m3fn: 448}  # key or value that can be stored, where the model's may be beyond
 _MANY_OVERLAP = products.LATE  # when the next kernel starts, of several songs: see `decode_products.begin`
 _REGISTERS = 65536  # of a multiprocessor of any GPU, for all threads
@@ -242,7 +244,7 @@ class Rows:
             programs = self._shares, groups
             heads |= {"SLOTS": slots, "PARTS": _JOINED}
             registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
-            shapes |= {"DOTS": warps if dots else 0}
+            shapes |= {"DOTS": warps if dots else 0, "BEGINS": _DOT_BEGINS if dots else _MANY_BEGINS}
             _attend_evenly(programs, tensors, numbers, **heads, **shapes, **options, maxnreg=registers)
         else:
             programs = self.slots, groups, self._splits

@@ -230,7 +230,7 @@ def attend_evenly_kernel(
     q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr,
-    DOTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    DOTS: tl.constexpr, BEGINS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """`attend_kernel`, but the lists of all songs lie end to end, in tiles of BLOCK places, of which programs
     take equal shares, of GROUP heads each.
@@ -238,7 +238,8 @@ def attend_evenly_kernel(
     A song that one program has wholly is done then. Of others the part with the beginning is left in o, peak
     and sum [2 programs, HEADS(, DIM)] at 2 program + 1, the next ones at 2 program, and they are joined in
     their order, PARTS at once, by the program that is the last to be done. SLOTS: a power of two, slots or
-    more. DOTS: 0, or with how many warps tensor cores attend (`_attend_listed_by_dots`).
+    more. DOTS: 0, or with how many warps tensor cores attend (`_attend_listed_by_dots`). BEGINS: how many
+    tiles the beginning of a song is as much work as, and is counted as before its own.
     """
     if OVERLAPS != _LATE:
         begin(OVERLAPS)
@@ -248,7 +249,7 @@ def attend_evenly_kernel(
     song = tl.arange(0, SLOTS)
     counts = tl.load(count_ptr + song, mask=song < slots, other=0).to(tl.int32)
     # An empty list has a tile too: somebody must write zeros.
-    tiles = tl.where(song < slots, tl.maximum((counts + BLOCK - 1) // BLOCK, 1), 0)
+    tiles = tl.where(song < slots, tl.maximum((counts + BLOCK - 1) // BLOCK, 1) + BEGINS, 0)
     ends, tiles_of_all = tl.cumsum(tiles, 0), tl.sum(tiles, 0)
     program, programs = tl.program_id(0), tl.minimum(tl.num_programs(0), tiles_of_all)
     share = program * tiles_of_all // programs
@@ -264,11 +265,12 @@ def attend_evenly_kernel(
         wide = tl.full([], 0, tl.int64) + s
         row = wide * HEADS + head  # [GROUP]
         count = tl.load(count_ptr + s).to(tl.int32)
-        end = start + tl.maximum((count + BLOCK - 1) // BLOCK, 1)
+        end = start + tl.maximum((count + BLOCK - 1) // BLOCK, 1) + BEGINS
         first, last = tl.maximum(share, start), tl.minimum(share_end, end)
         q = tl.load(q_ptr + row[:, None] * DIM + channel[None, :])  # [GROUP, DIM]
         song_ptr, song_list_ptr = keys_ptr + wide * places * HEADS * DIM, list_ptr + wide * places
-        first_place, last_place = (first - start) * BLOCK, (last - start) * BLOCK
+        first_place = tl.maximum(first - start - BEGINS, 0) * BLOCK
+        last_place = tl.maximum(last - start - BEGINS, 0) * BLOCK
         if DOTS:
             o, peak, total = _attend_listed_by_dots(
                 q, song_ptr + tl.program_id(1) * GROUP * DIM, song_list_ptr, apart, count, first_place,

@@ -36,12 +36,14 @@ def attended(rows: decode.Rows, keys: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize(("shares", "heads"), [(1, 4), (3, 2), (16, 4), (60, 2)])
-def test_equal_shares_of_all_lists(shares, heads, monkeypatch):
-    """Songs that a program has wholly, that several have, more than are joined at once, and idle programs."""
+@pytest.mark.parametrize(("shares", "heads", "begins"), [(1, 4, 1), (3, 2, 0), (16, 4, 2), (60, 2, 1)])
+def test_equal_shares_of_all_lists(shares, heads, begins, monkeypatch):
+    """Songs that a program has wholly, that several have, more than are joined at once, beginnings alone, and
+    idle programs."""
     for name, value in {"_EACH": shares * HEADS // heads, "_MOST_HEADS": heads, "_JOINED": 2}.items():
         monkeypatch.setattr(decode, name, value)
     monkeypatch.setattr(decode, "_MANY_TILE", 4 * 16 * heads * DIM)  # 16 places: 40 tiles in all
+    monkeypatch.setattr(decode, "_MANY_BEGINS", begins)
     rows, keys = rows_and_keys(COUNTS, "cpu")
     _attends(rows, keys)
 
@@ -60,10 +62,10 @@ def test_keys_of_8_bits_are_read_exactly(songs, monkeypatch):
     _attends(*rows_and_keys(COUNTS[-songs:], "cpu", torch.float8_e4m3fn))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_tensor_cores_attend_to_keys_of_8_bits(heads, monkeypatch):
+@pytest.mark.parametrize(("shares", "heads"), [(3, 1), (3, 2), (3, 4), (60, 4)])
+def test_tensor_cores_attend_to_keys_of_8_bits(shares, heads, monkeypatch):
     """Queries of 16 bits: all is exact, up to float32, but that weights are rounded to float16."""
-    values = {"_EACH": 3 * HEADS // heads, "_MOST_HEADS": heads, "_MANY_WARPS": 2}
+    values = {"_EACH": shares * HEADS // heads, "_MOST_HEADS": heads, "_MANY_WARPS": 2}
     for name, value in values.items():
         monkeypatch.setattr(decode, name, value)
     monkeypatch.setattr(decode, "_DOT_TILE", 32 * heads * DIM)  # 32 places
