@@ -18,7 +18,7 @@ from .launch import Launch, Specialized, launches_for
 from .launch_cache import Launcher
 from .operators import register, register_gradient
 from .plan import BLOCK
-from .summarize import summarize_kernel, summary_gradient_kernel, token_gradient_kernel
+from .summarize import summarize_gradient_kernel, summarize_kernel
 from .tiles import LOG2_E, PAIRS
 from .update_backward import key_gradient_kernel, query_gradient_kernel
 from .update_forward import forward_kernel
@@ -26,10 +26,10 @@ from .update_forward import forward_kernel
 _BLOCK_M = 16  # rows of a tile of summaries: the fewest that a matrix instruction multiplies
 _MOST_SUMMARIES = 8  # of a program
 _SUMMARY_PROGRAMS = 512  # so many, or fewer summaries in each: a long bar is read by one program alone
+_PADDING = 256  # tokens of a program that looks for padding
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
 _key_gradient = Launcher(key_gradient_kernel)
-_summarize, _summary_gradient = Launcher(summarize_kernel), Launcher(summary_gradient_kernel)
-_token_gradient = Launcher(token_gradient_kernel)
+_summarize, _gradients = Launcher(summarize_kernel), Launcher(summarize_gradient_kernel)
 
 
 def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
@@ -61,23 +61,19 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     q, k_s, v_s, k_r, v_r, do = map(_addressable, (q, k_s, v_s, k_r, v_r, do))
     o, lse = _with_output_strides(o, q), lse.contiguous()
     batch, heads, summaries, dim = q.shape
-    regular, tokens = k_r.shape[2], 2048 // dim  # tokens of a program: found fastest by trial
+    regular = k_r.shape[2]
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
-    scales = (dim**-0.5 * LOG2_E, dim**-0.5, heads, summaries)
     own = _summaries_of_program(batch * heads * summaries)
-    _summary_gradient(
-        (2 * -(-summaries // own) * heads, batch),
-        (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, bars),
-        (*_strides(q, k_s, v_s, k_r, v_r, do, dq), *scales),
+    _gradients(
+        ((2 * -(-summaries // own) - (-regular // _PADDING)) * heads, batch),
+        (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, dk_r, dv_r, bars, slot),
+        (
+            *_strides(q, k_s, v_s, k_r, v_r, do, dq, dk_r),
+            *(dim**-0.5 * LOG2_E, dim**-0.5, heads, summaries, regular),
+        ),
         OWN=own,
+        PADDING=_PADDING,
         **_summary_constants(q),
-    )
-    _token_gradient(
-        (-(-regular // tokens) * heads, batch),
-        (q, k_r, v_r, o, lse, do, dk_r, dv_r, slot),
-        (*_strides(q, k_r, v_r, o, do, dk_r), *scales, regular),
-        BN=tokens,
-        D=dim,
     )
     return dq, dk_s, dv_s, dk_r, dv_r
 

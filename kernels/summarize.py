@@ -3,8 +3,9 @@
 Both are contiguous in a row, so that four numbers per summary define the mask: it needs no plan. A program
 takes OWN summaries, at most the BM rows of its tile, and the keys that any of them sees; few of these pairs
 are masked. The fewer its summaries, the fewer bars it reads one after the other; the more, the fewer times
-earlier summaries are read. Every regular token is seen by exactly one summary: its gradients need no
-reduction and no matrix instruction. Names and shapes are those of `tiles`.
+earlier summaries are read. Every regular token is seen by exactly one summary, that of its bar: whoever
+computes the gradient of the summary's query has all that those of the token need. Names and shapes are those
+of `tiles`.
 """
 
 import torch
@@ -157,136 +158,148 @@ def summarize_kernel(
 
 
 @triton.jit
-def _add_query_gradient(
-    dq, q, do, lse, delta, k_ptr, v_ptr, k_n, v_n, lower, upper, scale, offs_n, offs_d,
-    PRECISION: tl.constexpr,
+def _add_gradients(
+    dq, q, do, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_n, v_n, dk_n, lower, upper, scale, softmax_scale,
+    offs_n, offs_d, OF_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys from `lower` up to `upper` of each query to dq [BM, D], not yet scaled."""
+    """Adds the keys from `lower` up to `upper` of each query to dq, not yet scaled and transposed: [D, BM].
+
+    With OF_KEYS no other query sees these keys, and their dk and dv are stored. Everything is computed
+    transposed, keys x queries: see `update_backward`.
+    """
     first, end = _span(lower, upper)
     for start in tl.range(first, end, offs_n.shape[0], num_stages=2):
-        key = start + offs_n  # [BN]
-        n_mask = (key < end)[:, None]  # [BN, 1]
-        k = tl.load(k_ptr + key[:, None] * k_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
-        v = tl.load(v_ptr + key[:, None] * v_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
-        mask = (key[None, :] >= lower[:, None]) & (key[None, :] < upper[:, None])  # [BM, BN]
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        p = tl.where(mask, tl.exp2(qk * scale - lse[:, None]), 0.0)  # [BM, BN]
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])  # [BM, BN]
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, D]
+        key = (start + offs_n)[:, None]  # [BN, 1]
+        n_mask = key < end
+        k = tl.load(k_ptr + key * k_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
+        v = tl.load(v_ptr + key * v_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
+        mask = (key >= lower[None, :]) & (key < upper[None, :])  # [BN, BM]
+        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        p = tl.where(mask, tl.exp2(kq * scale - lse[None, :]), 0.0)  # [BN, BM]
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])  # [BN, BM]
+        ds = ds.to(k.dtype)
+        dq = tl.dot(tl.trans(k), ds, dq, input_precision=PRECISION)  # [D, BM]
+        if OF_KEYS:
+            dk = tl.dot(ds, q, input_precision=PRECISION) * softmax_scale  # [BN, D]
+            dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)  # [BN, D]
+            offs = key * dk_n + offs_d[None, :]
+            tl.store(dk_ptr + offs, dk.to(dk_ptr.dtype.element_ty), mask=n_mask)
+            tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=n_mask)
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "summaries"])
-def summary_gradient_kernel(
-    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, bars_ptr,
-    q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides,
-    scale, softmax_scale, heads, summaries,
-    OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _of_queries(
+    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, dk_r_ptr, dv_r_ptr, bars_ptr,
+    q_n, k_s_n, v_s_n, k_r_n, v_r_n, do_n, o_n, dk_r_n, scale, softmax_scale, summary, m_mask, offs_n, offs_d,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of OWN summaries of one head: dq in programs of even number; in the others dk and dv, as keys.
-
-    o, dk and dv have the strides of dq.
-    """
-    head, work, row = tl.program_id(0) // 2 % heads, tl.program_id(0) // 2 // heads, tl.program_id(1)
-    b, h = row.to(tl.int64), head.to(tl.int64)
-    summary, m_mask = _own(work, summaries, OWN, BM)
-    offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
-    q_ptr = head_ptr(q_ptr, q_strides, b, h)
-    do_ptr = head_ptr(do_ptr, do_strides, b, h)
-    o_ptr = head_ptr(o_ptr, dq_strides, b, h)
-    k_s_ptr = head_ptr(k_s_ptr, k_s_strides, b, h)
-    v_s_ptr = head_ptr(v_s_ptr, v_s_strides, b, h)
-    lse_ptr += (b * heads + h) * summaries
-    bars_ptr += row * summaries * 4
-    o_offs = summary[:, None] * dq_strides[2] + offs_d[None, :]  # [BM, D], from o_ptr on
-    out_offs = b * dq_strides[0] + h * dq_strides[1] + o_offs
-
-    if tl.program_id(0) % 2 == 0:
-        first_s, end_s, first_r, end_r = _load_ranges(bars_ptr, summary, m_mask)
-        q = tl.load(q_ptr + summary[:, None] * q_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0)
-        do = tl.load(
-            do_ptr + summary[:, None] * do_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0
-        )
-        o = tl.load(o_ptr + o_offs, mask=m_mask[:, None], other=0)  # [BM, D], as q and do
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
-        lse = tl.load(lse_ptr + summary, mask=m_mask, other=0)  # [BM]
-        dq = tl.zeros([BM, D], tl.float32)
-        dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_s_ptr, v_s_ptr, k_s_strides[2], v_s_strides[2],
-            first_s, end_s, scale, offs_n, offs_d, PRECISION,
-        )  # fmt: skip
-        dq = _add_query_gradient(
-            dq, q, do, lse, delta, head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
-            k_r_strides[2], v_r_strides[2], first_r, end_r, scale, offs_n, offs_d, PRECISION,
-        )  # fmt: skip
-        tl.store(dq_ptr + out_offs, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
-    else:
-        last_s = tl.load(bars_ptr + summary * 4 + 1, mask=m_mask, other=0)  # [BM]
-        k = tl.load(
-            k_s_ptr + summary[:, None] * k_s_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0
-        )
-        v = tl.load(
-            v_s_ptr + summary[:, None] * v_s_strides[2] + offs_d[None, :], mask=m_mask[:, None], other=0
-        )
-        dk = tl.zeros([BM, D], tl.float32)
-        dv = tl.zeros([BM, D], tl.float32)
-        for start in tl.range(work * OWN, tl.max(last_s, 0), BN, num_stages=2):
-            query = start + offs_n  # [BN]
-            n_mask = query < summaries
-            at, at_mask = query[:, None], n_mask[:, None]  # [BN, 1]
-            q = tl.load(q_ptr + at * q_strides[2] + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
-            do = tl.load(do_ptr + at * do_strides[2] + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
-            o = tl.load(o_ptr + at * dq_strides[2] + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
-            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BN]
-            lse = tl.load(lse_ptr + query, mask=n_mask, other=float("-inf"))  # [BN]
-            mask = (query[None, :] >= summary[:, None]) & (query[None, :] < last_s[:, None])  # [BM, BN]
-            mask &= (lse != float("-inf"))[None, :]  # padding sees nothing
-            kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
-            p = tl.where(mask, tl.exp2(kq * scale - lse[None, :]), 0.0)  # [BM, BN]
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BM, D]
-            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])  # [BM, BN]
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, D]
-        tl.store(dk_ptr + out_offs, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=m_mask[:, None])
-        tl.store(dv_ptr + out_offs, dv.to(dv_ptr.dtype.element_ty), mask=m_mask[:, None])
+    """dq of the summaries [BM], and dk and dv of the tokens of their bars."""
+    first_s, end_s, first_r, end_r = _load_ranges(bars_ptr, summary, m_mask)
+    offs_m, mask = summary[:, None], m_mask[:, None]
+    q = tl.load(q_ptr + offs_m * q_n + offs_d[None, :], mask=mask, other=0)  # [BM, D]
+    do = tl.load(do_ptr + offs_m * do_n + offs_d[None, :], mask=mask, other=0)  # [BM, D]
+    o = tl.load(o_ptr + offs_m * o_n + offs_d[None, :], mask=mask, other=0)  # [BM, D]
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
+    lse = tl.load(lse_ptr + summary, mask=m_mask, other=0)  # [BM]
+    dq = tl.zeros([offs_d.shape[0], summary.shape[0]], tl.float32)  # [D, BM]
+    dq = _add_gradients(
+        dq, q, do, lse, delta, k_r_ptr, v_r_ptr, dk_r_ptr, dv_r_ptr, k_r_n, v_r_n, dk_r_n, first_r, end_r,
+        scale, softmax_scale, offs_n, offs_d, True, PRECISION,
+    )  # fmt: skip
+    dq = _add_gradients(
+        dq, q, do, lse, delta, k_s_ptr, v_s_ptr, dk_r_ptr, dv_r_ptr, k_s_n, v_s_n, dk_r_n, first_s, end_s,
+        scale, softmax_scale, offs_n, offs_d, False, PRECISION,
+    )  # fmt: skip
+    dq_ptrs = dq_ptr + summary[None, :] * o_n + offs_d[:, None]
+    tl.store(dq_ptrs, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=m_mask[None, :])
 
 
 @triton.jit
-def _probabilities(q_ptr, do_ptr, o_ptr, lse_ptr, q_n, do_n, o_n, query, n_mask, k, v, scale, offs_d):
-    """Of pairs of a query [BN] and a key, k and v [BN, D]: q and dO [BN, D], P and dS [BN]."""
-    at, at_mask = query[:, None], n_mask[:, None]  # [BN, 1]
-    q = tl.load(q_ptr + at * q_n + offs_d[None, :], mask=at_mask, other=0).to(tl.float32)  # [BN, D]
-    do = tl.load(do_ptr + at * do_n + offs_d[None, :], mask=at_mask, other=0).to(tl.float32)  # [BN, D]
-    o = tl.load(o_ptr + at * o_n + offs_d[None, :], mask=at_mask, other=0).to(tl.float32)  # [BN, D]
-    lse = tl.load(lse_ptr + query, mask=n_mask, other=0)  # [BN]
-    p = tl.where(n_mask, tl.exp2(tl.sum(q * k, 1) * scale - lse), 0.0)  # [BN]
-    ds = p * (tl.sum(do * v, 1) - tl.sum(do * o, 1))  # [BN]
-    return q, do, p, ds
+def _of_keys(
+    q_ptr, k_s_ptr, v_s_ptr, o_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr, bars_ptr, q_n, k_s_n, v_s_n, do_n, o_n,
+    scale, softmax_scale, first, summary, m_mask, summaries, offs_n, offs_d, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the summaries [BM] from `first` on, from those that see them."""
+    last_s = tl.load(bars_ptr + summary * 4 + 1, mask=m_mask, other=0)  # [BM]
+    offs_m, mask = summary[:, None], m_mask[:, None]
+    k = tl.load(k_s_ptr + offs_m * k_s_n + offs_d[None, :], mask=mask, other=0)  # [BM, D]
+    v = tl.load(v_s_ptr + offs_m * v_s_n + offs_d[None, :], mask=mask, other=0)  # [BM, D]
+    dk = tl.zeros(k.shape, tl.float32)
+    dv = tl.zeros(k.shape, tl.float32)
+    for start in tl.range(first, tl.max(last_s, 0), offs_n.shape[0], num_stages=2):
+        query = start + offs_n  # [BN]
+        n_mask = query < summaries
+        at, at_mask = query[:, None], n_mask[:, None]  # [BN, 1]
+        q = tl.load(q_ptr + at * q_n + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
+        do = tl.load(do_ptr + at * do_n + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
+        o = tl.load(o_ptr + at * o_n + offs_d[None, :], mask=at_mask, other=0)  # [BN, D]
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BN]
+        lse = tl.load(lse_ptr + query, mask=n_mask, other=float("-inf"))  # [BN]
+        seen = (query[None, :] >= summary[:, None]) & (query[None, :] < last_s[:, None])  # [BM, BN]
+        seen &= (lse != float("-inf"))[None, :]  # padding sees nothing
+        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BN]
+        p = tl.where(seen, tl.exp2(kq * scale - lse[None, :]), 0.0)  # [BM, BN]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BM, D]
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])  # [BM, BN]
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, D]
+    offs = offs_m * o_n + offs_d[None, :]
+    tl.store(dk_ptr + offs, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["heads", "summaries", "regular"])
-def token_gradient_kernel(
-    q_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr, slot_ptr,
-    q_strides, k_r_strides, v_r_strides, o_strides, do_strides, dk_strides,
-    scale, softmax_scale, heads, summaries, regular, BN: tl.constexpr, D: tl.constexpr,
+def summarize_gradient_kernel(
+    q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr,
+    dq_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, bars_ptr, slot_ptr,
+    q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides, dk_r_strides,
+    scale, softmax_scale, heads, summaries, regular,
+    OWN: tl.constexpr, PADDING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BN regular tokens of one head, each from the summary of its bar alone."""
-    head, row = tl.program_id(0) % heads, tl.program_id(1)
+    """All gradients. A program is of one head, and of one of three kinds: for OWN summaries dq, and dk and dv
+    of the tokens of their bars; for as many dk and dv, as keys; or zeros for those of PADDING tokens that are
+    padding.
+
+    o, dk_s and dv_s have the strides of dq, dv_r those of dk_r.
+    """
+    head, program, row = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.program_id(1)
     b, h = row.to(tl.int64), head.to(tl.int64)
-    token, offs_d = tl.program_id(0) // heads * BN + tl.arange(0, BN), tl.arange(0, D)  # [BN], [D]
-    n_mask = token < regular
-    slot = tl.load(slot_ptr + row * regular + token, mask=n_mask, other=-1)  # [BN]
-    at, n_mask, real = token[:, None], n_mask[:, None], (slot >= 0)[:, None]  # [BN, 1]
-    k_ptrs = head_ptr(k_r_ptr, k_r_strides, b, h) + at * k_r_strides[2] + offs_d[None, :]
-    v_ptrs = head_ptr(v_r_ptr, v_r_strides, b, h) + at * v_r_strides[2] + offs_d[None, :]
-    k, v = tl.load(k_ptrs, mask=real, other=0), tl.load(v_ptrs, mask=real, other=0)  # [BN, D]
-    q, do, p, ds = _probabilities(
-        head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h), head_ptr(o_ptr, o_strides, b,
-        h), lse_ptr + (b * heads + h) * summaries, q_strides[2], do_strides[2], o_strides[2], slot, slot >= 0,
-        k.to(tl.float32), v.to(tl.float32), scale, offs_d,
-    )  # fmt: skip
-    offs = b * dk_strides[0] + h * dk_strides[1] + at * dk_strides[2] + offs_d[None, :]  # [BN, D]
-    tl.store(dk_ptr + offs, ((ds * softmax_scale)[:, None] * q).to(dk_ptr.dtype.element_ty), mask=n_mask)
-    tl.store(dv_ptr + offs, (p[:, None] * do).to(dv_ptr.dtype.element_ty), mask=n_mask)
+    offs_d = tl.arange(0, D)
+    of_summaries = (summaries + OWN - 1) // OWN
+    dk_r_ptr, dv_r_ptr = head_ptr(dk_r_ptr, dk_r_strides, b, h), head_ptr(dv_r_ptr, dk_r_strides, b, h)
+    if program < 2 * of_summaries:
+        work = program // 2
+        summary, m_mask = _own(work, summaries, OWN, BM)
+        offs_n = tl.arange(0, BN)
+        q_ptr, do_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
+        k_s_ptr, v_s_ptr = head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h)
+        o_ptr = head_ptr(o_ptr, dq_strides, b, h)
+        lse_ptr += (b * heads + h) * summaries
+        bars_ptr += row * summaries * 4
+        if program % 2 == 0:
+            _of_queries(
+                q_ptr, k_s_ptr, v_s_ptr, head_ptr(k_r_ptr, k_r_strides, b, h),
+                head_ptr(v_r_ptr, v_r_strides, b, h), o_ptr, lse_ptr, do_ptr,
+                head_ptr(dq_ptr, dq_strides, b, h), dk_r_ptr, dv_r_ptr, bars_ptr, q_strides[2],
+                k_s_strides[2], v_s_strides[2], k_r_strides[2], v_r_strides[2], do_strides[2], dq_strides[2],
+                dk_r_strides[2], scale, softmax_scale, summary, m_mask, offs_n, offs_d, PRECISION,
+            )  # fmt: skip
+        else:
+            _of_keys(
+                q_ptr, k_s_ptr, v_s_ptr, o_ptr, lse_ptr, do_ptr, head_ptr(dk_s_ptr, dq_strides, b, h),
+                head_ptr(dv_s_ptr, dq_strides, b, h), bars_ptr, q_strides[2], k_s_strides[2], v_s_strides[2],
+                do_strides[2], dq_strides[2], scale, softmax_scale, work * OWN, summary, m_mask, summaries,
+                offs_n, offs_d, PRECISION,
+            )  # fmt: skip
+    else:
+        token = (program - 2 * of_summaries) * PADDING + tl.arange(0, PADDING)  # [PADDING]
+        padding = tl.load(slot_ptr + row * regular + token, mask=token < regular, other=0) < 0
+        if tl.max(padding.to(tl.int32), 0) > 0:
+            offs = token[:, None] * dk_r_strides[2] + offs_d[None, :]  # [PADDING, D]
+            zeros = tl.zeros([PADDING, D], dk_r_ptr.dtype.element_ty)
+            tl.store(dk_r_ptr + offs, zeros, mask=padding[:, None])
+            tl.store(dv_r_ptr + offs, zeros, mask=padding[:, None])
 
 
 def find_bars(structure: Structure) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 # Purpose of a kernel: the first whose pattern matches its name.
 KINDS = {
     "attention, update": r"^(hopper_)?(forward|query_gradient|key_gradient)_kernel$",
-    "attention, summarize": r"^(summarize|summary_gradient|token_gradient)_kernel$",
+    "attention, summarize": r"^summarize(_gradient)?_kernel$",
     "plan": r"^(bars|encode|layout|candidates|look|count|fill|bits|work|share|pair)_kernel$|[Rr]adix[Ss]ort",
     "attention, dense": r"flash_|fmha|sdpa",
     "attention, flex": r"flex_attention",

@@ -41,7 +41,7 @@ def test_nothing_ran():
         ("triton_tem_fused_flex_attention_3", "attention, flex"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>", "attention, dense"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam", "optimizer"),
-        ("token_gradient_kernel", "attention, summarize"),
+        ("summarize_gradient_kernel", "attention, summarize"),
         ("void cub::DeviceRadixSortOnesweepKernel<", "plan"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int", "matrix products"),
         ("Memcpy DtoD (Device -> Device)", OTHERS),
