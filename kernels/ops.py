@@ -25,7 +25,9 @@ from .update_forward import forward_kernel
 
 _BLOCK_M = 16  # rows of a tile of summaries: the fewest that a matrix instruction multiplies
 _MOST_SUMMARIES = 8  # of a program
-_SUMMARY_PROGRAMS = 512  # so many, or fewer summaries in each: a long bar is read by one program alone
+_FORWARD_PROGRAMS = 512  # so many, or fewer summaries in each: a long bar is read by one program alone
+_BACKWARD_PROGRAMS = 256  # which are longer, and fewer of which run at once
+_BAR = 64  # tokens of a short one
 _PADDING = 256  # tokens of a program that looks for padding
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
 _key_gradient = Launcher(key_gradient_kernel)
@@ -46,13 +48,12 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     q, k_s, v_s, k_r, v_r = map(_addressable, (q, k_s, v_s, k_r, v_r))
     batch, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
-    own = _summaries_of_program(batch * heads * summaries)
+    own = _summaries_of_program(q, k_r, _FORWARD_PROGRAMS)
     _summarize(
         (-(-summaries // own) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * LOG2_E, heads, summaries),
-        OWN=own,
-        **_summary_constants(q),
+        **_summary_constants(q, own),
     )
     return o, lse
 
@@ -63,33 +64,42 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     batch, heads, summaries, dim = q.shape
     regular = k_r.shape[2]
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
-    own = _summaries_of_program(batch * heads * summaries)
+    own = _summaries_of_program(q, k_r, _BACKWARD_PROGRAMS)
+    of_both = -(-summaries // _BLOCK_M) - (-summaries // own)
     _gradients(
-        ((2 * -(-summaries // own) - (-regular // _PADDING)) * heads, batch),
+        (of_both * heads - (-regular // _PADDING), batch),
         (q, k_s, v_s, k_r, v_r, o, lse, do, dq, dk_s, dv_s, dk_r, dv_r, bars, slot),
         (
             *_strides(q, k_s, v_s, k_r, v_r, do, dq, dk_r),
             *(dim**-0.5 * LOG2_E, dim**-0.5, heads, summaries, regular),
         ),
-        OWN=own,
-        PADDING=_PADDING,
-        **_summary_constants(q),
+        **_summary_constants(q, own, PADDING=_PADDING),
     )
     return dq, dk_s, dv_s, dk_r, dv_r
 
 
-def _summaries_of_program(count: int) -> int:
-    """Of `count` summaries of all rows and heads: a power of two, at most `_MOST_SUMMARIES`."""
+def _summaries_of_program(q: Tensor, k_r: Tensor, programs: int) -> int:
+    """So many that there are `programs` or more: a power of two, at most `_MOST_SUMMARIES`.
+
+    Rows are made with room for more summaries than they have: what counts is how many there may be of bars
+    of `_BAR` tokens.
+    """
+    batch, heads, summaries, _ = q.shape
+    count = batch * heads * min(summaries, -(-k_r.shape[2] // _BAR))
     own = _MOST_SUMMARIES
-    while own > 1 and count < own * _SUMMARY_PROGRAMS:
+    while own > 1 and count < own * programs:
         own //= 2
     return own
 
 
-def _summary_constants(q: Tensor) -> dict:
+def _summary_constants(q: Tensor, own: int, **more: int) -> dict:
+    """In the order of the kernels' parameters, then options of the compiler."""
+    overlaps = overlap.can_overlap(q.device)
     # Tiles of 8 KiB for 64 channels, of 16 KiB for 128 in float32.
     block_n = 64 if q.element_size() == 2 else 32
-    return {"BM": _BLOCK_M, "BN": block_n, "D": q.shape[3], "PRECISION": "ieee"}
+    constants = {"OVERLAPS": overlaps, "OWN": own, **more}
+    constants |= {"BM": _BLOCK_M, "BN": block_n, "D": q.shape[3], "PRECISION": "ieee"}
+    return constants | {"launch_pdl": True} if overlaps else constants
 
 
 def update(q, k_s, v_s, k_r, v_r, *plan):

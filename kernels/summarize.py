@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .structure import Structure
-from .tiles import LOWEST, head_ptr
+from .tiles import LOWEST, head_ptr, start_pass
 
 _BLOCK = 128
 
@@ -127,10 +127,12 @@ def summarize_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, bars_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
     scale, heads, summaries,
-    OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OWN summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; padding gets 0 and
     -inf."""
+    start_pass(True, OVERLAPS)
     head, row = tl.program_id(0) % heads, tl.program_id(1)
     summary, m_mask = _own(tl.program_id(0) // heads, summaries, OWN, BM)
     first_s, end_s, first_r, end_r = _load_ranges(bars_ptr + row * summaries * 4, summary, m_mask)
@@ -254,52 +256,56 @@ def summarize_gradient_kernel(
     dq_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, bars_ptr, slot_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides, dk_r_strides,
     scale, softmax_scale, heads, summaries, regular,
-    OWN: tl.constexpr, PADDING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr, OWN: tl.constexpr, PADDING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients. A program is of one head, and of one of three kinds: for OWN summaries dq, and dk and dv
-    of the tokens of their bars; for as many dk and dv, as keys; or zeros for those of PADDING tokens that are
-    padding.
+    """All gradients. A program is of one of three kinds: for BM summaries of one head it computes dk and dv,
+    as keys; for OWN summaries of one head dq, and dk and dv of the tokens of their bars; or of PADDING tokens
+    and all heads zeros for those that are padding.
 
     o, dk_s and dv_s have the strides of dq, dv_r those of dk_r.
     """
+    start_pass(True, OVERLAPS)
     head, program, row = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.program_id(1)
     b, h = row.to(tl.int64), head.to(tl.int64)
     offs_d = tl.arange(0, D)
-    of_summaries = (summaries + OWN - 1) // OWN
-    dk_r_ptr, dv_r_ptr = head_ptr(dk_r_ptr, dk_r_strides, b, h), head_ptr(dv_r_ptr, dk_r_strides, b, h)
-    if program < 2 * of_summaries:
-        work = program // 2
-        summary, m_mask = _own(work, summaries, OWN, BM)
+    of_keys = (summaries + BM - 1) // BM
+    of_both = of_keys + (summaries + OWN - 1) // OWN
+    if program < of_both:
         offs_n = tl.arange(0, BN)
         q_ptr, do_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
         k_s_ptr, v_s_ptr = head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h)
         o_ptr = head_ptr(o_ptr, dq_strides, b, h)
         lse_ptr += (b * heads + h) * summaries
         bars_ptr += row * summaries * 4
-        if program % 2 == 0:
-            _of_queries(
-                q_ptr, k_s_ptr, v_s_ptr, head_ptr(k_r_ptr, k_r_strides, b, h),
-                head_ptr(v_r_ptr, v_r_strides, b, h), o_ptr, lse_ptr, do_ptr,
-                head_ptr(dq_ptr, dq_strides, b, h), dk_r_ptr, dv_r_ptr, bars_ptr, q_strides[2],
-                k_s_strides[2], v_s_strides[2], k_r_strides[2], v_r_strides[2], do_strides[2], dq_strides[2],
-                dk_r_strides[2], scale, softmax_scale, summary, m_mask, offs_n, offs_d, PRECISION,
-            )  # fmt: skip
-        else:
+        if program < of_keys:
+            summary, m_mask = _own(program, summaries, BM, BM)
             _of_keys(
                 q_ptr, k_s_ptr, v_s_ptr, o_ptr, lse_ptr, do_ptr, head_ptr(dk_s_ptr, dq_strides, b, h),
                 head_ptr(dv_s_ptr, dq_strides, b, h), bars_ptr, q_strides[2], k_s_strides[2], v_s_strides[2],
-                do_strides[2], dq_strides[2], scale, softmax_scale, work * OWN, summary, m_mask, summaries,
+                do_strides[2], dq_strides[2], scale, softmax_scale, program * BM, summary, m_mask, summaries,
                 offs_n, offs_d, PRECISION,
             )  # fmt: skip
+        else:
+            summary, m_mask = _own(program - of_keys, summaries, OWN, BM)
+            _of_queries(
+                q_ptr, k_s_ptr, v_s_ptr, head_ptr(k_r_ptr, k_r_strides, b, h),
+                head_ptr(v_r_ptr, v_r_strides, b, h), o_ptr, lse_ptr, do_ptr,
+                head_ptr(dq_ptr, dq_strides, b, h), head_ptr(dk_r_ptr, dk_r_strides, b, h),
+                head_ptr(dv_r_ptr, dk_r_strides, b, h), bars_ptr, q_strides[2], k_s_strides[2],
+                v_s_strides[2], k_r_strides[2], v_r_strides[2], do_strides[2], dq_strides[2], dk_r_strides[2],
+                scale, softmax_scale, summary, m_mask, offs_n, offs_d, PRECISION,
+            )  # fmt: skip
     else:
-        token = (program - 2 * of_summaries) * PADDING + tl.arange(0, PADDING)  # [PADDING]
+        token = (tl.program_id(0) - of_both * heads) * PADDING + tl.arange(0, PADDING)  # [PADDING]
         padding = tl.load(slot_ptr + row * regular + token, mask=token < regular, other=0) < 0
         if tl.max(padding.to(tl.int32), 0) > 0:
-            offs = token[:, None] * dk_r_strides[2] + offs_d[None, :]  # [PADDING, D]
+            offs = b * dk_r_strides[0] + token[:, None] * dk_r_strides[2] + offs_d[None, :]  # [PADDING, D]
             zeros = tl.zeros([PADDING, D], dk_r_ptr.dtype.element_ty)
-            tl.store(dk_r_ptr + offs, zeros, mask=padding[:, None])
-            tl.store(dv_r_ptr + offs, zeros, mask=padding[:, None])
+            for _ in range(0, heads):
+                tl.store(dk_r_ptr + offs, zeros, mask=padding[:, None])
+                tl.store(dv_r_ptr + offs, zeros, mask=padding[:, None])
+                offs += dk_r_strides[1]
 
 
 def find_bars(structure: Structure) -> tuple[Tensor, Tensor]:

@@ -112,9 +112,19 @@ def test_head_dims(dim, phase):
 @pytest.mark.parametrize("most", [1, 4, 16])
 def test_any_number_of_summaries_in_a_program(most, monkeypatch):
     monkeypatch.setattr(ops, "_MOST_SUMMARIES", most)
-    monkeypatch.setattr(ops, "_SUMMARY_PROGRAMS", 1)
+    monkeypatch.setattr(ops, "_FORWARD_PROGRAMS", 1)
+    monkeypatch.setattr(ops, "_BACKWARD_PROGRAMS", 1)
     for name in ("documents", "rows"):
         check_phase(case(name), "summarize", heads=2)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_element_of_the_results_is_written(phase, monkeypatch):
+    """That of padding too, whatever memory held before."""
+    empty_like = ops._empty_like
+    monkeypatch.setattr(ops, "_empty_like", lambda x: empty_like(x).fill_(float("nan")))
+    monkeypatch.setattr(ops, "_PADDING", 16)
+    check_phase(case("rows"), phase, heads=2)
 
 
 class TestAnyMask:
