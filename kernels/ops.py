@@ -24,9 +24,10 @@ from .update_backward import key_gradient_kernel, query_gradient_kernel
 from .update_forward import forward_kernel
 
 _BLOCK_M = 16  # rows of a tile of summaries: the fewest that a matrix instruction multiplies
-_MOST_SUMMARIES = 8  # of a program
-_FORWARD_PROGRAMS = 512  # so many, or fewer summaries in each: a long bar is read by one program alone
-_BACKWARD_PROGRAMS = 256  # which are longer, and fewer of which run at once
+# The most summaries of a program; and so many programs, or fewer summaries in each: a long bar is read by one
+# program alone. Those of the backward are longer, and fewer of them run at once.
+_FORWARD_MOST, _FORWARD_PROGRAMS = 4, 512
+_BACKWARD_MOST, _BACKWARD_PROGRAMS = 8, 384
 _BAR = 64  # tokens of a short one
 _PADDING = 256  # tokens of a program that looks for padding
 _forward, _query_gradient = Launcher(forward_kernel), Launcher(query_gradient_kernel)
@@ -48,7 +49,7 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
     q, k_s, v_s, k_r, v_r = map(_addressable, (q, k_s, v_s, k_r, v_r))
     batch, heads, summaries, dim = q.shape
     o, lse = _outputs(q)
-    own = _summaries_of_program(q, k_r, _FORWARD_PROGRAMS)
+    own = _summaries_of_program(q, k_r, _FORWARD_MOST, _FORWARD_PROGRAMS)
     _summarize(
         (-(-summaries // own) * heads, batch),
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
@@ -64,7 +65,7 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     batch, heads, summaries, dim = q.shape
     regular = k_r.shape[2]
     dq, dk_s, dv_s, dk_r, dv_r = map(_empty_like, (q, k_s, v_s, k_r, v_r))
-    own = _summaries_of_program(q, k_r, _BACKWARD_PROGRAMS)
+    own = _summaries_of_program(q, k_r, _BACKWARD_MOST, _BACKWARD_PROGRAMS)
     of_both = -(-summaries // _BLOCK_M) - (-summaries // own)
     _gradients(
         (of_both * heads - (-regular // _PADDING), batch),
@@ -78,15 +79,15 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
     return dq, dk_s, dv_s, dk_r, dv_r
 
 
-def _summaries_of_program(q: Tensor, k_r: Tensor, programs: int) -> int:
-    """So many that there are `programs` or more: a power of two, at most `_MOST_SUMMARIES`.
+def _summaries_of_program(q: Tensor, k_r: Tensor, most: int, programs: int) -> int:
+    """A power of two up to `most`, so that there are `programs` or more.
 
     Rows are made with room for more summaries than they have: what counts is how many there may be of bars
     of `_BAR` tokens.
     """
     batch, heads, summaries, _ = q.shape
     count = batch * heads * min(summaries, -(-k_r.shape[2] // _BAR))
-    own = _MOST_SUMMARIES
+    own = most
     while own > 1 and count < own * programs:
         own //= 2
     return own

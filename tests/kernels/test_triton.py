@@ -111,9 +111,9 @@ def test_head_dims(dim, phase):
 
 @pytest.mark.parametrize("most", [1, 4, 16])
 def test_any_number_of_summaries_in_a_program(most, monkeypatch):
-    monkeypatch.setattr(ops, "_MOST_SUMMARIES", most)
-    monkeypatch.setattr(ops, "_FORWARD_PROGRAMS", 1)
-    monkeypatch.setattr(ops, "_BACKWARD_PROGRAMS", 1)
+    for name, value in (("MOST", most), ("PROGRAMS", 1)):
+        monkeypatch.setattr(ops, f"_FORWARD_{name}", value)
+        monkeypatch.setattr(ops, f"_BACKWARD_{name}", value)
     for name in ("documents", "rows"):
         check_phase(case(name), "summarize", heads=2)
 
