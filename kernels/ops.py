@@ -75,6 +75,8 @@ def summarize_backward(q, k_s, v_s, k_r, v_r, bars, slot, o, lse, do):
             *(dim**-0.5 * LOG2_E, dim**-0.5, heads, summaries, regular),
         ),
         **_summary_constants(q, own, PADDING=_PADDING),
+        # Gradients of a tile of 64 tokens are too much for the registers of fewer.
+        num_warps=8 if dim == 128 else 4,
     )
     return dq, dk_s, dv_s, dk_r, dv_r
 
@@ -150,7 +152,7 @@ class Update:
         _check_inputs(*inputs)
         self.inputs = tuple(map(_addressable, inputs))
         q, k_s = self.inputs[:2]
-        self.plan = tuple(plan)
+        *self.plan, counters = plan
         self.batch, self.heads, self.queries, self.dim = q.shape
         self.summaries = k_s.shape[2]
         self.q_blocks = -(-self.queries // BLOCK)
@@ -161,7 +163,8 @@ class Update:
         # second pass waits for the first one before it touches either.
         partial = 2 * BLOCK * (self.dim + 2)
         self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
-        self.counters = _zeros(q.device, self.slots * self.heads * (BLOCK // 16))
+        number = self.slots * self.heads * (BLOCK // 16)
+        self.counters = counters if number <= len(counters) else counters.new_zeros(number)
         self.launches = launches_for(q.device, q.dtype, self.dim, self.batch * self.q_blocks * self.heads)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
@@ -257,22 +260,6 @@ class Update:
         return (programs,), (self.summaries, blocks, first_block, PAIRS.value, self.items)
 
 
-def _zeros(device: torch.device, number: int) -> Tensor:
-    """So many zeros or more, int32, for kernels that leave them as zeros: those of a stream share them, since
-    they run one after the other. A graph gets its own, whose memory is its own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(number, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    found = _kept_zeros.get((device, stream))
-    if found is None or len(found) < number:
-        found = torch.zeros(2 * number, dtype=torch.int32, device=device)
-        _kept_zeros[device, stream] = found
-    return found
-
-
-_kept_zeros: dict[tuple[torch.device, int], Tensor] = {}
-
-
 @cache
 def _specialized() -> tuple[Launcher, Launcher, Launcher]:
     """Kernels in Gluon: of the forward, of the gradients of queries, and of those of keys. Imported where
@@ -330,7 +317,7 @@ def _strides(*tensors: Tensor) -> "list[tuple[int, ...]]":
 
 _INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
 _BARS = "Tensor bars, Tensor slot"
-_PLAN = "Tensor order, Tensor gathered, Tensor bits, Tensor items, Tensor needs"
+_PLAN = "Tensor order, Tensor gathered, Tensor bits, Tensor items, Tensor needs, Tensor counters"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 

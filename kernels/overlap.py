@@ -4,6 +4,11 @@ This is programmatic dependent launch, on GPUs of NVIDIA of compute capability 9
 programming guide). A kernel launched so starts when each program of the one before has called
 `let_next_start` or has ended. What that one writes is there once `wait_for_previous` returns, and it has
 ended then; who was before it has ended if it has itself waited.
+
+A kernel may read what a kernel before the last one wrote without waiting, if the last one waits for that
+before it lets the next start. PTX promises what is written to who waits alone; the kernels here rely on the
+wait of the last one having made it visible to the whole GPU, and on programs that find nothing of it in the
+caches of their multiprocessor when they start.
 """
 
 from functools import cache

@@ -52,6 +52,7 @@ def build(self, programs, tensors, numbers, **constants) -> None:
     ptx = built.asm["ptx"]
     found = {"kernel": kernel.__name__, "shared": built.metadata.shared, "cp_async": ptx.count("cp.async.c")}
     before, *after = ptx.split("griddepcontrol.wait")
+    found |= {"starts_next": ptx.count("griddepcontrol.launch_dependents")}
     found |= {"waits": len(after), "ahead": before.count("ld.global"), "float8": ptx.count("e4m3x2")}
     found |= {"transposed": ptx.count("x4.trans.shared")}
     print(json.dumps(found | {"mma": ptx.count("mma.sync"), "wgmma": ptx.count("wgmma")}), flush=True)

@@ -91,6 +91,8 @@ def emitted(ptx: str) -> dict:
     found = {name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}
     before, *after = ptx.split("griddepcontrol.wait")
     found |= {"waits": len(after), "reads_ahead": before.count("ld.global")}
+    found |= {"starts_next": ptx.count("griddepcontrol.launch_dependents")}
+    found |= {"starts_next_ahead": before.count("griddepcontrol.launch_dependents")}
     found |= {"writes_ahead": len(re.findall(r"\b(?:st|atom|red)\.global", before))}
     return found | {"threads": int(re.search(r"\.(?:req|max)ntid (\d+)", ptx)[1])}
 
@@ -143,7 +145,7 @@ def update(dtype: str, dim: int, kernels: Sequence[str]) -> None:
 
     n, m = 256, 64
     inputs = [draw(n), draw(m), draw(m), draw(n), draw(n)]
-    shapes = (512,), (4096,), (64, 2, 64), (5, 16, 16), (NEEDS,)
+    shapes = (512,), (4096,), (64, 2, 64), (5, 16, 16), (NEEDS,), (512,)
     plan = [torch.zeros(shape, dtype=torch.int32) for shape in shapes]
     run = ops.Update(inputs, plan)
     o, lse = draw(n), torch.zeros(1, 8, n)

@@ -125,8 +125,9 @@ def test_what_the_compiler_makes_of_all(dtype):
         check_build(build, products, programs)
     for near in found[1::2]:
         assert near["waits"] == 1 and near["reads_ahead"] == 0, near
-    for far in found[::2]:  # the forward waits for each of its blocks
-        assert far["waits"] >= 2 and far["reads_ahead"] > 0 == far["writes_ahead"], far
+        assert near["starts_next"] == 1 and near["starts_next_ahead"] == 0, near
+    for far, waits in zip(found[::2], (3, 2, 2), strict=True):  # the forward's for either block, and its end
+        assert far["waits"] == waits and far["reads_ahead"] > 0 == far["writes_ahead"], far
 
 
 @pytest.mark.gpu
