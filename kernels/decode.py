@@ -31,6 +31,7 @@ _JOINED = 8  # parts of a list that it then joins at once
 _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
+_LINES = 64  # of places, of a program for few songs, but of keys of 8 bits: see `decode_attention`
 _DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
 _DOT_PLACES = 16  # of a tile that each warp then has at least: a product sums as many
 # Tiles that take as long as a program takes longer for every song that begins in its share.
@@ -232,7 +233,10 @@ class Rows:
         if dots:
             block = max(block, _DOT_PLACES)
             warps = min(warps, block // _DOT_PLACES)
-        lines = min(block, max(1, warps * 32 * 16 // (line * size)))  # all threads load 16 bytes at once
+        lines = max(1, warps * 32 * 16 // (line * size))  # all threads load 16 bytes at once
+        if not self._many and size > 1:  # of few tiles no place need wait for another, if registers suffice
+            lines = _LINES
+        lines = min(block, lines)
         shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
         options = {"num_warps": warps, **self.overlap}
         tensors = self._q, keys, self.list, self.count, self._attended, *self._parts, self._done
