@@ -33,7 +33,8 @@ def begin(OVERLAPS: tl.constexpr):
     """First of all in a kernel: if EARLY, lets the next one be launched; and waits for the one before.
 
     If OVERLAPS is not 0, launches of a graph overlap: a program is there when what it reads is. What was
-    written by any kernel before must not be read earlier than here.
+    written by the kernel before must not be read earlier than here; what was written by those before that one
+    may be, if they are LATE: it has waited for them before it lets this one start.
     """
     let_next_start(OVERLAPS == _EARLY)
     wait_for_previous(OVERLAPS != 0)

@@ -152,19 +152,19 @@ class Update:
         _check_inputs(*inputs)
         self.inputs = tuple(map(_addressable, inputs))
         q, k_s = self.inputs[:2]
-        *self.plan, counters = plan
+        self.plan = tuple(plan)
         self.batch, self.heads, self.queries, self.dim = q.shape
         self.summaries = k_s.shape[2]
         self.q_blocks = -(-self.queries // BLOCK)
         self.k_blocks = self.q_blocks + -(-self.summaries // BLOCK)
         self.items = plan[3].shape[1]
         self.slots = self.items - self.batch * self.k_blocks
-        # Partial results of split blocks, at most dk and dv; and a counter per slot, head and program. The
-        # second pass waits for the first one before it touches either.
+        # Partial results of split blocks, at most dk and dv; and a counter per slot, head and program, which
+        # every launch leaves as zero. The second pass waits for the first one before it touches either. Both
+        # are of this call alone: others may run beside it, on another stream.
         partial = 2 * BLOCK * (self.dim + 2)
         self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
-        number = self.slots * self.heads * (BLOCK // 16)
-        self.counters = counters if number <= len(counters) else counters.new_zeros(number)
+        self.counters = plan[3].new_zeros(self.slots * self.heads * (BLOCK // 16))
         self.launches = launches_for(q.device, q.dtype, self.dim, self.batch * self.q_blocks * self.heads)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
@@ -317,7 +317,7 @@ def _strides(*tensors: Tensor) -> "list[tuple[int, ...]]":
 
 _INPUTS = "Tensor q, Tensor k_s, Tensor v_s, Tensor k_r, Tensor v_r"
 _BARS = "Tensor bars, Tensor slot"
-_PLAN = "Tensor order, Tensor gathered, Tensor bits, Tensor items, Tensor needs, Tensor counters"
+_PLAN = "Tensor order, Tensor gathered, Tensor bits, Tensor items, Tensor needs"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 

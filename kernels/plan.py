@@ -42,7 +42,6 @@ BLOCK = _BLOCK.value  # tokens of a block, and gathered tokens of a tile
 
 _NEVER = 2**30  # a distance between bars that does not occur
 _FIRST_GUESS = 4  # tiles per list, before anything is known: the first plan is made again anyway
-_COUNTERS = 64 * BLOCK // 16  # of a slot: of so many heads and programs of an item
 _SLACK = 1.25
 _ROUND = 32
 
@@ -96,8 +95,6 @@ class Plan:
         items: [5, items, 16], the work items of each group, see `plan_work.work_kernel`; then those of pairs,
             see `plan_pairs`.
         needs: [13], the capacities that were needed, and the number of items of each group, see `plan_work`.
-        counters: [slots * 256], zeros, for up to 64 heads: who takes part in a split block counts in them,
-            and leaves them as zeros for the next launch. So a plan is for one stream at a time.
     """
 
     def __init__(self, structure: Structure, split: int = 0):
@@ -190,7 +187,6 @@ class Plan:
             sizes, ends, end, self.table, self.items, self.needs,
             lists, self.items.shape[1], batch, q_blocks, k_blocks, self.split, CHUNK=32, ACROSS=128,
         )  # fmt: skip
-        self.counters = torch.zeros(slots * _COUNTERS, dtype=torch.int32, device=device)
         pairs = triton.cdiv(q_blocks, 2)
         shared, places = empty(batch * pairs), empty(batch * pairs)
         share_kernel[(batch * pairs,)](
@@ -241,14 +237,14 @@ class Plan:
                 with on_device(self.structure.device):
                     self._make(_capacities[self._key])
         # Capacities grow now and then, and the number of summaries varies: no reason to compile anew.
-        sizes = (self.gathered, 0), (self.bits, 0), (self.items, 1), (self.order, 0), (self.counters, 0)
+        sizes = (self.gathered, 0), (self.bits, 0), (self.items, 1), (self.order, 0)
         for tensor, dimension in sizes:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What `torch.ops.meloformer.update` takes of a plan."""
-        return self.order, self.gathered, self.bits, self.items, self.needs, self.counters
+        return self.order, self.gathered, self.bits, self.items, self.needs
 
     def statistics(self) -> dict[str, int]:
         """Pairs of the update phase over all rows: `visible`, `computed`, those in `full` tiles; `tiles`

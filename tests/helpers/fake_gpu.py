@@ -145,7 +145,7 @@ def update(dtype: str, dim: int, kernels: Sequence[str]) -> None:
 
     n, m = 256, 64
     inputs = [draw(n), draw(m), draw(m), draw(n), draw(n)]
-    shapes = (512,), (4096,), (64, 2, 64), (5, 16, 16), (NEEDS,), (512,)
+    shapes = (512,), (4096,), (64, 2, 64), (5, 16, 16), (NEEDS,)
     plan = [torch.zeros(shape, dtype=torch.int32) for shape in shapes]
     run = ops.Update(inputs, plan)
     o, lse = draw(n), torch.zeros(1, 8, n)

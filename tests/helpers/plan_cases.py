@@ -135,7 +135,6 @@ class PlanOfMasks:
                 torch.stack([*bits, torch.zeros(2, BLOCK, dtype=torch.int32)]),
                 padded,
                 torch.tensor([0] * 8 + [len(group) for group in items]),
-                torch.zeros(slots * 4 * 16),  # 16 heads
             )
         )
 
