@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import decode_attention as attention
 from . import decode_products as products
+from . import overlap
 from .decode_list import list_kernel
 from .launch import multiprocessors
 from .launch_cache import Launcher
-from .overlap import can_overlap
 from .tiles import LOG2_E
 
 MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
@@ -58,9 +58,8 @@ def overlap_options(device: torch.device, slots: int) -> dict[str, int]:
     """For the launch of a kernel that calls `decode_products.begin`, last of all. With many songs, programs
     that wait take room from those that run, unless they are launched LATE."""
     when = products.EARLY if slots == 1 else _MANY_OVERLAP
-    if when and can_overlap(device):
-        return {"OVERLAPS": when, "launch_pdl": True}
-    return {"OVERLAPS": 0}
+    when = when if overlap.can_overlap(device) else 0
+    return {"OVERLAPS": when, **overlap.options(when)}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
-from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -26,6 +25,7 @@ from .tiles import (
     load_item,
     load_split,
     start_pass,
+    wait_for_first_pass,
 )
 
 
@@ -38,11 +38,11 @@ def _produce(
     q_ptr, do_ptr, stats_ptr, gathered_ptr, items_ptr, needs_ptr = pointers
     q_strides, do_strides = strides
     blocks, group, items = geometry
-    there, _, block, begin, end, _, first, _, _, _ = load_item(
-        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
+    head, _, there, _, block, begin, end, _, first, _, _, _ = load_item(
+        items_ptr, needs_ptr, heads, group, items, 1
     )
     if there:
-        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        b, h = (block // blocks).to(gl.int64), head.to(gl.int64)
         q_ptr, do_ptr = head_ptr(q_ptr, q_strides, b, h), head_ptr(do_ptr, do_strides, b, h)
         stats_ptr += (b * heads + h) * queries * 2
         rows = q_ptr, do_ptr, q_ptr, do_ptr
@@ -110,11 +110,11 @@ def _consume(
     k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr = key_pointers
     k_s_strides, v_s_strides, k_r_strides, v_r_strides, dk_s_strides, dk_r_strides = strides
     summaries, blocks, first_block, group, items = geometry
-    there, item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
+    head, _, there, item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
+        items_ptr, needs_ptr, heads, group, items, 1
     )
     if there & ((num_tiles > 0) | FIRST):
-        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        b, h = (block // blocks).to(gl.int64), head.to(gl.int64)
         order_ptr += (first_block + block) * BLOCK
         row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
         row_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
@@ -160,7 +160,7 @@ def _consume(
 
         offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
-        wait_for_previous(OVERLAPS and not FIRST)
+        wait_for_first_pass(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * BLOCK * D)
@@ -168,7 +168,6 @@ def _consume(
             gl.store(partial_ptr + offs_md, dk)
             gl.store(partial_ptr + BLOCK * D + offs_md, dv)
             first_slot, splits = load_split(item_ptr)
-            head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, 0, 1)
             if complete:
                 dk = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
@@ -235,4 +234,4 @@ def hopper_key_gradient_kernel(
         [WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-    wait_for_previous(OVERLAPS and not FIRST)
+    wait_for_first_pass(FIRST, OVERLAPS)

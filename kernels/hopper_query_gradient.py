@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
-from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -25,6 +24,7 @@ from .tiles import (
     load_item,
     load_split,
     start_pass,
+    wait_for_first_pass,
 )
 
 
@@ -36,11 +36,11 @@ def _produce(
     """Copies the keys and values of the item into the ring."""
     gathered_ptr, items_ptr, needs_ptr = pointers
     summaries, blocks, group, items = geometry
-    there, _, block, begin, end, _, first, _, _, _ = load_item(
-        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
+    head, _, there, _, block, begin, end, _, first, _, _, _ = load_item(
+        items_ptr, needs_ptr, heads, group, items, 1
     )
     if there:
-        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        b, h = (block // blocks).to(gl.int64), head.to(gl.int64)
         rows, steps = keys_of_head(keys, strides, b, h)
         gathered_ptr += (first + begin) * BLOCK
         copy_tiles(
@@ -97,11 +97,11 @@ def _consume(
     q_ptr, o_ptr, lse_ptr, do_ptr, stats_ptr, dq_ptr = tensors
     q_strides, do_strides, dq_strides = strides
     summaries, blocks, first_block, group, items = geometry
-    there, item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, needs_ptr, group, items, gl.program_id(0) // heads
+    head, _, there, item_ptr, block, begin, end, slot, _, first_masked, num_masked, num_tiles = load_item(
+        items_ptr, needs_ptr, heads, group, items, 1
     )
     if there & ((num_tiles > 0) | FIRST):
-        b, h = (block // blocks).to(gl.int64), (gl.program_id(0) % heads).to(gl.int64)
+        b, h = (block // blocks).to(gl.int64), head.to(gl.int64)
         order_ptr += (first_block + block) * BLOCK
         dq_ptr = head_ptr(dq_ptr, dq_strides, b, h)
         row_offs = gl.arange(0, BLOCK, gl.SliceLayout(1, ROWS))
@@ -139,14 +139,13 @@ def _consume(
 
         offs_c = gl.arange(0, BLOCK, gl.SliceLayout(1, CHANNELS))
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
-        wait_for_previous(OVERLAPS and not FIRST)
+        wait_for_first_pass(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (BLOCK * D)
             offs_md = offs_c[:, None] * D + offs_d  # [64, D]
             gl.store(partial_ptr + offs_md, dq)
             first_slot, splits = load_split(item_ptr)
-            head = gl.program_id(0) % heads
             complete = last_to_arrive(counters_ptr, first_slot, splits, heads, head, 0, 1)
             if complete:
                 dq = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
@@ -204,4 +203,4 @@ def hopper_query_gradient_kernel(
         [WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-    wait_for_previous(OVERLAPS and not FIRST)
+    wait_for_first_pass(FIRST, OVERLAPS)

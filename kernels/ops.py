@@ -102,7 +102,7 @@ def _summary_constants(q: Tensor, own: int, **more: int) -> dict:
     block_n = 64 if q.element_size() == 2 else 32
     constants = {"OVERLAPS": overlaps, "OWN": own, **more}
     constants |= {"BM": _BLOCK_M, "BN": block_n, "D": q.shape[3], "PRECISION": "ieee"}
-    return constants | {"launch_pdl": True} if overlaps else constants
+    return constants | overlap.options(overlaps)
 
 
 def update(q, k_s, v_s, k_r, v_r, *plan):
@@ -238,7 +238,7 @@ class Update:
             constants |= {"STAGES": launch.num_stages, "num_warps": launch.num_warps}
         if launch.maxnreg is not None:
             constants["maxnreg"] = launch.maxnreg
-        return constants | {"launch_pdl": True} if self.overlaps else constants
+        return constants | overlap.options(self.overlaps)
 
     def _group(
         self, launch: Launch | Specialized, same_inst: bool, by_keys: bool

@@ -32,6 +32,11 @@ def let_next_start(OVERLAPS: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+def options(overlaps: int) -> dict[str, bool]:
+    """Of the compiler, for a kernel that waits, if it is told that launches overlap."""
+    return {"launch_pdl": True} if overlaps else {}
+
+
 @cache
 def can_overlap(device: torch.device) -> bool:
     """Whether launches there can overlap; with Triton's interpreter none do."""

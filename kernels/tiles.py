@@ -47,6 +47,13 @@ def start_pass(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
 
 
 @triton.jit
+def wait_for_first_pass(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
+    """In the second pass before anything that the first one writes is read or written, partial results and
+    counters too; and at the end of each program, so that whoever waits for this pass waits for both."""
+    wait_for_previous(OVERLAPS and not FIRST)
+
+
+@triton.jit
 def head_ptr(base_ptr, strides, b, h):
     """Where head h of batch row b begins."""
     return base_ptr + b * strides[0] + h * strides[1]
@@ -63,12 +70,14 @@ def keys_of_head(pointers, strides, b, h):
 
 
 @triton.jit
-def load_item(items_ptr, needs_ptr, group, items, index):
-    """Work item `index` of a group: what a program computes. See `plan_work.work_kernel`.
+def load_item(items_ptr, needs_ptr, heads, group, items, SUBS: tl.constexpr):
+    """The work item of a group that this program computes for one head, or a part of it, of SUBS. Heads come
+    first: those of one item share its list and masks. See `plan_work.work_kernel`.
 
     All of it is read at once: what a program waits for before its first tile, it waits for in a row.
 
     Returns:
+        head, sub: which head and which part.
         there: whether there is one; the rest means nothing otherwise.
         item_ptr: the item, for `load_split`.
         block: its block, counted within the group.
@@ -78,6 +87,8 @@ def load_item(items_ptr, needs_ptr, group, items, index):
             all lists, and how many are masked.
         num_tiles: tiles of the list.
     """
+    head, sub = tl.program_id(0) % heads, tl.program_id(0) // heads % SUBS
+    index = tl.program_id(0) // heads // SUBS
     there = index < tl.load(needs_ptr + ITEM_COUNTS + group)
     item_ptr = items_ptr + (group * items + index) * ITEM_SIZE
     block, begin, end = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
@@ -85,7 +96,7 @@ def load_item(items_ptr, needs_ptr, group, items, index):
     list_ptr = item_ptr + ITEM_LISTS
     first, first_masked, num_masked = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
     num_tiles = tl.load(list_ptr + 3)
-    return there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
+    return head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
 
 
 @triton.jit

@@ -13,7 +13,6 @@ x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper.
 import triton
 import triton.language as tl
 
-from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -25,6 +24,7 @@ from .tiles import (
     load_split,
     start_pass,
     tile_mask,
+    wait_for_first_pass,
 )
 
 
@@ -73,12 +73,9 @@ def query_gradient_kernel(
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
     start_pass(FIRST, OVERLAPS)
-    head = tl.program_id(0) % heads
-    work = tl.program_id(0) // heads
-    sub = work % SUBS
-    there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, needs_ptr, group, items, work // SUBS
-    )
+    (
+        head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
+    ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip
     if there & ((num_tiles > 0) | FIRST):
         b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
         offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
@@ -117,7 +114,7 @@ def query_gradient_kernel(
             False, FIRST, BN, PRECISION, STAGES,
         )  # fmt: skip
         dq *= softmax_scale
-        wait_for_previous(OVERLAPS and not FIRST)
+        wait_for_first_pass(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (BLOCK * D)
@@ -135,7 +132,7 @@ def query_gradient_kernel(
             if not FIRST:
                 dq += tl.load(dq_ptr + dq_offs).to(tl.float32)
             tl.store(dq_ptr + dq_offs, dq.to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
-    wait_for_previous(OVERLAPS and not FIRST)
+    wait_for_first_pass(FIRST, OVERLAPS)
 
 
 @triton.jit
@@ -194,12 +191,9 @@ def key_gradient_kernel(
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
     start_pass(FIRST, OVERLAPS)
-    head = tl.program_id(0) % heads
-    work = tl.program_id(0) // heads
-    sub = work % SUBS
-    there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, needs_ptr, group, items, work // SUBS
-    )
+    (
+        head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
+    ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip
     if there & ((num_tiles > 0) | FIRST):
         b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
         offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
@@ -233,7 +227,7 @@ def key_gradient_kernel(
         )  # fmt: skip
         dk *= softmax_scale
         m_mask = (token >= 0)[:, None]
-        wait_for_previous(OVERLAPS and not FIRST)
+        wait_for_first_pass(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
@@ -257,4 +251,4 @@ def key_gradient_kernel(
             else:
                 offs = b * dk_r_strides[0] + h * dk_r_strides[1] + key * dk_r_strides[2] + offs_d[None, :]
                 _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, offs, m_mask, FIRST)
-    wait_for_previous(OVERLAPS and not FIRST)
+    wait_for_first_pass(FIRST, OVERLAPS)

@@ -12,7 +12,6 @@ accumulator that comes from memory, made ptxas run the products of the loop one 
 import triton
 import triton.language as tl
 
-from .overlap import wait_for_previous
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -26,6 +25,7 @@ from .tiles import (
     merge,
     start_pass,
     tile_mask,
+    wait_for_first_pass,
 )
 
 
@@ -86,12 +86,9 @@ def forward_kernel(
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
     start_pass(FIRST, OVERLAPS)
-    head = tl.program_id(0) % heads  # heads first: those of one item share its list and masks
-    work = tl.program_id(0) // heads
-    sub = work % SUBS
-    there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles = load_item(
-        items_ptr, needs_ptr, group, items, work // SUBS
-    )
+    (
+        head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
+    ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip
     if there & ((num_tiles > 0) | FIRST):
         b, h = (block // blocks).to(tl.int64), head.to(tl.int64)
         offs_m, offs_n, offs_d = sub * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
@@ -122,7 +119,7 @@ def forward_kernel(
             end - border, summaries, scale, offs_m, offs_n, offs_d,
             False, FIRST, BN, PRECISION, STAGES,
         )  # fmt: skip
-        wait_for_previous(OVERLAPS and not FIRST)  # partial results of the first pass have been read then
+        wait_for_first_pass(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             size = BLOCK * (D + 2)
@@ -153,4 +150,4 @@ def forward_kernel(
             o = acc / l_i[:, None]
             tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=m_mask[:, None])
             tl.store(lse_ptrs, tl.where(fully_masked, float("-inf"), m_i + tl.log2(l_i)), mask=m_mask)
-    wait_for_previous(OVERLAPS and not FIRST)  # whoever waits for this pass waits for both
+    wait_for_first_pass(FIRST, OVERLAPS)

@@ -14,8 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from meloformer.generation.device.fused_step import FusedStep
-from meloformer.kernels import decode, launch_cache
+from meloformer.kernels import launch_cache, overlap
 from meloformer.model.transformer import SIZES, MeloFormer
+
+from helpers.fake_gpu import overlap_of
 
 NAMES = {
     torch.bfloat16: "*bf16",
@@ -51,10 +53,7 @@ def build(self, programs, tensors, numbers, **constants) -> None:
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     found = {"kernel": kernel.__name__, "shared": built.metadata.shared, "cp_async": ptx.count("cp.async.c")}
-    before, *after = ptx.split("griddepcontrol.wait")
-    found |= {"starts_next": ptx.count("griddepcontrol.launch_dependents")}
-    found |= {"waits": len(after), "ahead": before.count("ld.global"), "float8": ptx.count("e4m3x2")}
-    found |= {"transposed": ptx.count("x4.trans.shared")}
+    found |= {"float8": ptx.count("e4m3x2"), "transposed": ptx.count("x4.trans.shared"), **overlap_of(ptx)}
     print(json.dumps(found | {"mma": ptx.count("mma.sync"), "wgmma": ptx.count("wgmma")}), flush=True)
 
 
@@ -69,6 +68,6 @@ def build_step(slots: int, dtype: torch.dtype, cache_dtype: torch.dtype | None =
 
 if __name__ == "__main__":
     launch_cache.Launcher.__call__ = build
-    decode.can_overlap = lambda device: True
+    overlap.can_overlap = lambda device: True
     for number in sys.argv[1].split(","):
         build_step(int(number), *(getattr(torch, name) for name in sys.argv[2:]))

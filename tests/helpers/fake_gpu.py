@@ -89,12 +89,22 @@ def emitted(ptx: str) -> dict:
         "wgmma": r"wgmma\.mma_async",
     }
     found = {name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}
-    before, *after = ptx.split("griddepcontrol.wait")
-    found |= {"waits": len(after), "reads_ahead": before.count("ld.global")}
-    found |= {"starts_next": ptx.count("griddepcontrol.launch_dependents")}
-    found |= {"starts_next_ahead": before.count("griddepcontrol.launch_dependents")}
-    found |= {"writes_ahead": len(re.findall(r"\b(?:st|atom|red)\.global", before))}
+    found |= overlap_of(ptx)
     return found | {"threads": int(re.search(r"\.(?:req|max)ntid (\d+)", ptx)[1])}
+
+
+def overlap_of(ptx: str) -> dict:
+    """How often a kernel waits for the one before and lets the next one start, and what stands in the text
+    ahead of its first wait."""
+    before, *after = ptx.split("griddepcontrol.wait")
+    starts = "griddepcontrol.launch_dependents"
+    return {
+        "waits": len(after),
+        "starts_next": ptx.count(starts),
+        "starts_next_ahead": before.count(starts),
+        "reads_ahead": before.count("ld.global"),
+        "writes_ahead": len(re.findall(r"\b(?:st|atom|red)\.global", before)),
+    }
 
 
 def programs_at_once(build: dict, arch: int) -> int:

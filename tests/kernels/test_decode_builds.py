@@ -30,7 +30,9 @@ def test_keys_of_8_bits_are_converted_by_instructions(tmp_path):
         assert build["shared"] <= SHARED, build
         if build["kernel"] == "attend_evenly_kernel":
             assert build["mma"] and not build["wgmma"], build
-            assert build["ahead"] < 32, build  # else keys are loaded where they are needed, byte by byte
+            assert build["reads_ahead"] < 32, (
+                build
+            )  # else keys are loaded where they are needed, byte by byte
             # Values come as operands from shared memory: read in parts, four threads wait for one bank.
             assert build["transposed"] == 8, build
 
@@ -52,12 +54,13 @@ def test_kernels_fit_a_hopper_gpu(tmp_path):
     for build in builds:
         assert build["shared"] <= SHARED, build
     for build in many:
-        assert build["waits"] == 1, build
+        # Launches overlap late: what lets the next one start comes behind the wait.
+        assert build["waits"] == 1 and build["starts_next_ahead"] == 0, build
         assert build["wgmma"] == 0, build  # by these, products of 64 rows were wrong on an H200
         if build["kernel"] in products:  # weights are on their way while others are multiplied
             assert build["cp_async"] and build["mma"], build
     for build in one:
         # Launches overlap: a program loads its weights before it waits for what they are multiplied with.
-        assert build["waits"] == 1, build
+        assert build["waits"] == 1 and build["starts_next_ahead"] == 1, build
         if build["kernel"] in products:
-            assert build["ahead"] > 0 and not build["mma"], build
+            assert build["reads_ahead"] > 0 and not build["mma"], build
