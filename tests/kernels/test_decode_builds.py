@@ -30,9 +30,8 @@ def test_keys_of_8_bits_are_converted_by_instructions(tmp_path):
         assert build["shared"] <= SHARED, build
         if build["kernel"] == "attend_evenly_kernel":
             assert build["mma"] and not build["wgmma"], build
-            assert build["reads_ahead"] < 32, (
-                build
-            )  # else keys are loaded where they are needed, byte by byte
+            # Else keys are loaded where they are needed, byte by byte.
+            assert build["reads_ahead"] < 32, build
             # Values come as operands from shared memory: read in parts, four threads wait for one bank.
             assert build["transposed"] == 8, build
 
