@@ -238,7 +238,7 @@ class Rows:
         lines = min(block, lines)
         shapes = {"BLOCK": block, "LINES": lines, "STAGES": stages, "KEYS": size}
         options = {"num_warps": warps, **self.overlap}
-        tensors = self._q, keys, self.list, self.count, self._attended, *self._parts, self._done
+        given, made = (self._q, keys, self.list, self.count), (self._attended, *self._parts, self._done)
         numbers = self.slots, self.places, self.dim**-0.5 * LOG2_E
         heads = {"HEADS": self.heads, "GROUP": self._group, "DIM": self.dim}
         groups = self.heads // self._group
@@ -248,9 +248,12 @@ class Rows:
             heads |= {"SLOTS": slots, "PARTS": _JOINED}
             registers = min(255, _REGISTERS // (_EACH * warps * 32) // 8 * 8)
             shapes |= {"DOTS": warps if dots else 0, "BEGINS": _DOT_BEGINS if dots else _MANY_BEGINS}
-            _attend_evenly(programs, tensors, numbers, **heads, **shapes, **options, maxnreg=registers)
+            _attend_evenly(
+                programs, (*given, *made), numbers, **heads, **shapes, **options, maxnreg=registers
+            )
         else:
             programs = self.slots, groups, self._splits
+            tensors = *given, self.place, *made
             _attend(programs, tensors, numbers, **heads, SPLITS=self._splits, **shapes, **options)
 
     def _tile(self, width: int, columns: int) -> dict[str, int]:

@@ -15,10 +15,11 @@ tensor cores attend to them (`_attend_listed_by_dots`).
 import triton
 import triton.language as tl
 
-from .decode_products import LATE, begin, near_end
+from .decode_products import EARLY, LATE, begin, near_end
+from .overlap import let_next_start, wait_for_previous
 from .tiles import LOWEST
 
-_LATE = tl.constexpr(LATE)
+_EARLY, _LATE = tl.constexpr(EARLY), tl.constexpr(LATE)
 _DOT_COLUMNS = tl.constexpr(8)  # of a product: any more, and wgmma would compute it, see `decode`
 
 
@@ -185,7 +186,8 @@ def _store_out(out_ptr, row, channel, o, total):
 
 @triton.jit
 def attend_kernel(
-    q_ptr, keys_ptr, list_ptr, count_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots, places, scale,
+    q_ptr, keys_ptr, list_ptr, count_ptr, place_ptr, out_ptr, o_ptr, peak_ptr, sum_ptr, done_ptr, slots,
+    places, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     LINES: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -197,19 +199,42 @@ def attend_kernel(
     The program that is the last of its song and heads to be done joins them, in the order of the parts. done:
     int32 [S, HEADS], zeros before and after. scale makes scores of base 2. KEYS: bytes of a number of keys,
     which has no part in the computation but tells launches apart.
+
+    The first block, which of most lists is all, is loaded before q is there, except for what the kernel
+    before writes: the keys and values at place [S].
     """
-    begin(OVERLAPS)
+    let_next_start(OVERLAPS == _EARLY)
     s, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     channel, head = tl.arange(0, DIM), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     row = s * HEADS + head  # [GROUP]
-    count = tl.load(count_ptr + s).to(tl.int32)
+    offs_hd = head[:, None] * DIM + channel[None, :]  # [GROUP, DIM]
+    apart = tl.full([], 1, tl.int64) * slots * places * HEADS * DIM
+    keys_ptr += s * places * HEADS * DIM
+    list_ptr += s * places
+    count, own = tl.load(count_ptr + s).to(tl.int32), tl.load(place_ptr + s)
+    at = split * BLOCK + tl.arange(0, BLOCK)
+    listed = tl.load(list_ptr + at, mask=at < count, other=-1).to(tl.int64)
+    there, new = (listed >= 0)[:, None, None], (listed == own)[:, None, None]
+    offs = (listed * (HEADS * DIM))[:, None, None] + offs_hd[None, :, :]  # [BLOCK, GROUP, DIM]
+    k = tl.load(keys_ptr + offs, mask=there & ~new, other=0.0)
+    v = tl.load(keys_ptr + apart + offs, mask=there & ~new, other=0.0)
+    wait_for_previous(OVERLAPS != 0)
     q = tl.load(q_ptr + row[:, None] * DIM + channel[None, :]).to(tl.float32) * scale  # [GROUP, DIM]
-    song = s * places
-    o, peak, total = _attend_listed(
-        q, keys_ptr + song * HEADS * DIM, list_ptr + song, head[:, None] * DIM + channel[None, :],
-        tl.full([], 1, tl.int64) * slots * places * HEADS * DIM, count, split * BLOCK, count, SPLITS * BLOCK,
-        HEADS * DIM, BLOCK, LINES, STAGES,
-    )  # fmt: skip
+    k = tl.load(keys_ptr + offs, mask=there & new, other=k).to(tl.float32)
+    v = tl.load(keys_ptr + apart + offs, mask=there & new, other=v).to(tl.float32)
+    score = tl.where((listed >= 0)[:, None], tl.sum(k * q[None, :, :], 2), float("-inf"))
+    peak = tl.maximum(tl.max(score, 0), LOWEST)  # [GROUP]
+    weight = tl.exp2(score - peak[None, :])
+    o, total = tl.sum(v * weight[:, :, None], 0), tl.sum(weight, 0)
+    if (split + SPLITS) * BLOCK < count:
+        more_o, more_peak, more_total = _attend_listed(
+            q, keys_ptr, list_ptr, offs_hd, apart, count, (split + SPLITS) * BLOCK, count, SPLITS * BLOCK,
+            HEADS * DIM, BLOCK, LINES, STAGES,
+        )  # fmt: skip
+        new_peak = tl.maximum(peak, more_peak)
+        kept, more = tl.exp2(peak - new_peak), tl.exp2(more_peak - new_peak)
+        o, total = o * kept[:, None] + more_o * more[:, None], total * kept + more_total * more
+        peak = new_peak
     if SPLITS == 1:
         _store_out(out_ptr, row, channel, o, total)
     else:

@@ -36,8 +36,9 @@ def list_kernel(
     Bit d of NEAR: whether a token sees all of the bar d bars before. ALL: it sees all before it, and there
     are no summaries.
     """
-    begin(OVERLAPS)
     s = tl.program_id(0)
+    group_of_list, count_of_list = tl.load(group_ptr + s), tl.load(count_ptr + s).to(tl.int32)
+    begin(OVERLAPS)
     mode = tl.load(mode_ptr + s)
     places = room + 2 * bars + 1
     list_ptr += s.to(tl.int64) * places
@@ -45,10 +46,9 @@ def list_kernel(
     position, bar, inst = tl.load(position_ptr + s), tl.load(own_bar_ptr + s), tl.load(own_inst_ptr + s)
     if mode == _READS:
         group = bar * 0 if ALL else bar * (_NO_INSTRUMENT + 1) + inst
-        if tl.load(group_ptr + s) == group:
-            count = tl.load(count_ptr + s).to(tl.int32)
-            tl.store(list_ptr + count, position.to(tl.int32))
-            tl.store(count_ptr + s, count + 1)
+        if group_of_list == group:
+            tl.store(list_ptr + count_of_list, position.to(tl.int32))
+            tl.store(count_ptr + s, (count_of_list + 1).to(tl.int64))
         else:
             count = tl.zeros([], tl.int32)
             if not ALL:

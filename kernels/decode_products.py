@@ -30,14 +30,22 @@ _EARLY, _LATE = tl.constexpr(EARLY), tl.constexpr(LATE)
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """First of all in a kernel: if EARLY, lets the next one be launched; and waits for the one before.
+    """Before a kernel reads what the one before wrote: if EARLY, lets the next one be launched; and waits.
 
     If OVERLAPS is not 0, launches of a graph overlap: a program is there when what it reads is. What was
     written by the kernel before must not be read earlier than here; what was written by those before that one
-    may be, if they are LATE: it has waited for them before it lets this one start.
+    may be, if that one begins by `begin_before_reader` or is LATE: it has waited for them before it lets this
+    one start.
     """
     let_next_start(OVERLAPS == _EARLY)
     wait_for_previous(OVERLAPS != 0)
+
+
+@triton.jit
+def begin_before_reader(OVERLAPS: tl.constexpr):
+    """`begin` of a kernel before one that reads ahead what others wrote than this one: it waits first."""
+    wait_for_previous(OVERLAPS != 0)
+    let_next_start(OVERLAPS == _EARLY)
 
 
 @triton.jit
@@ -190,7 +198,7 @@ def project_kernel(
     if ROWS == 1:
         first_w = _rows_of(w_r_ptr, column, ok, BLOCK, WIDTH)
         second_w = _rows_of(w_r_ptr, column + HALF, ok, BLOCK, WIDTH)
-    begin(OVERLAPS)
+    begin_before_reader(OVERLAPS)  # which has its keys on their way
     summarizes = tl.load(mode_ptr + row, mask=row_mask, other=0) == _SUMMARIZES
     first, second = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     if ROWS == 1:  # does not wait for the mode
@@ -378,7 +386,7 @@ def head_kernel(
     if ROWS == 1:
         w = _rows_of(w_ptr, column, ok, BLOCK, WIDTH)
         gates_w = _rows_of(gates_ptr, number, number < GUESSES, BLOCK, WIDTH)
-    begin(OVERLAPS)
+    begin_before_reader(OVERLAPS)  # which has found what may follow
     total, gates = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, 16], tl.float32)
     if ROWS == 1:
         total, gates = _two_row_products(x_ptr, eps, w, gates_w, BLOCK, WIDTH, True)

@@ -1,5 +1,7 @@
 """Keys and values of 8 bits: what they hold, how little they change, and where they cannot be asked for."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_a_generator_writes_with_such_caches(trained, monkeypatch):
     monkeypatch.setattr(
         loop, "step_for", lambda model: lambda *a, **k: made.append(Step(*a, **k)) or made[-1]
     )
-    monkeypatch.setattr(loop, "Graph", lambda step: step)
+    monkeypatch.setattr(loop, "Graph", lambda step: partial(loop._repeat, step, loop.BLOCK))
     (written,) = generator.generate(max_tokens=40)
     assert len(written.ids) > 20 and [step.cache.keys.dtype for step in made] == [FP8]
 

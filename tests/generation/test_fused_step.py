@@ -11,7 +11,7 @@ from meloformer.composer.compose import compose
 from meloformer.generation.constraints import Constraints
 from meloformer.generation.device import copies_kernel, draw_kernel, read_kernel
 from meloformer.generation.device.fused_step import FusedStep
-from meloformer.generation.device.step import Step
+from meloformer.generation.device.step import BLOCK, Step
 from meloformer.generation.draft import Draft, OutlinedDraft
 from meloformer.generation.outline import Outline
 from meloformer.generation.sampling import Sampling
@@ -57,7 +57,8 @@ def numbers(step: Step) -> dict[str, torch.Tensor]:
     found |= {"log": draft.copies.log[:, :-1], "more": draft.copies.more[:, :-1]}
     for name in ("tokens", "places", "bar_of", "inst_of", "kind_of", "onset_of", "labels", "followers"):
         found[name] = getattr(reader, name)[:, :-1]
-    return found | {"last": reader.last, "place": grammar.place[:, :-1], "drawn": step.drawn}
+    found |= {"drawn": step.drawn, "column": step.column}
+    return found | {"last": reader.last, "place": grammar.place[:, :-1]}
 
 
 def run(model, songs: list, steps: int, replaced: dict | None = None) -> list[list[int]]:
@@ -80,7 +81,7 @@ def run(model, songs: list, steps: int, replaced: dict | None = None) -> list[li
         plain, fused = map(numbers, both)
         for name, want in plain.items():
             assert torch.equal(fused[name], want), (number, name)
-        for slot, token in enumerate(both[0].drawn[:, (both[0].column - 1) % 32].flatten().tolist()):
+        for slot, token in enumerate(both[0].drawn[:, number % BLOCK].tolist()):
             drawn[slot] += [token] if token >= 0 else []
     return drawn
 

@@ -59,7 +59,11 @@ def test_kernels_fit_a_hopper_gpu(tmp_path):
         if build["kernel"] in products:  # weights are on their way while others are multiplied
             assert build["cp_async"] and build["mma"], build
     for build in one:
-        # Launches overlap: a program loads its weights before it waits for what they are multiplied with.
-        assert build["waits"] == 1 and build["starts_next_ahead"] == 1, build
+        # Launches overlap: a program loads its weights before it waits for what they are multiplied with, or
+        # what else is there already. Before one that reads ahead what its predecessor has not written, that
+        # one must have waited for who wrote it: keys before `attend`, the song before `draw` and `read`.
+        waits_first = build["kernel"] in ("project_kernel", "head_kernel", "draw_kernel")
+        assert build["waits"] == 1 and build["starts_next_ahead"] == (not waits_first), build
         if build["kernel"] in products:
-            assert build["reads_ahead"] > 0 and not build["mma"], build
+            assert not build["mma"], build
+        assert build["reads_ahead"] > 0, build

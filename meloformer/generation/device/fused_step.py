@@ -1,4 +1,4 @@
-"""A step in which all is done by Triton kernels: `Step`, in five launches a layer and five more."""
+"""A step in which all is done by Triton kernels: `Step`, in five launches a layer and four more."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from .fused import FusedForward
 from .step import BLOCK, Step
 
 _read, _draw = Launcher(read_kernel.read_kernel), Launcher(draw_kernel.draw_kernel)
-_TOKENS = 4096  # that a program compares at once
+_TOKENS = 8192  # that a program compares at once
 
 
 class FusedStep(Step):
@@ -66,4 +66,3 @@ class FusedStep(Step):
             COLUMNS=BLOCK, BLOCK=triton.next_power_of_2(vocab.VOCAB_SIZE), num_warps=8,
             **rows.overlap,
         )  # fmt: skip
-        self.column.add_(1).remainder_(BLOCK)

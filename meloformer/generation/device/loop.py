@@ -1,7 +1,8 @@
 """The generation loop where songs are written on the device: the host reads tokens every `BLOCK` steps."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from threading import Lock
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ CACHE_DTYPES = {"model": None, "fp8": torch.float8_e4m3fn}
 MAX_SLOTS = 64
 TOKENS_A_BAR, LEAST_BARS = 16, 128  # places for summaries: songs have four times as many tokens in a bar
 _ROOM = 256  # rooms are multiples
+_RECORDED = 8  # steps of a graph, and BLOCK of a multiple: to record more takes longer than they save
 FOR_CACHES = 0.7  # of the memory that is free
 _recording = Lock()  # to begin to record empties PyTorch's cache of memory, which no other recording survives
 
@@ -188,7 +190,8 @@ class Slots:
                 model, most, room, self._bars, attention, queue=queue, song=song, cache_dtype=cache_dtype
             )
             graphs = self._cuda if graphs is None else graphs
-            found = SlotSet(made, Graph(made) if graphs else made, shape, weights)
+            run = Graph(made) if graphs else partial(_repeat, made, BLOCK)
+            found = SlotSet(made, run, shape, weights)
         self.set, self.step, self._run = found, found.step, found.run
         self._waiting = deque(range(len(drafts)))
         self._stays: dict[int, _Stay] = {}  # by slot
@@ -221,8 +224,7 @@ class Slots:
             block = following
 
     def _launch(self) -> _Block:
-        for _ in range(BLOCK):
-            self._run()
+        self._run()
         arrived, step = None, self.step
         tokens, full = (x.to("cpu", copy=True, non_blocking=self._cuda) for x in (step.drawn, step.full))
         if self._cuda:
@@ -277,8 +279,14 @@ class Slots:
         return None
 
 
+def _repeat(call: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 class Graph:
-    """A step as a CUDA graph: the kernels of one call, launched by one call of the host.
+    """The steps of a block, some of them recorded as a CUDA graph: so many are launched by one call of the
+    host, and the first kernel of a step can start while the last one of the step before ends.
 
     Args:
         step: none of its slots has a song, so that steps change nothing.
@@ -295,8 +303,8 @@ class Graph:
             self._graph = torch.cuda.CUDAGraph()
             # Another thread may write songs meanwhile: unless told otherwise, what it allocates ends this.
             with _recording, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                step()
+                _repeat(step, _RECORDED)
             step.clear()
 
     def __call__(self) -> None:
-        self._graph.replay()
+        _repeat(self._graph.replay, BLOCK // _RECORDED)

@@ -33,10 +33,14 @@ assert NO_INSTRUMENT * (len(vocab.T) + 1) * vocab.VOCAB_SIZE < 2**31  # places a
 
 
 @triton.jit
-def _followed(history_ptr, end, key, block_end, BLOCK: tl.constexpr):
-    """The last index below `end` at which the int32 history has `key`; -1 if there is none."""
-    found = tl.full([BLOCK], -1, tl.int32)
-    for first in range(0, block_end, BLOCK):
+def _followed(earliest, history_ptr, end, key, BLOCK: tl.constexpr):
+    """The last index below `end` at which the int32 history has `key`; -1 if there is none.
+
+    earliest: the first BLOCK of the history.
+    """
+    at = tl.arange(0, BLOCK)
+    found = tl.where((earliest == key) & (at < end), at, -1)
+    for first in range(BLOCK, end.to(tl.int32), BLOCK):
         at = first + tl.arange(0, BLOCK)
         same = tl.load(history_ptr + at, mask=at < end, other=-1) == key
         found = tl.where(same & (at < end), at, found)
@@ -58,6 +62,19 @@ def _last_pair(labels_ptr, bars, label, before, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _guesses(labels, bars, label):
+    """Labels that the next one may be, of a song with `bars` bars of which the last has `label`: those of
+    bars before; what followed when `label` stood there the last time, and when it stood behind the same."""
+    two, four = tl.load(labels + tl.maximum(bars - 1, 0)), tl.load(labels + tl.maximum(bars - 3, 0))
+    eight = tl.load(labels + tl.maximum(bars - 7, 0))
+    at_one, at_two = _last_pair(labels, bars, label, two, 128)
+    after_one, after_two = tl.load(labels + at_one + 1), tl.load(labels + at_two + 1)
+    after_one = tl.where(at_one > 0, tl.where(at_one + 1 == bars, label, after_one), 0)
+    after_two = tl.where(at_two > 0, tl.where(at_two + 1 == bars, label, after_two), 0)
+    return two, four, eight, after_one, after_two
+
+
+@triton.jit
 def read_kernel(
     x_ptr, cos_ptr, sin_ptr, table_ptr, summary_ptr, frequency_ptr,
     step_ptr, active_ptr, reader_ptr, of_id_ptr, ends_ptr, last_ptr, follower_ptr, labels_ptr,
@@ -75,14 +92,29 @@ def read_kernel(
     `bars_room` bars, and the keys of `summaries`.
     frequency: float32 [HALF], of the pairs of channels, of which BY_INDEX are rotated by the token's index.
     """
-    begin(OVERLAPS)
     s = tl.program_id(0).to(tl.int64)
     step_ptr += s
     reader_ptr += s
+    # What is known before the token is drawn.
+    position, bars = tl.load(reader_ptr + _POSITION * slots), tl.load(reader_ptr + _BARS * slots)
+    inst, onsets = tl.load(reader_ptr + _INST * slots), tl.load(reader_ptr + _ONSETS * slots)
+    head = tl.load(reader_ptr + _HEAD * slots)
+    onset, length = tl.load(reader_ptr + _ONSET * slots), tl.load(reader_ptr + _LENGTH * slots)
+    velocity = tl.load(reader_ptr + _VELOCITY * slots)
+    old_head = head
+    history = s * (room + 1)
+    first = tl.arange(0, BLOCK)
+    earliest = tl.load(places_ptr + history + first, mask=first <= position, other=-1)
+    number = tl.arange(0, 16)
+    of_family = number < _FAMILIES
+    kept = tl.load(last_ptr + s * _FAMILIES + number, mask=of_family, other=0)
+    labels = labels_ptr + s * (bars_room + 2)
+    label = tl.load(labels + bars)
+    two, four, eight, after_one, after_two = _guesses(labels, bars, label)
+    begin(OVERLAPS)
     token = tl.load(step_ptr + _PENDING * slots)
     complete = tl.load(step_ptr + _COMPLETE * slots)
     ready = (tl.load(active_ptr + s) > 0) & (tl.load(step_ptr + _FULL * slots) == 0)
-    position, bars = tl.load(reader_ptr + _POSITION * slots), tl.load(reader_ptr + _BARS * slots)
     family, value = (
         tl.load(of_id_ptr + _FAMILY * _VOCABULARY + token),
         tl.load(of_id_ptr + _VALUE * _VOCABULARY + token),
@@ -98,11 +130,6 @@ def read_kernel(
     reads = ready & ~summarizes
 
     # What is in force with the token.
-    inst, onsets = tl.load(reader_ptr + _INST * slots), tl.load(reader_ptr + _ONSETS * slots)
-    head = tl.load(reader_ptr + _HEAD * slots)
-    onset, length = tl.load(reader_ptr + _ONSET * slots), tl.load(reader_ptr + _LENGTH * slots)
-    velocity = tl.load(reader_ptr + _VELOCITY * slots)
-    old_head = head
     structural = kind == _STRUCTURAL
     if reads:
         position += 1
@@ -117,16 +144,12 @@ def read_kernel(
     onset_group = tl.where(structural, -1, onsets - 1)
 
     # The last token of the family, and what followed when this token stood at this place.
-    number = tl.arange(0, 16)
-    of_family = number < _FAMILIES
-    kept = tl.load(last_ptr + s * _FAMILIES + number, mask=of_family, other=0)
     ended = tl.load(ends_ptr + family * _FAMILIES + number, mask=of_family, other=0)
     kept = tl.where(ended != 0, 0, kept)
     special = family < _OF_BAND
     previous = tl.where(special, 0, tl.sum(tl.where(number == family, kept, 0), 0))
-    history = s * (room + 1)
     key = (inst * _ONSET_VALUES + onset) * _VOCABULARY + token
-    earlier = _followed(places_ptr + history, position, key.to(tl.int32), position.to(tl.int32), BLOCK)
+    earlier = _followed(earliest, places_ptr + history, position, key.to(tl.int32), BLOCK)
     repeat = tl.load(tokens_ptr + history + tl.maximum(earlier + 1, 0)).to(tl.int64)
     repeat = tl.where(earlier + 1 == position, token, repeat)
     repeat = tl.where(earlier >= 0, repeat, 0)
@@ -139,15 +162,9 @@ def read_kernel(
     next_instrument = tl.where(head >= 0, next_instrument, 0)
 
     # Labels of bars.
-    labels = labels_ptr + s * (bars_room + 2)
-    new_chord = reads & is_chord
-    label = tl.where(new_chord, token, tl.load(labels + bars))
-    two, four = tl.load(labels + tl.maximum(bars - 1, 0)), tl.load(labels + tl.maximum(bars - 3, 0))
-    eight = tl.load(labels + tl.maximum(bars - 7, 0))
-    at_one, at_two = _last_pair(labels, bars, label, two, 128)
-    after_one, after_two = tl.load(labels + at_one + 1), tl.load(labels + at_two + 1)
-    after_one = tl.where(at_one > 0, tl.where(at_one + 1 == bars, label, after_one), 0)
-    after_two = tl.where(at_two > 0, tl.where(at_two + 1 == bars, label, after_two), 0)
+    if reads & is_chord:
+        label = token
+        two, four, eight, after_one, after_two = _guesses(labels, bars, label)
     guess = guess_ptr + s * _GUESSES
     tl.store(guess, label)
     tl.store(guess + 1, two)

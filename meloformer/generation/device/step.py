@@ -76,7 +76,7 @@ class Step(SlotNumbers):
         self._forward = forward(model, self.cache, self.reader)
         self.queue = torch.zeros((slots, queue + 1), dtype=torch.int64, device=device)
         self.drawn = torch.full((slots, BLOCK), _NOTHING, dtype=torch.int64, device=device)
-        self.column = torch.zeros((1,), dtype=torch.int64, device=device)
+        self.column = torch.zeros((slots,), dtype=torch.int64, device=device)  # where the next token goes
         self.all.zero_()
 
     @torch.inference_mode()
@@ -166,5 +166,5 @@ class Step(SlotNumbers):
         begins_bar = self.tables.family[drawn] == t.CHORD
         full = (reader.position + 1 >= self.room) | begins_bar & (reader.bars >= self.bar_room)
         advance(self.full, appended & full, 1)
-        self.drawn.index_copy_(1, self.column, torch.where(reads, drawn, _NOTHING)[:, None])
+        self.drawn.scatter_(1, self.column[:, None], torch.where(reads, drawn, _NOTHING)[:, None])
         self.column.copy_((self.column + 1) % BLOCK)
