@@ -19,6 +19,7 @@ from meloformer.generation.generator import Generator
 from meloformer.generation.loop import write
 from meloformer.generation.outline import Outline
 from meloformer.generation.sampling import Sampling
+from meloformer.kernels import overlap
 from meloformer.model.transformer import MeloFormer, ModelConfig
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.grammar import check
@@ -252,3 +253,22 @@ class TestGraphs:
             self.songs(model, graphs, slots, step=step) for graphs in (True, False, True)
         )
         assert by_graphs == eager == again
+
+    @pytest.mark.parametrize("slots", [1, 7, 64])
+    def test_songs_are_those_of_launches_that_wait(self, slots, monkeypatch):
+        """In the shape of the base model, so that kernels take as long as there: some 2,000 steps."""
+        torch.manual_seed(0)
+        model = (
+            MeloFormer(ModelConfig(layers=6, dim=512, heads=8, ffn=2752)).eval().to("cuda", torch.bfloat16)
+        )
+
+        def written() -> list[list[int]]:
+            sampling = Sampling(temperature=1.5, top_p=0.95)
+            wishes = {"bars": 400, "max_tokens": 2000, "sampling": sampling}
+            drafts = [Draft(seed=seed, **wishes) for seed in range(slots)]
+            list(Slots(model, drafts, 2560, graphs=True).write())
+            return [draft.ids for draft in drafts]
+
+        overlapping, again = written(), written()
+        monkeypatch.setattr(overlap, "can_overlap", lambda device: False)
+        assert overlapping == again == written()
