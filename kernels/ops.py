@@ -55,6 +55,8 @@ def summarize(q, k_s, v_s, k_r, v_r, bars, slot):
         (q, k_s, v_s, k_r, v_r, o, lse, bars),
         (*_strides(q, k_s, v_s, k_r, v_r, o), dim**-0.5 * LOG2_E, heads, summaries),
         **_summary_constants(q, own),
+        # Each takes all rows of a tile and some of its keys: few need not wait for each other, if they fit.
+        num_warps=max(2, dim * q.element_size() // 64),
     )
     return o, lse
 
@@ -97,12 +99,11 @@ def _summaries_of_program(q: Tensor, k_r: Tensor, most: int, programs: int) -> i
 
 def _summary_constants(q: Tensor, own: int, **more: int) -> dict:
     """In the order of the kernels' parameters, then options of the compiler."""
-    overlaps = overlap.can_overlap(q.device)
-    # Tiles of 8 KiB for 64 channels, of 16 KiB for 128 in float32.
-    block_n = 64 if q.element_size() == 2 else 32
-    constants = {"OVERLAPS": overlaps, "OWN": own, **more}
-    constants |= {"BM": _BLOCK_M, "BN": block_n, "D": q.shape[3], "PRECISION": "ieee"}
-    return constants | overlap.options(overlaps)
+    overlaps, line = overlap.can_overlap(q.device), q.shape[3] * q.element_size()
+    constants = {"OVERLAPS": overlaps, "OWN": own, **more, "BM": _BLOCK_M, "D": q.shape[3]}
+    # Two tiles at once, one of them on its way, if they have 8 KiB; of 16 KiB one.
+    constants |= {"BN": 64 if q.element_size() == 2 else 32, "STAGES": 3 if line <= 128 else 2}
+    return constants | {"PRECISION": "ieee"} | overlap.options(overlaps)
 
 
 def update(q, k_s, v_s, k_r, v_r, *plan):

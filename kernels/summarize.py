@@ -82,16 +82,28 @@ def _span(lower, upper):
 
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q, k_ptr, v_ptr, k_n, v_n, lower, upper, scale, offs_n, offs_d, PRECISION: tl.constexpr
+    q, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, k_s_n, v_s_n, k_r_n, v_r_n, first_s, end_s, first_r, end_r, scale,
+    offs_n, offs_d, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys from `lower` up to `upper` of each query into acc [BM, D], m_i and l_i [BM]."""
-    first, end = _span(lower, upper)
-    for start in tl.range(first, end, offs_n.shape[0], num_stages=2):
-        key = start + offs_n  # [BN]
-        n_mask = (key < end)[:, None]  # [BN, 1]
+    """What q [BM, D] finds at the summaries and then at the tokens of each query: acc [BM, D], m_i and l_i
+    [BM]. One loop, so that the first tokens are on their way while summaries are multiplied."""
+    BN: tl.constexpr = offs_n.shape[0]
+    acc = tl.zeros(q.shape, tl.float32)
+    m_i, l_i = tl.full([q.shape[0]], LOWEST, tl.float32), tl.zeros([q.shape[0]], tl.float32)
+    from_s, to_s = _span(first_s, end_s)
+    from_r, to_r = _span(first_r, end_r)
+    tiles_s = (tl.maximum(to_s - from_s, 0) + BN - 1) // BN
+    tiles = tiles_s + (tl.maximum(to_r - from_r, 0) + BN - 1) // BN
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        of_s = tile < tiles_s
+        key = tl.where(of_s, from_s + tile * BN, from_r + (tile - tiles_s) * BN) + offs_n  # [BN]
+        n_mask = (key < tl.where(of_s, to_s, to_r))[:, None]  # [BN, 1]
+        k_ptr, v_ptr = tl.where(of_s, k_s_ptr, k_r_ptr), tl.where(of_s, v_s_ptr, v_r_ptr)
+        k_n, v_n = tl.where(of_s, k_s_n, k_r_n), tl.where(of_s, v_s_n, v_r_n)
         k = tl.load(k_ptr + key[:, None] * k_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
         v = tl.load(v_ptr + key[:, None] * v_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BM, BN]
+        lower, upper = tl.where(of_s, first_s, first_r), tl.where(of_s, end_s, end_r)  # [BM]
         mask = (key[None, :] >= lower[:, None]) & (key[None, :] < upper[:, None])  # [BM, BN]
         qk = tl.where(mask, qk, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))  # [BM]
@@ -127,8 +139,8 @@ def summarize_kernel(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, bars_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, o_strides,
     scale, heads, summaries,
-    OVERLAPS: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OWN summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; padding gets 0 and
     -inf."""
@@ -140,15 +152,11 @@ def summarize_kernel(
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, D)
     q_ptrs = head_ptr(q_ptr, q_strides, b, h) + summary[:, None] * q_strides[2] + offs_d[None, :]
     q = tl.load(q_ptrs, mask=m_mask[:, None], other=0)  # [BM, D]
-    acc = tl.zeros([BM, D], tl.float32)
-    m_i, l_i = tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
-        k_s_strides[2], v_s_strides[2], first_s, end_s, scale, offs_n, offs_d, PRECISION,
-    )  # fmt: skip
-    acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h),
-        k_r_strides[2], v_r_strides[2], first_r, end_r, scale, offs_n, offs_d, PRECISION,
+        q, head_ptr(k_s_ptr, k_s_strides, b, h), head_ptr(v_s_ptr, v_s_strides, b, h),
+        head_ptr(k_r_ptr, k_r_strides, b, h), head_ptr(v_r_ptr, v_r_strides, b, h), k_s_strides[2],
+        v_s_strides[2], k_r_strides[2], v_r_strides[2], first_s, end_s, first_r, end_r, scale, offs_n, offs_d,
+        STAGES, PRECISION,
     )  # fmt: skip
     fully_masked = l_i == 0
     l_i = tl.where(fully_masked, 1.0, l_i)
@@ -162,7 +170,7 @@ def summarize_kernel(
 @triton.jit
 def _add_gradients(
     dq, q, do, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_n, v_n, dk_n, lower, upper, scale, softmax_scale,
-    offs_n, offs_d, OF_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    offs_n, offs_d, OF_KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from `lower` up to `upper` of each query to dq, not yet scaled and transposed: [D, BM].
 
@@ -170,7 +178,7 @@ def _add_gradients(
     transposed, keys x queries: see `update_backward`.
     """
     first, end = _span(lower, upper)
-    for start in tl.range(first, end, offs_n.shape[0], num_stages=2):
+    for start in tl.range(first, end, offs_n.shape[0], num_stages=STAGES):
         key = (start + offs_n)[:, None]  # [BN, 1]
         n_mask = key < end
         k = tl.load(k_ptr + key * k_n + offs_d[None, :], mask=n_mask, other=0)  # [BN, D]
@@ -194,7 +202,7 @@ def _add_gradients(
 def _of_queries(
     q_ptr, k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, dk_r_ptr, dv_r_ptr, bars_ptr,
     q_n, k_s_n, v_s_n, k_r_n, v_r_n, do_n, o_n, dk_r_n, scale, softmax_scale, summary, m_mask, offs_n, offs_d,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of the summaries [BM], and dk and dv of the tokens of their bars."""
     first_s, end_s, first_r, end_r = _load_ranges(bars_ptr, summary, m_mask)
@@ -207,11 +215,11 @@ def _of_queries(
     dq = tl.zeros([offs_d.shape[0], summary.shape[0]], tl.float32)  # [D, BM]
     dq = _add_gradients(
         dq, q, do, lse, delta, k_r_ptr, v_r_ptr, dk_r_ptr, dv_r_ptr, k_r_n, v_r_n, dk_r_n, first_r, end_r,
-        scale, softmax_scale, offs_n, offs_d, True, PRECISION,
+        scale, softmax_scale, offs_n, offs_d, True, STAGES, PRECISION,
     )  # fmt: skip
     dq = _add_gradients(
         dq, q, do, lse, delta, k_s_ptr, v_s_ptr, dk_r_ptr, dv_r_ptr, k_s_n, v_s_n, dk_r_n, first_s, end_s,
-        scale, softmax_scale, offs_n, offs_d, False, PRECISION,
+        scale, softmax_scale, offs_n, offs_d, False, STAGES, PRECISION,
     )  # fmt: skip
     dq_ptrs = dq_ptr + summary[None, :] * o_n + offs_d[:, None]
     tl.store(dq_ptrs, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=m_mask[None, :])
@@ -256,8 +264,8 @@ def summarize_gradient_kernel(
     dq_ptr, dk_s_ptr, dv_s_ptr, dk_r_ptr, dv_r_ptr, bars_ptr, slot_ptr,
     q_strides, k_s_strides, v_s_strides, k_r_strides, v_r_strides, do_strides, dq_strides, dk_r_strides,
     scale, softmax_scale, heads, summaries, regular,
-    OVERLAPS: tl.constexpr, OWN: tl.constexpr, PADDING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr, OWN: tl.constexpr, PADDING: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients. A program is of one of three kinds: for BM summaries of one head it computes dk and dv,
     as keys; for OWN summaries of one head dq, and dk and dv of the tokens of their bars; or of PADDING tokens
@@ -294,7 +302,7 @@ def summarize_gradient_kernel(
                 head_ptr(dq_ptr, dq_strides, b, h), head_ptr(dk_r_ptr, dk_r_strides, b, h),
                 head_ptr(dv_r_ptr, dk_r_strides, b, h), bars_ptr, q_strides[2], k_s_strides[2],
                 v_s_strides[2], k_r_strides[2], v_r_strides[2], do_strides[2], dq_strides[2], dk_r_strides[2],
-                scale, softmax_scale, summary, m_mask, offs_n, offs_d, PRECISION,
+                scale, softmax_scale, summary, m_mask, offs_n, offs_d, STAGES, PRECISION,
             )  # fmt: skip
     else:
         token = (tl.program_id(0) - of_both * heads) * PADDING + tl.arange(0, PADDING)  # [PADDING]
