@@ -23,7 +23,7 @@ MAX_NEAR_BAR = 30  # the bits of a number that say which bars are near
 # by which the products of 64 rows came out wrong on an H200 (Triton 3.6).
 _MIN_ROWS, _MAX_ROWS = 16, 32
 _PROGRAMS = 1024  # of attention for few songs: as many parts of the lists of keys as make about so many
-_MOST_PARTS = 16
+_MOST_PARTS = 32
 _MANY = 8  # songs whose lists are shared out evenly: so many, or more
 _EACH = 3  # programs of attention for each multiprocessor, which all run at once, if there are so many songs
 _MOST_HEADS = 4  # that a program then takes: tensor cores can attend to as many
