@@ -7,7 +7,7 @@ Pair p of a batch row are its blocks 2p and 2p + 1, by queries; the last block o
 import triton
 import triton.language as tl
 
-from .plan_work import LEAST_SPLIT, SLOTS, order_items, store_item, store_lists
+from .plan_work import SLOTS, limits, order_items, store_item, store_lists
 from .tiles import BLOCK, ITEM_COUNTS, ITEM_SIZE, PAIRS
 
 
@@ -57,11 +57,11 @@ def pair_kernel(
     number = batch * pairs
     q_lists = batch * q_blocks
     tiles = tl.load(ends_ptr + 2 * q_lists - 1) - tl.load(ends_ptr + q_lists - 1)
-    most = tl.where(split > 0, split, tl.maximum(tiles // (64 * batch), LEAST_SPLIT))
+    long, most = limits(tiles, batch, split, False)
     own = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     shared = tl.load(shared_ptr + own, mask=own < number, other=0)
     total, splits, item, all_items, all_slots = order_items(
-        places_ptr, own, number, most, batch, pairs, ACROSS
+        places_ptr, own, number, long, most, batch, pairs, ACROSS
     )
     block = own // pairs * q_blocks + own % pairs * 2
     for split_id in range(0, tl.max(splits, 0)):

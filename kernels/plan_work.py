@@ -10,22 +10,43 @@ CANDIDATES, TILES, MASKED, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexp
 GROUPS = 5
 NEEDS = ITEM_COUNTS.value + GROUPS
 
-LEAST_SPLIT = tl.constexpr(16)  # tiles: splits of fewer would cost more than the better balance gains
+FEW = tl.constexpr(16)  # tiles: splits of fewer cost more than the better balance gains
+# Blocks that a GPU computes at once for 8 heads, with registers for gradients of queries or of keys.
+AT_ONCE, AT_ONCE_BY_KEYS = tl.constexpr(64), tl.constexpr(40)
 
 
 @triton.jit
-def _work_key(list_id, tiles, splits, batch, blocks):
-    """Blocks of a higher key come first: split ones; then batch row after row, whose keys and values stay in
-    the cache meanwhile, and in a row from the longest list to the shortest."""
-    return tl.where(splits > 1, (1 << 30) + tiles, ((batch - 1 - list_id // blocks) << 16) + tiles)
+def limits(tiles, batch, split, BY_KEYS):
+    """From how many tiles on a block is long, and the most that an item has.
+
+    A block of more tiles than there are for each of the blocks that are computed at once takes longer than
+    all others: it is split. One of more than there are for each in its batch row is long: that row may be the
+    last, and the block must not begin as late.
+
+    Args:
+        tiles: of all blocks.
+        split: the most tiles of an item, whatever they are; or 0.
+    """
+    at_once = tl.where(BY_KEYS, AT_ONCE_BY_KEYS, AT_ONCE)
+    most = tl.where(split > 0, split, tl.maximum(tiles // at_once, FEW))
+    return tl.maximum(tiles // (at_once * batch), FEW), most
 
 
 @triton.jit
-def order_items(total_ptr, own, number, most, batch, blocks, ACROSS: tl.constexpr):
+def _work_key(list_id, tiles, splits, long, batch, blocks):
+    """Blocks of a higher key come first: split ones, then long ones; then batch row after row, whose keys and
+    values stay in the cache meanwhile, and in a row from the longest list to the shortest."""
+    first = (splits > 1) | (tiles > long)  # of these, all that are split have more tiles than all others
+    return tl.where(first, (1 << 30) + tiles, ((batch - 1 - list_id // blocks) << 16) + tiles)
+
+
+@triton.jit
+def order_items(total_ptr, own, number, long, most, batch, blocks, ACROSS: tl.constexpr):
     """The work items of the blocks `own` [C] among `number` blocks, see `_work_key`, of at most `most` tiles.
 
     Args:
         total_ptr: int32 [number], the tiles of each block.
+        long, most: see `limits`.
 
     Returns:
         total, splits, item: of the blocks `own`, their tiles, their items and the first of these. Split
@@ -34,7 +55,7 @@ def order_items(total_ptr, own, number, most, batch, blocks, ACROSS: tl.constexp
     """
     total = tl.load(total_ptr + own, mask=own < number, other=0)
     splits = tl.maximum((total + most - 1) // most, 1)
-    key = _work_key(own, total, splits, batch, blocks)
+    key = _work_key(own, total, splits, long, batch, blocks)
     item = tl.zeros([own.shape[0]], tl.int32)
     all_items, all_slots = 0, 0
     for start in range(0, number, ACROSS):
@@ -42,7 +63,7 @@ def order_items(total_ptr, own, number, most, batch, blocks, ACROSS: tl.constexp
         mask = other < number
         other_total = tl.load(total_ptr + other, mask=mask, other=-1)
         other_splits = tl.where(mask, tl.maximum((other_total + most - 1) // most, 1), 0)
-        other_key = _work_key(other, other_total, other_splits, batch, blocks)
+        other_key = _work_key(other, other_total, other_splits, long, batch, blocks)
         before = other_key[None, :] > key[:, None]
         before |= (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
         before &= mask[None, :]
@@ -81,21 +102,19 @@ def work_kernel(
 
     An item is (block, first tile, end tile, slot, first slot of the block, items of the block, ...), with
     blocks counted within the group and tiles within the list; the slot is -1 if the block has one item. From
-    ITEM_LISTS on comes its list's row of `table`: whoever has read an item needs no more to find its tiles. A
-    block is split if its list would take longer than all others of a batch row together take on a GPU: if it
-    has more tiles than `split`, or, if that is 0, than a fixed fraction of the average of a batch row.
+    ITEM_LISTS on comes its list's row of `table`: whoever has read an item needs no more to find its tiles.
+    `split`: see `limits`.
     """
     group, chunk = tl.program_id(1), tl.program_id(0)
     q_lists, k_lists = batch * q_blocks, batch * k_blocks
     first = tl.where(group < 2, group * q_lists, tl.where(group == 2, 2 * q_lists, 2 * q_lists + k_lists))
     number = tl.where(group == 2, k_lists, q_lists)
     before_all = tl.load(ends_ptr + first) - tl.load(tiles_ptr + first)
-    balanced = (tl.load(ends_ptr + first + number - 1) - before_all) // (tl.where(group < 2, 64, 40) * batch)
-    most = tl.where(split > 0, split, tl.maximum(balanced, LEAST_SPLIT))
+    long, most = limits(tl.load(ends_ptr + first + number - 1) - before_all, batch, split, group >= 2)
     own = chunk * CHUNK + tl.arange(0, CHUNK)
     blocks = tl.where(group == 2, k_blocks, q_blocks)
     total, splits, item, all_items, all_slots = order_items(
-        tiles_ptr + first, own, number, most, batch, blocks, ACROSS
+        tiles_ptr + first, own, number, long, most, batch, blocks, ACROSS
     )
     out = items_ptr + (group * items + item) * ITEM_SIZE
     for split_id in range(0, tl.max(splits, 0)):

@@ -199,13 +199,14 @@ def test_pairs_share_the_full_tiles_that_both_lists_begin_with(split):
     assert found > 0
 
 
-def test_lines_are_split_by_the_share_of_a_row():
+def test_lines_are_split_by_what_is_computed_at_once_and_long_ones_come_first():
     """Over lines made up for it: nothing else makes lines that long in reasonable time."""
     rows, q_blocks, k_blocks = 3, 5, 6
     lines = rows * (3 * q_blocks + k_blocks)
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randint(0, 900, (lines,), generator=generator, dtype=torch.int32)
-    tiles[::4] = 5000
+    tiles[::4], tiles[1::4] = 5000, 300
+    tiles[2::4] %= 100
     sizes = torch.stack([tiles, torch.zeros_like(tiles), tiles]).to(DEVICE)
     ends = sizes[:2].cumsum(1, dtype=torch.int32)
     items = torch.zeros(5, 4000, 16, dtype=torch.int32, device=DEVICE)
@@ -216,12 +217,21 @@ def test_lines_are_split_by_the_share_of_a_row():
     )  # fmt: skip
     q, k = rows * q_blocks, rows * k_blocks
     for group, total in enumerate(tiles.split([q, q, k, q])):
-        most = max(int(total.sum()) // ((64 if group < 2 else 40) * rows), 16)
-        assert most > 16
-        parts = [item[5] for item in items[group, : needs[8 + group]].tolist()]
-        assert sum(1 / number for number in parts) == pytest.approx(len(total))
-        expected = [max(-(-number // most), 1) for number in total.tolist()]
-        assert sorted(parts) == sorted(number for number in expected for _ in range(number))
+        at_once, blocks = 64 if group < 2 else 40, k_blocks if group == 2 else q_blocks
+        most = int(total.sum()) // at_once
+        long = most // rows
+        assert most > 16 and long > 16
+        of_rows = [(number, block // blocks) for block, number in enumerate(total.tolist())]
+        first = sorted(((n, r) for n, r in of_rows if n > long), key=lambda of: -of[0])
+        others = sorted((of for of in of_rows if of[0] <= long), key=lambda of: (of[1], -of[0]))
+        expected = [n for n, _ in first + others]
+        assert any(n > most for n, _ in first) and any(long < n <= most for n, _ in first) and others
+        found = []
+        for block, _, _, slot, at, parts, *_ in items[group, : needs[8 + group]].tolist():
+            assert (slot >= 0) == (parts > 1) and parts == max(-(-int(total[block]) // most), 1)
+            if parts == 1 or slot == at:
+                found.append(int(total[block]))
+        assert found == expected
 
 
 def test_too_many_rows_are_refused(monkeypatch):
