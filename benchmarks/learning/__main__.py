@@ -1,8 +1,8 @@
 """`python -m benchmarks.learning RUN RUN ...`: validation loss of several models by tokens and by time.
 
 Reads the folders of finished training runs that differ in attention, kind rule and seed alone, and writes
-their validation losses to a JSON file, with a chart and a page of tables; `--from` makes chart and page again
-from such a file. See docs/benchmarks.md.
+their validation losses to a JSON file, with a chart and a page of tables; such a file may stand among the
+folders for the runs in it. `--from` makes chart and page again from one. See docs/benchmarks.md.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,22 @@ from meloformer.errors import UserError
 FORMAT = "meloformer learning 1"
 
 
-def gather(folders: list[Path]) -> dict:
-    """The runs in these folders as one result.
+def gather(sources: list[Path]) -> dict:
+    """The runs in these folders, and of these results, as one result; the toy is that of the first with one.
 
     Raises:
         UserError: a run has not finished, or they cannot be compared: they must differ in attention, kind
             rule or seed, and in nothing else.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs, toys = [], {}
+    for source in sources:
+        if source.is_file():
+            result = load(source, FORMAT, "benchmarks.learning")
+            shared = {"settings": result["settings"], "origin": result["origin"]}
+            runs += [run | shared for run in result["runs"]]
+            toys = toys or {name: value for name, value in result.items() if name == "toy"}
+        else:
+            runs.append(read_run(source))
     first, *others = runs
     for run in others:
         for name, mine, its in _differences(first, run):
@@ -57,6 +65,7 @@ def gather(folders: list[Path]) -> dict:
         "settings": first["settings"],
         "origin": first["origin"],
         "runs": [{k: v for k, v in run.items() if k not in ("settings", "origin")} for run in runs],
+        **toys,
     }
 
 
@@ -82,7 +91,13 @@ def _differences(one: dict, other: dict) -> Iterator[tuple[str, object, object]]
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m benchmarks.learning", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="folders of finished runs, or results of earlier ones",
+    )
     parser.add_argument(
         "--output",
         type=Path,

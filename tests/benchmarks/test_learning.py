@@ -31,6 +31,15 @@ def test_page_and_chart_can_be_made_again_without_the_runs(tmp_path, capsys):
     assert again.with_suffix(".png").read_bytes() == target.with_suffix(".png").read_bytes()
 
 
+def test_runs_are_added_to_those_of_a_result(tmp_path):
+    folders = two_seeds_of_each(tmp_path / "runs")
+    earlier, toy = tmp_path / "earlier.json", {"INST": {"fixed": 0.5}}
+    earlier.write_text(json.dumps(gather(folders[:3]) | {"toy": toy}))
+    assert gather([earlier, folders[3]]) == gather(folders) | {"toy": toy}
+    with pytest.raises(UserError, match="are both triton of seed 0"):
+        gather([earlier, folders[0]])
+
+
 @pytest.mark.parametrize("name", ["learning_small_h200.md", "learning_base_h200.md"])
 def test_the_projects_own_pages_are_made_of_their_results(tmp_path, name):
     committed = DOCS.parents[1] / "benchmarks" / "results" / name
