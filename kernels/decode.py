@@ -31,7 +31,7 @@ _JOINED = 8  # parts of a list that it then joins at once
 _TILE, _MANY_TILE = 8192, 8192  # bytes of a tile of keys, for few songs and for many
 _WARPS, _MANY_WARPS = 2, 4  # of a program of attention
 _STAGES, _MANY_STAGES = 2, 3  # of its loop over the places
-_LINES = 64  # of places, of a program for few songs, but of keys of 8 bits: see `decode_attention`
+_LINES = 64  # of places behind the first block, for few songs, but of keys of 8 bits: see `decode_attention`
 _DOT_TILE, _DOT_STAGES = 16384, 5  # in place of _MANY_.., where tensor cores attend: two tiles on their way
 _DOT_PLACES = 16  # of a tile that each warp then has at least: a product sums as many
 # Tiles that take as long as a program takes longer for every song that begins in its share.

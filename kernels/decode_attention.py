@@ -5,11 +5,11 @@ parts as fill a GPU (`attend_kernel`). For many, programs that run at once take 
 they lie end to end (`attend_evenly_kernel`): otherwise most of the GPU waits for the longest lists.
 
 Tiles: B places of a list, L lines of which each keeps a softmax of its own, G heads, D channels of a head.
-Line l takes the places l, l + L, ... of a tile. For few songs a place is a line, if registers suffice. Else
-L is what the threads of a program load at once, so that what is summed over the places of a line lies in one
-warp, and nothing in the loop waits for other warps. (In one thread if Triton spreads the places over threads
-last, as 3.7 does.) Keys of 8 bits would take too long so:
-tensor cores attend to them (`_attend_listed_by_dots`).
+Line l takes the places l, l + L, ... of a tile. For few songs a place is a line: in the first block always,
+in others if registers suffice. Else L is what the threads of a program load at once, so that what is summed
+over the places of a line lies in one warp, and nothing in the loop waits for other warps. (In one thread if
+Triton spreads the places over threads last, as 3.7 does.) Keys of 8 bits would take too long so: tensor cores
+attend to them (`_attend_listed_by_dots`).
 """
 
 import triton

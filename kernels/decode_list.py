@@ -37,6 +37,7 @@ def list_kernel(
     are no summaries.
     """
     s = tl.program_id(0)
+    # Of the step before, which has ended: its `draw` has waited before it let `read` start.
     group_of_list, count_of_list = tl.load(group_ptr + s), tl.load(count_ptr + s).to(tl.int32)
     begin(OVERLAPS)
     mode = tl.load(mode_ptr + s)

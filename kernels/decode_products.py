@@ -33,9 +33,9 @@ def begin(OVERLAPS: tl.constexpr):
     """Before a kernel reads what the one before wrote: if EARLY, lets the next one be launched; and waits.
 
     If OVERLAPS is not 0, launches of a graph overlap: a program is there when what it reads is. What was
-    written by the kernel before must not be read earlier than here; what was written by those before that one
-    may be, if that one begins by `begin_before_reader` or is LATE: it has waited for them before it lets this
-    one start.
+    written by the kernel before must not be read earlier than here. What was written earlier may be, if some
+    kernel between has waited before it let the next one start (`begin_before_reader`, or LATE): all that come
+    after it start when all before it have ended.
     """
     let_next_start(OVERLAPS == _EARLY)
     wait_for_previous(OVERLAPS != 0)

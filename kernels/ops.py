@@ -101,7 +101,8 @@ def _summary_constants(q: Tensor, own: int, **more: int) -> dict:
     """In the order of the kernels' parameters, then options of the compiler."""
     overlaps, line = overlap.can_overlap(q.device), q.shape[3] * q.element_size()
     constants = {"OVERLAPS": overlaps, "OWN": own, **more, "BM": _BLOCK_M, "D": q.shape[3]}
-    # Two tiles at once, one of them on its way, if they have 8 KiB; of 16 KiB one.
+    # With three stages the next tile is on its way, with two it is loaded when this one has been used: where
+    # rows of keys are longer there is no memory for two.
     constants |= {"BN": 64 if q.element_size() == 2 else 32, "STAGES": 3 if line <= 128 else 2}
     return constants | {"PRECISION": "ieee"} | overlap.options(overlaps)
 

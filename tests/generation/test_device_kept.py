@@ -183,7 +183,8 @@ def test_graphs_are_recorded_one_at_a_time_and_others_may_allocate_meanwhile(mon
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    replays = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
     monkeypatch.setattr(torch.cuda, "graph", record)
     warm = [Event(), Event()]
 
@@ -191,10 +192,11 @@ def test_graphs_are_recorded_one_at_a_time_and_others_may_allocate_meanwhile(mon
         def run():
             warm[number].set()
 
-        run.all, run.clear = torch.zeros(1), lambda: None
+        run.all, run.clear, run.recorded = torch.zeros(1), lambda: None, 8
         return run
 
-    threads = [Thread(target=loop.Graph, args=(step(number),)) for number in range(2)]
+    graphs, steps = [], [step(number) for number in range(2)]
+    threads = [Thread(target=lambda of=of: graphs.append(loop.Graph(of))) for of in steps]
     threads[0].start()
     assert inside.wait(60)
     threads[1].start()
@@ -206,6 +208,9 @@ def test_graphs_are_recorded_one_at_a_time_and_others_may_allocate_meanwhile(mon
         thread.join(60)
     assert while_one_records == 1
     assert modes == ["thread_local"] * 2
+    for graph in graphs:
+        graph()
+    assert len(replays) * 8 == 2 * loop.BLOCK
 
 
 def test_where_triton_cannot_run_the_plain_step_is_taken(monkeypatch):

@@ -28,6 +28,10 @@ from meloformer.tokens.tokenizer import HIDTokenizer
 from helpers.riffs import riffs
 from helpers.untrained import untrained
 
+TINY, LARGE = (
+    ModelConfig(layers=2, dim=64, heads=2, ffn=96),
+    ModelConfig(layers=6, dim=512, heads=8, ffn=2752),
+)
 GREEDY = Sampling(temperature=0)
 WILD = Sampling(temperature=3.0, top_k=400, kind_temperatures={"instrument": 0.5})
 
@@ -233,7 +237,7 @@ def test_a_generator_writes_in_slots_if_asked(model, monkeypatch):
 
 @pytest.mark.gpu
 class TestGraphs:
-    """A step recorded as a CUDA graph against the same step launched kernel by kernel."""
+    """Steps recorded as a CUDA graph against the same steps launched kernel by kernel."""
 
     def songs(self, model, graphs: bool, slots: int, **options) -> list[list[int]]:
         sampling = Sampling(top_p=0.95, kind_temperatures={"instrument": 0.5})
@@ -248,19 +252,20 @@ class TestGraphs:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_songs_are_those_of_eager_steps(self, dtype, step, slots):
         torch.manual_seed(0)
-        model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=96)).eval().to("cuda", dtype)
+        model = MeloFormer(TINY).eval().to("cuda", dtype)
         by_graphs, eager, again = (
             self.songs(model, graphs, slots, step=step) for graphs in (True, False, True)
         )
         assert by_graphs == eager == again
 
-    @pytest.mark.parametrize("slots", [1, 7, 64])
-    def test_songs_are_those_of_launches_that_wait(self, slots, monkeypatch):
-        """In the shape of the base model, so that kernels take as long as there: some 2,000 steps."""
+    @pytest.mark.parametrize(
+        ("slots", "shape"), [(1, LARGE), (7, LARGE), (64, LARGE), (1, TINY)], ids=["1", "7", "64", "tiny"]
+    )
+    def test_songs_are_those_of_launches_that_wait(self, slots, shape, monkeypatch):
+        """With layers of the base model's shape, so that kernels take as long as there, and with small ones,
+        which leave most of the GPU to others: 2,000 steps."""
         torch.manual_seed(0)
-        model = (
-            MeloFormer(ModelConfig(layers=6, dim=512, heads=8, ffn=2752)).eval().to("cuda", torch.bfloat16)
-        )
+        model = MeloFormer(shape).eval().to("cuda", torch.bfloat16)
 
         def written() -> list[list[int]]:
             sampling = Sampling(temperature=1.5, top_p=0.95)

@@ -4,7 +4,10 @@ Run as a program, in a process in which Triton is not told to interpret. It prin
 kernel. Arguments: numbers of slots, separated by commas, a dtype, and that of the caches if it is another.
 """
 
+import contextlib
+import io
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -17,7 +20,7 @@ from meloformer.generation.device.fused_step import FusedStep
 from meloformer.kernels import launch_cache, overlap
 from meloformer.model.transformer import SIZES, MeloFormer
 
-from helpers.fake_gpu import overlap_of
+from helpers.fake_gpu import overlap_of, resources
 
 NAMES = {
     torch.bfloat16: "*bf16",
@@ -29,6 +32,39 @@ NAMES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+
+
+def loaded_ahead(ttir: str) -> dict[str, list[str]]:
+    """By tensor, an argument of the kernel, that is loaded ahead of the first wait: from which others it
+    depends what of it is loaded, by addresses and masks."""
+    operands: dict[str, list[str]] = {}
+
+    def arguments(names: list[str], seen: set[str]) -> set[str]:
+        found: set[str] = set()
+        for name in set(names) - seen:
+            seen.add(name)
+            if name in operands:
+                found |= arguments(operands[name], seen)
+            elif name.endswith("_ptr"):
+                found.add(name[1:])
+        return found
+
+    def tensor(name: str) -> str:  # the pointer is the first operand of whatever computes an address
+        while name in operands:
+            name = operands[name][0]
+        return name[1:]
+
+    loaded: dict[str, set[str]] = {}
+    for line in ttir.split("griddepcontrol.wait")[0].splitlines():
+        if found := re.match(r"\s*(%\w+)(?::\d+)? = (.*?)(?: loc\(|$)", line):
+            name, operation = found.groups()
+            names = re.findall(r"%\w+", operation)
+            if operation.startswith("tt.load"):
+                of = tensor(names[0])
+                loaded.setdefault(of, set()).update(arguments(names, set()) - {of})
+            if names:
+                operands[name] = names
+    return {name: sorted(others) for name, others in sorted(loaded.items())}
 
 
 def build(self, programs, tensors, numbers, **constants) -> None:
@@ -50,9 +86,12 @@ def build(self, programs, tensors, numbers, **constants) -> None:
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, fixed, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     found = {"kernel": kernel.__name__, "shared": built.metadata.shared, "cp_async": ptx.count("cp.async.c")}
+    found |= {"ahead": loaded_ahead(built.asm["ttir"]), **resources(log.getvalue())}
     found |= {"float8": ptx.count("e4m3x2"), "transposed": ptx.count("x4.trans.shared"), **overlap_of(ptx)}
     print(json.dumps(found | {"mma": ptx.count("mma.sync"), "wgmma": ptx.count("wgmma")}), flush=True)
 
@@ -69,5 +108,6 @@ def build_step(slots: int, dtype: torch.dtype, cache_dtype: torch.dtype | None =
 if __name__ == "__main__":
     launch_cache.Launcher.__call__ = build
     overlap.can_overlap = lambda device: True
+    triton.knobs.nvidia.dump_ptxas_log = True
     for number in sys.argv[1].split(","):
         build_step(int(number), *(getattr(torch, name) for name in sys.argv[2:]))

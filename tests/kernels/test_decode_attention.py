@@ -62,6 +62,22 @@ def test_keys_of_8_bits_are_read_exactly(songs, monkeypatch):
     _attends(*rows_and_keys(COUNTS[-songs:], "cpu", torch.float8_e4m3fn))
 
 
+@pytest.mark.parametrize("own", ["first", "last", "not listed"])
+@pytest.mark.parametrize(("parts", "lines"), [(2, 64), (4, 4), (8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_lists_longer_than_the_first_blocks_of_all_parts(dtype, parts, lines, own, monkeypatch):
+    """With the place that the kernel before has just written in the first block of a part, or behind it."""
+    monkeypatch.setattr(decode, "_PROGRAMS", parts * 3 * HEADS)
+    monkeypatch.setattr(decode, "_TILE", 16 * DIM * dtype.itemsize)  # 16 places
+    monkeypatch.setattr(decode, "_LINES", lines)
+    rows, keys = rows_and_keys([63, 280, 2], "cpu", dtype)
+    assert rows._splits == parts
+    for song, count in enumerate(rows.count.tolist()):
+        if own != "not listed":
+            rows.place[song] = rows.list[song, 0 if own == "first" else count - 1]
+    _attends(rows, keys)
+
+
 @pytest.mark.parametrize(("shares", "heads"), [(3, 1), (3, 2), (3, 4), (60, 4)])
 def test_tensor_cores_attend_to_keys_of_8_bits(shares, heads, monkeypatch):
     """Queries of 16 bits: all is exact, up to float32, but that weights are rounded to float16."""

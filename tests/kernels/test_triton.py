@@ -197,12 +197,13 @@ def test_padding_gets_zero_and_matters_to_nobody(phase):
     check_padding(getattr(Backend(packed), phase), phase, packed, dim=32)
 
 
-def test_any_strides():
+@pytest.mark.parametrize("phase", PHASES)
+def test_any_strides(phase):
     """As the model makes them (heads inside), channels not contiguous, rows expanded, odd offsets."""
     packed = case("rows").structure.to(DEVICE)
-    inputs = random_inputs("update", packed, torch.float32, dim=32)
+    inputs = random_inputs(phase, packed, torch.float32, dim=32)
     q, k, v, k2, v2, cotangent = inputs
-    attend = Backend(packed).update
+    attend = getattr(Backend(packed), phase)
     expected = outputs_and_gradients(attend, inputs)
     joint = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, N, 3, H, D]
     views = [*joint.permute(2, 0, 3, 1, 4).unbind(0)]

@@ -19,6 +19,8 @@ _TOKENS = 8192  # that a program compares at once
 class FusedStep(Step):
     """`Step` for a model that `fused.has_kernels`; arguments and attributes are the same."""
 
+    recorded = 8  # more take longer to record than they save
+
     def __init__(self, model: MeloFormer, *arguments, **named):
         super().__init__(model, *arguments, forward=FusedForward, **named)
         config, device = model.config, model.device

@@ -26,7 +26,6 @@ CACHE_DTYPES = {"model": None, "fp8": torch.float8_e4m3fn}
 MAX_SLOTS = 64
 TOKENS_A_BAR, LEAST_BARS = 16, 128  # places for summaries: songs have four times as many tokens in a bar
 _ROOM = 256  # rooms are multiples
-_RECORDED = 8  # steps of a graph, and BLOCK of a multiple: to record more takes longer than they save
 FOR_CACHES = 0.7  # of the memory that is free
 _recording = Lock()  # to begin to record empties PyTorch's cache of memory, which no other recording survives
 
@@ -148,7 +147,7 @@ class Slots:
         max_context: the most tokens that the model sees at once.
         attention: name of the backend for passes over whole prompts, or "auto".
         slots: how many songs are written side by side at most.
-        graphs: whether a step is recorded as a CUDA graph; None: on a GPU.
+        graphs: whether steps are recorded as a CUDA graph; None: on a GPU.
         step: the kind of step; None: `step_for` the model.
         queues: by draft the tokens that come next whatever is drawn, for measurements.
         kept, cache_dtype: see `write_on_device`.
@@ -303,8 +302,10 @@ class Graph:
             self._graph = torch.cuda.CUDAGraph()
             # Another thread may write songs meanwhile: unless told otherwise, what it allocates ends this.
             with _recording, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                _repeat(step, _RECORDED)
+                _repeat(step, step.recorded)
             step.clear()
+        self._replays, rest = divmod(BLOCK, step.recorded)
+        assert not rest, "tokens of a block lie in the columns of one"
 
     def __call__(self) -> None:
-        _repeat(self._graph.replay, BLOCK // _RECORDED)
+        _repeat(self._graph.replay, self._replays)

@@ -44,6 +44,7 @@ class Step(SlotNumbers):
         UserError: the backend cannot be used, see `pick_attention`.
 
     Attributes:
+        recorded: how many steps a CUDA graph has, of which `BLOCK` is a multiple.
         pending: the last token of each song, which the model has not read.
         complete: bars whose summary is in the cache.
         full: 1 for songs that must begin anew with fewer tokens.
@@ -78,6 +79,8 @@ class Step(SlotNumbers):
         self.drawn = torch.full((slots, BLOCK), _NOTHING, dtype=torch.int64, device=device)
         self.column = torch.zeros((slots,), dtype=torch.int64, device=device)  # where the next token goes
         self.all.zero_()
+
+    recorded = 1
 
     @torch.inference_mode()
     def begin(
