@@ -7,7 +7,6 @@ kernel. Arguments: numbers of slots, separated by commas, a dtype, and that of t
 import contextlib
 import io
 import json
-import re
 import sys
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from meloformer.generation.device.fused_step import FusedStep
 from meloformer.kernels import launch_cache, overlap
 from meloformer.model.transformer import SIZES, MeloFormer
 
-from helpers.fake_gpu import overlap_of, resources
+from helpers.fake_gpu import loaded_ahead, overlap_of, resources
 
 NAMES = {
     torch.bfloat16: "*bf16",
@@ -32,39 +31,6 @@ NAMES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-
-
-def loaded_ahead(ttir: str) -> dict[str, list[str]]:
-    """By tensor, an argument of the kernel, that is loaded ahead of the first wait: from which others it
-    depends what of it is loaded, by addresses and masks."""
-    operands: dict[str, list[str]] = {}
-
-    def arguments(names: list[str], seen: set[str]) -> set[str]:
-        found: set[str] = set()
-        for name in set(names) - seen:
-            seen.add(name)
-            if name in operands:
-                found |= arguments(operands[name], seen)
-            elif name.endswith("_ptr"):
-                found.add(name[1:])
-        return found
-
-    def tensor(name: str) -> str:  # the pointer is the first operand of whatever computes an address
-        while name in operands:
-            name = operands[name][0]
-        return name[1:]
-
-    loaded: dict[str, set[str]] = {}
-    for line in ttir.split("griddepcontrol.wait")[0].splitlines():
-        if found := re.match(r"\s*(%\w+)(?::\d+)? = (.*?)(?: loc\(|$)", line):
-            name, operation = found.groups()
-            names = re.findall(r"%\w+", operation)
-            if operation.startswith("tt.load"):
-                of = tensor(names[0])
-                loaded.setdefault(of, set()).update(arguments(names, set()) - {of})
-            if names:
-                operands[name] = names
-    return {name: sorted(others) for name, others in sorted(loaded.items())}
 
 
 def build(self, programs, tensors, numbers, **constants) -> None:

@@ -64,7 +64,10 @@ class FakeDriver:
         self._log.seek(0)
         self._log.truncate()
         ptx = max(self._cache.glob(f"*/{name}.ptx"), key=lambda path: path.stat().st_mtime_ns)
-        self.builds.append({"kernel": name, "shared": shared, **resources(log), **emitted(ptx.read_text())})
+        found = {"kernel": name, "shared": shared, **resources(log), **emitted(ptx.read_text())}
+        if (ttir := ptx.with_suffix(".ttir")).exists():  # kernels in Gluon have none
+            found["ahead"] = loaded_ahead(ttir.read_text())
+        self.builds.append(found)
         return "a module", name, 0, 0, 1024
 
     def launcher_cls(self, source, metadata) -> Callable[..., None]:
@@ -105,6 +108,39 @@ def overlap_of(ptx: str) -> dict:
         "reads_ahead": before.count("ld.global"),
         "writes_ahead": len(re.findall(r"\b(?:st|atom|red)\.global", before)),
     }
+
+
+def loaded_ahead(ttir: str) -> dict[str, list[str]]:
+    """By tensor, an argument of the kernel, that is loaded ahead of the first wait: from which others it
+    depends what of it is loaded, by addresses and masks."""
+    operands: dict[str, list[str]] = {}
+
+    def arguments(names: list[str], seen: set[str]) -> set[str]:
+        found: set[str] = set()
+        for name in set(names) - seen:
+            seen.add(name)
+            if name in operands:
+                found |= arguments(operands[name], seen)
+            elif name.endswith("_ptr"):
+                found.add(name[1:])
+        return found
+
+    def tensor(name: str) -> str:  # the pointer is the first operand of whatever computes an address
+        while name in operands:
+            name = operands[name][0]
+        return name[1:]
+
+    loaded: dict[str, set[str]] = {}
+    for line in ttir.split("griddepcontrol.wait")[0].splitlines():
+        if found := re.match(r"\s*(%\w+)(?::\d+)? = (.*?)(?: loc\(|$)", line):
+            name, operation = found.groups()
+            names = re.findall(r"%\w+", operation)
+            if operation.startswith("tt.load"):
+                of = tensor(names[0])
+                loaded.setdefault(of, set()).update(arguments(names, set()) - {of})
+            if names:
+                operands[name] = names
+    return {name: sorted(others) for name, others in sorted(loaded.items())}
 
 
 def programs_at_once(build: dict, arch: int) -> int:

@@ -29,6 +29,14 @@ def test_the_gathered_keys_are_copied_asynchronously_and_products_are_fused():
     assert near["cp_async"] == far["cp_async"]
 
 
+# What the first pass writes, by kernel; besides parts of split blocks.
+WRITTEN = {
+    "forward_kernel": {"o_ptr", "lse_ptr"},
+    "query_gradient_kernel": {"dq_ptr", "stats_ptr"},
+    "key_gradient_kernel": {"dk_s_ptr", "dv_s_ptr", "dk_r_ptr", "dv_r_ptr"},
+}
+
+
 def check_overlap(builds, arch):
     """Kernels of a first pass read nothing before they wait for what was launched before; those of a second
     pass, which come next, do, and write nothing."""
@@ -41,6 +49,10 @@ def check_overlap(builds, arch):
             assert build["starts_next"] == 1 and build["starts_next_ahead"] == 0, build
         else:  # once where it needs what the first one left, and once for programs without work
             assert build["waits"] == 2 and build["reads_ahead"] > 0 == build["writes_ahead"], build
+            assert {"q_ptr", "items_ptr", "gathered_ptr"} <= {*build["ahead"]}, build
+            assert not {*build["ahead"]} & (WRITTEN[build["kernel"]] | {"partials_ptr", "counters_ptr"}), (
+                build
+            )
 
 
 @pytest.mark.builds
