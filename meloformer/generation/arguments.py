@@ -185,7 +185,7 @@ def parse_each(flag: str, text: str | None, parse: Callable[[str, str], Value]) 
     for entry in () if text is None else text.split(","):
         name, _, value = entry.strip().rpartition(" ")
         if not name:
-            raise UserError(f"{flag}: '{entry.strip()}' is no instrument followed by a value")
+            raise UserError(f"{flag}: '{entry.strip()}' is no instrument, a space and a value (see --help)")
         instrument = parse_instrument(name, flag)
         if instrument in found:
             raise UserError(f"{flag}: {instrument_name(instrument)} is named twice")

@@ -66,7 +66,7 @@ def test_every_way_to_draw_is_read():
         (["--chords", "C H"], "'H'"),
         (["--key", "A moll"], "--key"),
         (["--strict_key"], "needs --key"),
-        (["--register", "bass"], "'bass' is no instrument followed by"),
+        (["--register", "bass"], "'bass' is no instrument, a space and a value"),
         (["--register", "bass G3-E1"], "'G3-E1'"),
         (["--register", "bass 20-200"], "'20-200'"),
         (["--register", "bass 1-2, 33 3-4"], "twice"),
