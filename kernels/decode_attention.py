@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .decode_products import EARLY, LATE, begin, near_end
 from .overlap import let_next_start, wait_for_previous
-from .tiles import LOWEST
+from .tiles import LOWEST, merge
 
 _EARLY, _LATE = tl.constexpr(EARLY), tl.constexpr(LATE)
 _DOT_COLUMNS = tl.constexpr(8)  # of a product: any more, and wgmma would compute it, see `decode`
@@ -231,10 +231,7 @@ def attend_kernel(
             q, keys_ptr, list_ptr, offs_hd, apart, count, (split + SPLITS) * BLOCK, count, SPLITS * BLOCK,
             HEADS * DIM, BLOCK, LINES, STAGES,
         )  # fmt: skip
-        new_peak = tl.maximum(peak, more_peak)
-        kept, more = tl.exp2(peak - new_peak), tl.exp2(more_peak - new_peak)
-        o, total = o * kept[:, None] + more_o * more[:, None], total * kept + more_total * more
-        peak = new_peak
+        o, peak, total = merge(o, peak, total, more_o, more_peak, more_total)
     if SPLITS == 1:
         _store_out(out_ptr, row, channel, o, total)
     else:

@@ -10,13 +10,13 @@ CANDIDATES, TILES, MASKED, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexp
 GROUPS = 5
 NEEDS = ITEM_COUNTS.value + GROUPS
 
-FEW = tl.constexpr(16)  # tiles: splits of fewer cost more than the better balance gains
+_FEW = tl.constexpr(16)  # tiles: splits of fewer cost more than the better balance gains
 # Blocks that a GPU computes at once for 8 heads, with registers for gradients of queries or of keys.
-AT_ONCE, AT_ONCE_BY_KEYS = tl.constexpr(64), tl.constexpr(40)
+_AT_ONCE, _AT_ONCE_BY_KEYS = tl.constexpr(64), tl.constexpr(40)
 
 
 @triton.jit
-def limits(tiles, batch, split, BY_KEYS):
+def limits(tiles, batch, split, by_keys):
     """From how many tiles on a block is long, and the most that an item has.
 
     A block of more tiles than there are for each of the blocks that are computed at once takes longer than
@@ -26,10 +26,11 @@ def limits(tiles, batch, split, BY_KEYS):
     Args:
         tiles: of all blocks.
         split: the most tiles of an item, whatever they are; or 0.
+        by_keys: whether the blocks are of keys.
     """
-    at_once = tl.where(BY_KEYS, AT_ONCE_BY_KEYS, AT_ONCE)
-    most = tl.where(split > 0, split, tl.maximum(tiles // at_once, FEW))
-    return tl.maximum(tiles // (at_once * batch), FEW), most
+    at_once = tl.where(by_keys, _AT_ONCE_BY_KEYS, _AT_ONCE)
+    most = tl.where(split > 0, split, tl.maximum(tiles // at_once, _FEW))
+    return tl.maximum(tiles // (at_once * batch), _FEW), most
 
 
 @triton.jit

@@ -31,13 +31,13 @@ def gather(sources: list[Path]) -> dict:
         UserError: a run has not finished, or they cannot be compared: they must differ in attention, kind
             rule or seed, and in nothing else.
     """
-    runs, toys = [], {}
+    runs, toy = [], None
     for source in sources:
         if source.is_file():
             result = load(source, FORMAT, "benchmarks.learning")
             shared = {"settings": result["settings"], "origin": result["origin"]}
             runs += [run | shared for run in result["runs"]]
-            toys = toys or {name: value for name, value in result.items() if name == "toy"}
+            toy = toy or result.get("toy")
         else:
             runs.append(read_run(source))
     first, *others = runs
@@ -65,7 +65,7 @@ def gather(sources: list[Path]) -> dict:
         "settings": first["settings"],
         "origin": first["origin"],
         "runs": [{k: v for k, v in run.items() if k not in ("settings", "origin")} for run in runs],
-        **toys,
+        **({"toy": toy} if toy else {}),
     }
 
 

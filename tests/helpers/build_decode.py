@@ -74,6 +74,6 @@ def build_step(slots: int, dtype: torch.dtype, cache_dtype: torch.dtype | None =
 if __name__ == "__main__":
     launch_cache.Launcher.__call__ = build
     overlap.can_overlap = lambda device: True
-    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for number in sys.argv[1].split(","):
         build_step(int(number), *(getattr(torch, name) for name in sys.argv[2:]))

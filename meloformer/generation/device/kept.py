@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 class SlotSet(NamedTuple):
     """Slots that songs can be begun in.
 
-    run: calls `step` `BLOCK` times, or launches the graphs that it was recorded as.
+    run: calls `step` `BLOCK` times, or launches as many steps as graphs.
     shape: that was asked for; there may have been memory for fewer slots.
     weights: as `weights_of` the model was when they were made.
     """

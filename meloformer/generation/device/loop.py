@@ -292,20 +292,19 @@ class Graph:
     """
 
     def __init__(self, step: Step):
+        self._replays, rest = divmod(BLOCK, step.recorded)
+        assert not rest, "a block begins in the first column, as its tokens are read"
         with torch.cuda.device(step.all.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(3):  # what is made at the first calls alone must not be recorded
-                    step()
+                _repeat(step, 3)  # what is made at the first calls alone must not be recorded
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             # Another thread may write songs meanwhile: unless told otherwise, what it allocates ends this.
             with _recording, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 _repeat(step, step.recorded)
             step.clear()
-        self._replays, rest = divmod(BLOCK, step.recorded)
-        assert not rest, "tokens of a block lie in the columns of one"
 
     def __call__(self) -> None:
         _repeat(self._graph.replay, self._replays)

@@ -53,6 +53,8 @@ class Step(SlotNumbers):
             column after the one before, the first one after the last.
     """
 
+    recorded = 1
+
     def __init__(
         self,
         model: MeloFormer,
@@ -79,8 +81,6 @@ class Step(SlotNumbers):
         self.drawn = torch.full((slots, BLOCK), _NOTHING, dtype=torch.int64, device=device)
         self.column = torch.zeros((slots,), dtype=torch.int64, device=device)  # where the next token goes
         self.all.zero_()
-
-    recorded = 1
 
     @torch.inference_mode()
     def begin(
