@@ -18,6 +18,7 @@ from benchmarks.common.failures import check_gpu
 from benchmarks.common.machine import describe
 from benchmarks.common.readme_section import update_section
 from benchmarks.common.results_file import load, save, write
+from benchmarks.training import inputs
 from benchmarks.training.chart import draw
 from benchmarks.training.measure import attempt
 from benchmarks.training.page import joined, measured_rows, page, readme_body
@@ -58,8 +59,8 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
         for attention in args.attention
         for rule in ([KIND_RULE] if attention == DENSE else args.kind_rules)
     ]
-    axes = args.sizes, args.lengths, attentions, args.checkpoint_activations
-    for size, length, (attention, kind_rule), recompute in itertools.product(*axes):
+    axes = args.sizes, args.lengths, attentions, args.checkpoint_activations, args.inputs
+    for size, length, (attention, kind_rule), recompute, read in itertools.product(*axes):
         config = TrainConfig(
             data_dir=str(folder),
             model_size=size,
@@ -82,7 +83,9 @@ def measure_all(args: argparse.Namespace, folder: Path, job: Job, path: Path) ->
             "checkpoint_activations": recompute,
             "gpus": job.world,
         }
-        row |= attempt(config, shards, job, args.warmup, args.steps)
+        if read in inputs.WITHOUT:
+            row["without"] = inputs.WITHOUT[read]
+        row |= attempt(config, shards, job, args.warmup, args.steps, read)
         result["rows"].append(row)
         if job.is_rank0:
             print(json.dumps(row), flush=True)
@@ -155,6 +158,14 @@ def make_parser() -> cli.Parser:
         default="24576",
         metavar="N,N",
         help="tokens per row",
+    )
+    add(
+        "--inputs",
+        type=_listed([inputs.ALL, inputs.TOKENS]),
+        default=inputs.ALL,
+        metavar="A,B",
+        help="what the model reads: all, or of the tokens their ids and instruments alone; both show what "
+        "input features and musical time cost",
     )
     add(
         "--checkpoint_activations",

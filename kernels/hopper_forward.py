@@ -39,8 +39,8 @@ from .tiles import (
     keys_of_head,
     last_to_arrive,
     merge,
-    start_pass,
-    wait_for_first_pass,
+    start_kernel,
+    wait_at_last,
 )
 
 
@@ -215,7 +215,7 @@ def _consume(
         l_i = gl.convert_layout(l_i, OF_CHANNELS, assert_trivial=True)
         offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))
-        wait_for_first_pass(False, OVERLAPS)
+        wait_at_last(False, OVERLAPS)
         slot = gl.load(pair_ptr + 3)
         complete = slot < 0
         if slot >= 0:
@@ -272,7 +272,7 @@ def hopper_forward_kernel(
     """Two blocks of 64 queries of one head, an item of `plan_pairs`; arguments and results are those of
     `update_forward.forward_kernel`. Of a pair that is split, `partials` holds both blocks in turn.
     """
-    start_pass(False, OVERLAPS)
+    start_kernel(False, OVERLAPS)
     RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_ptr.dtype.element_ty)
     k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
     v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
@@ -303,4 +303,4 @@ def hopper_forward_kernel(
         [WARPS, WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
-    wait_for_first_pass(False, OVERLAPS)
+    wait_at_last(False, OVERLAPS)

@@ -24,8 +24,8 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
-    start_pass,
-    wait_for_first_pass,
+    start_kernel,
+    wait_at_last,
 )
 
 
@@ -160,7 +160,7 @@ def _consume(
 
         offs_m = gl.arange(0, BLOCK, OF_CHANNELS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
-        wait_for_first_pass(FIRST, OVERLAPS)
+        wait_at_last(False, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (2 * BLOCK * D)
@@ -202,7 +202,7 @@ def hopper_key_gradient_kernel(
     LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the 64 keys of one work item of one head: see `update_backward.key_gradient_kernel`."""
-    start_pass(FIRST, OVERLAPS)
+    start_kernel(False, OVERLAPS)
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -234,4 +234,4 @@ def hopper_key_gradient_kernel(
         [WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-    wait_for_first_pass(FIRST, OVERLAPS)
+    wait_at_last(False, OVERLAPS)

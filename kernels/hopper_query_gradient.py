@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ring import WARPS, copy_tiles, load_words, ring_barriers, ring_slot, seen
+from .overlap import let_next_read
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -23,8 +24,8 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
-    start_pass,
-    wait_for_first_pass,
+    start_query_gradient,
+    wait_at_last,
 )
 
 
@@ -122,6 +123,7 @@ def _consume(
             keep = (row >= 0) & (begin == 0)
             gl.store(stats_ptr + query * 2, row_lse, mask=keep)
             gl.store(stats_ptr + query * 2 + 1, row_delta, mask=keep)
+            let_next_read(OVERLAPS)
         lse, delta = gl.convert_layout(row_lse, OF_KEYS), gl.convert_layout(row_delta, OF_KEYS)
 
         dq = gl.zeros([BLOCK, D], gl.float32, CHANNELS)
@@ -139,7 +141,7 @@ def _consume(
 
         offs_c = gl.arange(0, BLOCK, gl.SliceLayout(1, CHANNELS))
         offs_d = gl.arange(0, D, gl.SliceLayout(0, CHANNELS))[None, :]
-        wait_for_first_pass(FIRST, OVERLAPS)
+        wait_at_last(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(gl.int64) * heads + h) * (BLOCK * D)
@@ -174,7 +176,7 @@ def hopper_query_gradient_kernel(
     LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq of the 64 queries of one work item of one head: see `update_backward.query_gradient_kernel`."""
-    start_pass(FIRST, OVERLAPS)
+    start_query_gradient(FIRST, OVERLAPS)
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, D], RING)
@@ -203,4 +205,4 @@ def hopper_query_gradient_kernel(
         [WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-    wait_for_first_pass(FIRST, OVERLAPS)
+    wait_at_last(FIRST, OVERLAPS)

@@ -154,8 +154,12 @@ def launches_for(device: torch.device, dtype: torch.dtype, head_dim: int, progra
     """
     if _override:
         return _override[-1]
-    few = programs <= _FEW_PROGRAMS * multiprocessors(device)
-    return _chosen(device, dtype, head_dim, few)
+    return _chosen(device, dtype, head_dim, are_few(programs, device))
+
+
+def are_few(programs: int, device: torch.device) -> bool:
+    """Whether all programs of a kernel run at once, or nearly so."""
+    return programs <= _FEW_PROGRAMS * multiprocessors(device)
 
 
 @contextmanager

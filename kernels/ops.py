@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import overlap
-from .launch import Launch, Specialized, launches_for
+from .launch import Launch, Specialized, are_few, launches_for
 from .launch_cache import Launcher
 from .operators import register, register_gradient
 from .plan import BLOCK
@@ -130,10 +130,17 @@ def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     gradients = tuple(map(_empty_like, run.inputs))
     do, stats = _addressable(do), lse.new_empty(*lse.shape, 2)
     o, lse = _with_output_strides(o, run.inputs[0]), lse.contiguous()
-    for same_inst in (False, True):
+    def of_queries(same_inst: bool) -> None:
         run.query_gradient(gradients[0], o, lse, do, stats, same_inst)
-    for same_inst in (False, True):
+
+    def of_keys(same_inst: bool) -> None:
         run.key_gradients(gradients[1:], do, stats, same_inst)
+
+    # Those of queries are short, and fill what others leave of the GPU where they cannot all run at once.
+    of_queries(False)
+    for launch, same_inst in ((of_queries, True), (of_keys, False)) if run.few else ((of_keys, False), (of_queries, True)):
+        launch(same_inst)
+    of_keys(True)
     return gradients
 
 
@@ -161,13 +168,14 @@ class Update:
         self.k_blocks = self.q_blocks + -(-self.summaries // BLOCK)
         self.items = plan[3].shape[1]
         self.slots = self.items - self.batch * self.k_blocks
-        # Partial results of split blocks, at most dk and dv; and a counter per slot, head and program, which
-        # every launch leaves as zero. The second pass waits for the first one before it touches either. Both
-        # are of this call alone: others may run beside it, on another stream.
+        # Partial results of split blocks, at most dk and dv; and a counter per slot, head and program. No
+        # kernel touches either before the one before it has ended.
         partial = 2 * BLOCK * (self.dim + 2)
         self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
-        self.counters = plan[3].new_zeros(self.slots * self.heads * (BLOCK // 16))
-        self.launches = launches_for(q.device, q.dtype, self.dim, self.batch * self.q_blocks * self.heads)
+        self.counters = _zeros(self.slots * self.heads * (BLOCK // 16), q.device)
+        programs = self.batch * self.q_blocks * self.heads
+        self.few = are_few(programs, q.device)
+        self.launches = launches_for(q.device, q.dtype, self.dim, programs)
         self.scale = self.dim**-0.5
         self.strides = _strides(*self.inputs)
         self.overlaps = overlap.can_overlap(q.device)
@@ -260,6 +268,26 @@ class Update:
         programs = (batch * -(-blocks // 2) + self.slots) * self.heads
         first_block = batch * (blocks + self.k_blocks)
         return (programs,), (self.summaries, blocks, first_block, PAIRS.value, self.items)
+
+
+_kept_zeros: dict[tuple[torch.device, int], Tensor] = {}  # of a stream
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """Int32 [count or more] for kernels that leave it as they found it: to fill it anew for each call is a
+    launch more, which the kernels of a short row would wait for.
+
+    It belongs to the current stream, whose kernels use it one after the other. A CUDA graph has zeros of its
+    own, since it may be replayed on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    found = _kept_zeros.get(key)
+    if found is None or len(found) < count:
+        room = 1 << (count - 1).bit_length() if count else 0
+        found = _kept_zeros[key] = torch.zeros(room, dtype=torch.int32, device=device)
+    return found
 
 
 @cache

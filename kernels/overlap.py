@@ -32,6 +32,17 @@ def let_next_start(OVERLAPS: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def let_next_read(OVERLAPS: tl.constexpr):
+    """As `let_next_start`; what any thread of the program wrote before it is there for the next kernel."""
+    if OVERLAPS:
+        tl.debug_barrier()  # the first thread of a program to let the next start does so for all
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def options(overlaps: int) -> dict[str, bool]:
     """Of the compiler, for a kernel that waits, if it is told that launches overlap."""
     return {"launch_pdl": True} if overlaps else {}

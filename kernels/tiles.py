@@ -38,19 +38,28 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def start_pass(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
-    """First of all in a kernel. With OVERLAPS the second pass starts while the first one ends: it reads what
-    both were given, which is there because the first one waits for it, and needs what that one left at its
-    own end alone."""
-    wait_for_previous(OVERLAPS and FIRST)
+def start_kernel(WAITS: tl.constexpr, OVERLAPS: tl.constexpr):
+    """First of all in a kernel. With OVERLAPS those of an operator start while the one before them ends: they
+    read what the operator was given, which is there because the first of them WAITS for it, and need what
+    others left at their own end alone."""
+    wait_for_previous(OVERLAPS and WAITS)
     let_next_start(OVERLAPS)
 
 
 @triton.jit
-def wait_for_first_pass(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
-    """In the second pass before anything that the first one writes is read or written, partial results and
-    counters too; and at the end of each program, so that whoever waits for this pass waits for both."""
-    wait_for_previous(OVERLAPS and not FIRST)
+def start_query_gradient(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
+    """As `start_kernel`, in the gradient of queries. Those of keys need two numbers of each query that its
+    first pass finds, and no more of it: it lets the next kernel start when these are stored."""
+    wait_for_previous(OVERLAPS and FIRST)
+    let_next_start(OVERLAPS and not FIRST)
+
+
+@triton.jit
+def wait_at_last(WAITED: tl.constexpr, OVERLAPS: tl.constexpr):
+    """In a kernel that has not WAITED: before it reads or writes anything that those before it write, partial
+    results and counters too; and at the end of each program, so that whoever waits for this kernel waits for
+    those before it, too."""
+    wait_for_previous(OVERLAPS and not WAITED)
 
 
 @triton.jit

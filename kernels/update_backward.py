@@ -13,6 +13,7 @@ x made from an accumulator was miscompiled by Triton 3.4 to 3.7.0 on Hopper.
 import triton
 import triton.language as tl
 
+from .overlap import let_next_read
 from .tiles import (
     BLOCK,
     GEOMETRY,
@@ -22,9 +23,10 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
-    start_pass,
+    start_kernel,
+    start_query_gradient,
     tile_mask,
-    wait_for_first_pass,
+    wait_at_last,
 )
 
 
@@ -72,7 +74,7 @@ def query_gradient_kernel(
     float32 [slots, H, 64, D].
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
-    start_pass(FIRST, OVERLAPS)
+    start_query_gradient(FIRST, OVERLAPS)
     (
         head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
     ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip
@@ -94,6 +96,7 @@ def query_gradient_kernel(
             if begin == 0:
                 tl.store(stats_ptr + stats_offs * 2, lse, mask=m_mask)
                 tl.store(stats_ptr + stats_offs * 2 + 1, delta, mask=m_mask)
+            let_next_read(OVERLAPS)
 
         keys, key_strides = keys_of_head(
             (k_s_ptr, v_s_ptr, k_r_ptr, v_r_ptr),
@@ -114,7 +117,7 @@ def query_gradient_kernel(
             False, FIRST, BN, PRECISION, STAGES,
         )  # fmt: skip
         dq *= softmax_scale
-        wait_for_first_pass(FIRST, OVERLAPS)
+        wait_at_last(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (BLOCK * D)
@@ -132,7 +135,7 @@ def query_gradient_kernel(
             if not FIRST:
                 dq += tl.load(dq_ptr + dq_offs).to(tl.float32)
             tl.store(dq_ptr + dq_offs, dq.to(dq_ptr.dtype.element_ty), mask=m_mask[:, None])
-    wait_for_first_pass(FIRST, OVERLAPS)
+    wait_at_last(FIRST, OVERLAPS)
 
 
 @triton.jit
@@ -187,10 +190,11 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """dk and dv of BM keys of one work item of one head; dv has the strides of dk.
 
-    See `update_forward.forward_kernel`. `partials` is float32 [slots, H, 2, 64, D]: dk, then dv.
+    See `update_forward.forward_kernel`. `partials` is float32 [slots, H, 2, 64, D]: dk, then dv. With
+    OVERLAPS both passes start when all `stats` are stored, see `tiles.start_query_gradient`.
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
-    start_pass(FIRST, OVERLAPS)
+    start_kernel(False, OVERLAPS)
     (
         head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
     ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip
@@ -227,7 +231,7 @@ def key_gradient_kernel(
         )  # fmt: skip
         dk *= softmax_scale
         m_mask = (token >= 0)[:, None]
-        wait_for_first_pass(FIRST, OVERLAPS)
+        wait_at_last(False, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             partial_ptr = partials_ptr + (slot.to(tl.int64) * heads + h) * (2 * BLOCK * D)
@@ -251,4 +255,4 @@ def key_gradient_kernel(
             else:
                 offs = b * dk_r_strides[0] + h * dk_r_strides[1] + key * dk_r_strides[2] + offs_d[None, :]
                 _store_key_gradients(dk, dv, dk_r_ptr, dv_r_ptr, offs, m_mask, FIRST)
-    wait_for_first_pass(FIRST, OVERLAPS)
+    wait_at_last(False, OVERLAPS)

@@ -23,9 +23,9 @@ from .tiles import (
     load_item,
     load_split,
     merge,
-    start_pass,
+    start_kernel,
     tile_mask,
-    wait_for_first_pass,
+    wait_at_last,
 )
 
 
@@ -85,7 +85,7 @@ def forward_kernel(
     [slots, H, 64 * (D + 2)]: of a split block acc, then m_i, then l_i. `counters` are zeros, and are left so.
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
-    start_pass(FIRST, OVERLAPS)
+    start_kernel(FIRST, OVERLAPS)
     (
         head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
     ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip
@@ -119,7 +119,7 @@ def forward_kernel(
             end - border, summaries, scale, offs_m, offs_n, offs_d,
             False, FIRST, BN, PRECISION, STAGES,
         )  # fmt: skip
-        wait_for_first_pass(FIRST, OVERLAPS)
+        wait_at_last(FIRST, OVERLAPS)
         complete = slot < 0
         if slot >= 0:
             size = BLOCK * (D + 2)
@@ -150,4 +150,4 @@ def forward_kernel(
             o = acc / l_i[:, None]
             tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=m_mask[:, None])
             tl.store(lse_ptrs, tl.where(fully_masked, float("-inf"), m_i + tl.log2(l_i)), mask=m_mask)
-    wait_for_first_pass(FIRST, OVERLAPS)
+    wait_at_last(FIRST, OVERLAPS)

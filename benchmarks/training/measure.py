@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.common.compile_counts import count_compilations
 from benchmarks.common.failures import free_memory, one_line
+from benchmarks.training import inputs
 from benchmarks.training.kernel_times import kernel_times
 from meloformer.data.batches import Batch, PackedSongs, State
 from meloformer.data.shards import ShardSet
@@ -32,9 +33,9 @@ PROFILED_STEPS = 2
 class Run:
     """One combination of settings and its training steps, over an endless stream of batches."""
 
-    def __init__(self, config: TrainConfig, shards: ShardSet, job: Job):
+    def __init__(self, config: TrainConfig, shards: ShardSet, job: Job, read: str = inputs.ALL):
         self.config, self.job = config, job
-        model = chosen_model(config, SIZES[config.model_size])
+        model = inputs.read_by(chosen_model(config, SIZES[config.model_size]), read)
         limits = {"max_seq_len": config.max_seq_len, "max_bars": config.max_bars}
         limits |= {"kind_rule": model.kind_rule, "near_bars": model.near_bars}
         limits |= {"fixed_num_summaries": config.fixed_num_summaries}
@@ -116,12 +117,20 @@ def full_batches(data: PackedSongs, rows: int, job: Job) -> Iterator[tuple[Batch
         yield data.batch(0, data.rows_by_rank(0, group, job.world)[job.rank]), State()
 
 
-def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int) -> dict:
+def measure(
+    config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int, read: str = inputs.ALL
+) -> dict:
     """The figures of one row, as JSON values.
 
     Args:
         warmup: the number of consecutive steps that must compile nothing before `steps` are measured.
+        read: what the model reads of a token, see `inputs`.
     """
+    with inputs.computing(read):
+        return _measure(config, shards, job, warmup, steps, read)
+
+
+def _measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int, read: str) -> dict:
     torch._dynamo.reset()  # rows share code, and PyTorch limits its compiled versions
     free_memory()
     cuda = job.device.type == "cuda"
@@ -129,7 +138,7 @@ def measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
         torch.cuda.reset_peak_memory_stats(job.device)
     begun = time.perf_counter()
     with count_compilations() as compiled:
-        run = Run(config, shards, job)
+        run = Run(config, shards, job, read)
         try:
             run.steps(1)
             first = time.perf_counter() - begun
@@ -176,7 +185,9 @@ def _sum(job: Job, counts: dict[str, int]) -> dict[str, int]:
     return dict(zip(counts, total))
 
 
-def attempt(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int) -> dict:
+def attempt(
+    config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int, read: str = inputs.ALL
+) -> dict:
     """The figures of `measure`, or the reason why it failed: the other rows go on.
 
     When out of memory, it is tried again with half the rows per batch, down to one.
@@ -188,7 +199,7 @@ def attempt(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps:
     while True:
         rows = {"rows_per_batch": config.batch_size}
         try:
-            return rows | measure(config, shards, job, warmup, steps)
+            return rows | measure(config, shards, job, warmup, steps, read)
         except Exception as error:
             no_memory = is_out_of_memory(error)
             if job.world > 1 and no_memory:

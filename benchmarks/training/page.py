@@ -13,6 +13,8 @@ MEANINGS = """\
   included; with several GPUs, of all of them together.
 - **Behind the attention** stand the kind rule (`--kind_rule`) and the near bars (`--near_bars`) where they
   are not those of the original scheme, `alike` and 0,1,2,4.
+- **no musical inputs**: the model reads of a token its id and its instrument alone, at its index
+  (`--inputs tokens`).
 - **Times dense, times flex**: tokens/s over those of dense, and of flex with the same kind rule, at the same
   size, length, number of GPUs and recomputation; over the fastest of them if there are several batch sizes.
 - **Rows per batch** are per GPU. Where memory is short, half as many are tried, and so on.

@@ -10,6 +10,8 @@ from benchmarks.training import measure as train_run
 from meloformer.composer import compose
 from meloformer.data.shards import ShardSet
 from meloformer.errors import UserError
+from meloformer.model import transformer
+from meloformer.model.inputs import TABLE_SIZES, ChordGuesses
 from meloformer.model.transformer import SIZES
 from meloformer.training import stepper
 
@@ -129,6 +131,25 @@ def test_kind_rules_have_rows_of_their_own_beside_one_dense_one(data, tmp_path):
     assert [line.split(" | ")[2] for line in table_rows(target.read_text(), "Speed")] == [
         "reference, near 0 1", "reference, next, near 0 1", "dense",
     ]  # fmt: skip
+
+
+def test_a_model_that_reads_tokens_alone_computes_nothing_else_of_them(data, tmp_path, monkeypatch):
+    read = []
+    real = transformer.read_context
+    monkeypatch.setattr(transformer, "read_context", lambda *x: read.append(1) or real(*x))
+    found = {}
+    for which in ("tokens", "all"):
+        target = tmp_path / f"{which}.md"
+        train.main([*QUICK, "--inputs", which, "--data_dir", str(data), "--output", str(target)])
+        (row,) = json.loads(target.with_suffix(".json").read_text())["rows"]
+        found[which] = row | {"reads": len(read)}
+    alone, whole = found["tokens"], found["all"]
+    assert alone["reads"] == 0 < whole["reads"]
+    features = sum(TABLE_SIZES) * TINY.dim
+    assert whole["parameters"] - alone["parameters"] == features + TINY.dim * len(ChordGuesses._fields)
+    assert alone["loss"] != whole["loss"]
+    (line,) = table_rows((tmp_path / "tokens.md").read_text(), "Speed")
+    assert "reference, any, near 0 1, no musical inputs" in line
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def test_gradients_of_unused_results_are_not_computed():
     packed = case("one_bar").structure.to(DEVICE)
     *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
     q, k, v, k2, v2 = (x.requires_grad_() for x in arguments)
-    o, lse = torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.finalize().tensors)
+    plan = Backend(packed).plan.finalize().tensors
+    o, lse = torch.ops.meloformer.update(q, k2, v2, k, v, *plan)
     assert o.requires_grad and not lse.requires_grad
 
 
@@ -66,5 +67,6 @@ def test_inputs_that_do_not_belong_together_are_refused(wrong):
     *arguments, _ = random_inputs("update", packed, torch.float32, dim=32)
     q, k, v, k2, v2 = arguments
     k = {"length": k[:, :, :-1], "heads": k[:, :1], "dtype": k.half()}[wrong]
+    plan = Backend(packed).plan.finalize().tensors
     with pytest.raises(ValueError, match="queries, keys and values"):
-        torch.ops.meloformer.update(q, k2, v2, k, v, *Backend(packed).plan.finalize().tensors)
+        torch.ops.meloformer.update(q, k2, v2, k, v, *plan)
