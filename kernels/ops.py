@@ -130,17 +130,23 @@ def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     gradients = tuple(map(_empty_like, run.inputs))
     do, stats = _addressable(do), lse.new_empty(*lse.shape, 2)
     o, lse = _with_output_strides(o, run.inputs[0]), lse.contiguous()
+
     def of_queries(same_inst: bool) -> None:
         run.query_gradient(gradients[0], o, lse, do, stats, same_inst)
 
     def of_keys(same_inst: bool) -> None:
         run.key_gradients(gradients[1:], do, stats, same_inst)
 
-    # Those of queries are short, and fill what others leave of the GPU where they cannot all run at once.
-    of_queries(False)
-    for launch, same_inst in ((of_queries, True), (of_keys, False)) if run.few else ((of_keys, False), (of_queries, True)):
-        launch(same_inst)
-    of_keys(True)
+    # All but the first start while others run. The order of the two in the middle is the one that was faster,
+    # see docs/attention.md.
+    of_queries(same_inst=False)
+    if run.few:
+        of_queries(same_inst=True)
+        of_keys(same_inst=False)
+    else:
+        of_keys(same_inst=False)
+        of_queries(same_inst=True)
+    of_keys(same_inst=True)
     return gradients
 
 
@@ -148,8 +154,12 @@ class Update:
     """The launches of the update phase on some inputs, with what they have in common.
 
     Every kernel runs once for each pass: the local pass writes its results, the same-instrument pass
-    (`same_inst`) continues or adds to them. It comes next, since where launches overlap it starts while the
-    local pass ends, see `tiles.start_pass`.
+    (`same_inst`), which comes later, continues or adds to them. Where launches overlap, only the local passes
+    of the forward and of the gradient of queries wait for all that was launched before, see
+    `tiles.start_kernel`.
+
+    Attributes:
+        few: whether all programs of a kernel run at once, or nearly so.
     """
 
     def __init__(self, inputs: Sequence[Tensor], plan: Sequence[Tensor]):

@@ -72,8 +72,11 @@ _NOTE_FAMILIES = (vocab.T, vocab.P, vocab.L, vocab.V)
 _SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
 
 
+Context = tuple[InputFeatures, ChordGuesses]
+
+
 @torch.no_grad()
-def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, ChordGuesses]:
+def read_context(ids_BN: Tensor, structure: Structure) -> Context:
     """Of packed rows, on the device of `ids_BN`; it never synchronizes with the host.
 
     Args:
@@ -103,6 +106,7 @@ class Scan:
         self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
+        self._last_of: dict[str, Tensor] = {}
 
     def is_of(self, family: vocab.Family) -> Tensor:
         return (self.ids >= family.start) & (self.ids < family.stop)
@@ -112,7 +116,9 @@ class Scan:
         return torch.where(marks, self.index, -1).cummax(dim=1).values
 
     def last_of(self, family: vocab.Family) -> Tensor:
-        return self.last(self.is_of(family))
+        if family.name not in self._last_of:
+            self._last_of[family.name] = self.last(self.is_of(family))
+        return self._last_of[family.name]
 
 
 class _ContextScan(Scan):
@@ -138,7 +144,7 @@ class _ContextScan(Scan):
             if family in _SPECIAL:
                 continue
             mine = self.is_of(family)
-            before = torch.nn.functional.pad(self.last(mine), (1, -1), value=-1)
+            before = torch.nn.functional.pad(self.last_of(family), (1, -1), value=-1)
             if family in _NOTE_FAMILIES:
                 first = self.group + 1
             else:

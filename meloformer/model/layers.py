@@ -41,29 +41,35 @@ def frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
     return theta ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
 
 
-class Embedding(nn.Embedding):
-    """Vectors in a dtype to which the table is rounded, as weights are before a product: fewer bytes move."""
+def sum_of_lookups(tables: Sequence[Tensor], ids: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of one row of each table [rows, E], for ids int64 [...] into each: [..., E], in a dtype that
+    tables are rounded to, as weights are before a product: fewer bytes move."""
+    return _SumOfLookups.apply(dtype, len(tables), *tables, *ids)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return _Lookup.apply(self.weight, ids, dtype)
 
-
-class _Lookup(torch.autograd.Function):
-    """The gradient is summed in the dtype of the table: thousands of tokens share one row, and a sum of so
+class _SumOfLookups(torch.autograd.Function):
+    """The gradients are summed in the dtype of the tables: thousands of tokens share one row, and a sum of so
     many in bfloat16 stands still."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.rows, ctx.dtype = len(table), table.dtype
-        return F.embedding(ids, table.to(dtype))
+    def forward(ctx, dtype: torch.dtype, number: int, *tables_and_ids: Tensor) -> Tensor:
+        tables, ids = tables_and_ids[:number], tables_and_ids[number:]
+        ctx.save_for_backward(*ids)
+        ctx.rows, ctx.dtype = [len(table) for table in tables], tables[0].dtype
+        first, *others = (F.embedding(of, table.to(dtype)) for table, of in zip(tables, ids, strict=True))
+        for other in others:
+            first += other
+        return first
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        refuse_second_gradients("Embedding")
-        (ids,) = ctx.saved_tensors
+    def backward(ctx, gradient: Tensor) -> tuple:
+        refuse_second_gradients("sum_of_lookups")
         gradient = gradient.to(ctx.dtype)
-        return torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.rows, -1, False), None, None
+        lookups = zip(ctx.saved_tensors, ctx.rows)
+        into = (
+            torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False) for ids, rows in lookups
+        )
+        return None, None, *into, *[None] * len(ctx.rows)
 
 
 class RMSNorm(nn.RMSNorm):

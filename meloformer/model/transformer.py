@@ -18,8 +18,8 @@ from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
 from ..tokens import vocab
-from .inputs import TABLE_SIZES, ChordGuesses, InputFeatures, read_context
-from .layers import DenseLayer, Embedding, Layer, RMSNorm, Rotary, recomputed
+from .inputs import TABLE_SIZES, ChordGuesses, Context, InputFeatures, read_context
+from .layers import DenseLayer, Layer, RMSNorm, Rotary, recomputed, sum_of_lookups
 
 INIT_STD = 0.02
 MAX_NEAR_BAR = 10_000  # beyond any song
@@ -134,10 +134,10 @@ class MeloFormer(nn.Module):
     def __init__(self, config: ModelConfig, recompute: str = "none"):
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.token_embedding = Embedding(config.padded_vocab_size, config.dim)
-        self.instrument_embedding = Embedding(NO_INSTRUMENT + 1, config.dim)
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.dim)
+        self.instrument_embedding = nn.Embedding(NO_INSTRUMENT + 1, config.dim)
         self.feature_embeddings = nn.ModuleDict(
-            {name: Embedding(getattr(TABLE_SIZES, name), config.dim) for name in config.features}
+            {name: nn.Embedding(getattr(TABLE_SIZES, name), config.dim) for name in config.features}
         )
         shape = config.dim, config.heads, config.ffn
         if config.dense:
@@ -199,8 +199,16 @@ class MeloFormer(nn.Module):
             raise ValueError(f"a dense model has no attention '{name}'")
         return CausalAttention(structure, self.device)
 
+    def read(self, ids_BN: Tensor, structure: Structure) -> Context:
+        """What `forward` computes first of tokens, by no weight: it can be made ahead, beside other work."""
+        return read_context(ids_BN, structure)
+
     def forward(
-        self, ids_BN: Tensor, structure: Structure, attention: Attention | CausalAttention | str = "auto"
+        self,
+        ids_BN: Tensor,
+        structure: Structure,
+        attention: Attention | CausalAttention | str = "auto",
+        context: Context | None = None,
     ) -> Tensor:
         """Logits of the next token, [B, N, V].
 
@@ -209,6 +217,7 @@ class MeloFormer(nn.Module):
             structure: of the same tokens; unless the model is dense, with its near_bars and kind_rule.
             attention: a name, or what `attention_for(structure)` returned (make it once per batch if
                 the model runs more than once on it, or is compiled).
+            context: what `read(ids_BN, structure)` returned, if it was called ahead.
 
         Rows and documents do not influence each other, nor does padding; its own logits mean nothing.
         """
@@ -221,7 +230,7 @@ class MeloFormer(nn.Module):
         if isinstance(attention, str):
             attention = self.attention_for(structure, attention)
 
-        features, guesses = read_context(ids_BN, structure)
+        features, guesses = self.read(ids_BN, structure) if context is None else context
         r_BNE = self.embed(ids_BN, structure.inst, features)
         recomputes = self.recompute == "layer" and torch.is_grad_enabled()
         run = recomputed if recomputes else _run
@@ -241,18 +250,19 @@ class MeloFormer(nn.Module):
         """What the first layer reads of the tokens: [B, N, E]."""
         # Streams are in the dtype that products are computed in: between layers nothing is done but to add
         # and to norm, both bound by memory.
-        dtype = self._compute_dtype()
-        r_BNE = self.token_embedding(ids_BN, dtype) + self.instrument_embedding(inst_BN, dtype)
-        for name, embedding in self.feature_embeddings.items():
-            r_BNE = r_BNE + embedding(getattr(features, name), dtype)
-        return r_BNE
+        ids = [ids_BN, inst_BN, *(getattr(features, name) for name in self.feature_embeddings)]
+        return sum_of_lookups(self._input_tables(), ids, self._compute_dtype())
+
+    def _input_tables(self) -> list[Tensor]:
+        tables = self.token_embedding, self.instrument_embedding, *self.feature_embeddings.values()
+        return [table.weight for table in tables]
 
     def input_table(self) -> tuple[Tensor, list[int]]:
         """What `embed` adds up, as one table [rows, E] without gradient, and at which row tokens, instruments
         and the features begin in it."""
-        tables = [self.token_embedding, self.instrument_embedding, *self.feature_embeddings.values()]
-        *first, _ = accumulate((len(table.weight) for table in tables), initial=0)
-        return torch.cat([table.weight.detach() for table in tables]), first
+        tables = self._input_tables()
+        *first, _ = accumulate(map(len, tables), initial=0)
+        return torch.cat([table.detach() for table in tables]), first
 
     def rotary_of_tokens(self, position_BN: Tensor, bar_BN: Tensor, onset_BN: Tensor) -> Rotary:
         """RoPE of regular tokens; `onset_BN` as in `InputFeatures`."""

@@ -24,6 +24,7 @@ from ..kernels.dense import CausalAttention
 from ..kernels.dense_choice import fastest_way
 from ..kernels.structure import Structure
 from ..model.device import pick_attention
+from ..model.inputs import Context
 from ..model.instrument_mask import forbidden_instruments
 from ..model.loss import weighted_loss
 from ..model.transformer import MeloFormer, ModelConfig
@@ -42,10 +43,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PreparedBatch(NamedTuple):
-    """A batch on the device, its attention, and the event a stream waits for before it uses them."""
+    """A batch on the device with all that does not depend on weights.
+
+    Attributes:
+        attention, context: for `MeloFormer.forward`.
+        forbidden: see `forbidden_instruments`.
+        ready: the event a stream waits for before it uses any of it.
+    """
 
     batch: Batch
     attention: Attention | CausalAttention
+    context: Context
+    forbidden: Tensor
     ready: torch.cuda.Event | None = None
 
 
@@ -115,7 +124,7 @@ class Stepper:
         return can if self._config.compile is None else self._config.compile
 
     def prepare(self, batch: Batch) -> PreparedBatch:
-        """Move a batch to the device and plan its attention, for `accumulate`.
+        """Move a batch to the device, plan its attention and read its context, for `accumulate`.
 
         On a GPU this runs on a stream of its own, beside the work on the batch before. It synchronizes only
         if the batch is on the device already.
@@ -129,12 +138,16 @@ class Stepper:
 
     def _prepare(self, batch: Batch) -> PreparedBatch:
         moved = batch.to(self._job.device, non_blocking=True)
-        if not self.model.config.dense:
-            return PreparedBatch(moved, self.model.attention_for(moved.structure, self.attention))
-        # The document boundaries are needed on the host: reading them from the device would stall it.
-        if self._dense_times is None:
-            self._choose_dense_way(batch.structure)
-        return PreparedBatch(moved, CausalAttention(batch.structure, self._job.device, self.dense_way))
+        ids, structure = moved.ids, moved.structure
+        if self.model.config.dense:
+            # The document boundaries are needed on the host: reading them from the device would stall it.
+            if self._dense_times is None:
+                self._choose_dense_way(batch.structure)
+            attention = CausalAttention(batch.structure, self._job.device, self.dense_way)
+        else:
+            attention = self.model.attention_for(structure, self.attention)
+        context = self.model.read(ids, structure)
+        return PreparedBatch(moved, attention, context, forbidden_instruments(ids, structure))
 
     def _choose_dense_way(self, structure: Structure) -> None:
         model, device = self.model.config, self._job.device
@@ -153,16 +166,15 @@ class Stepper:
         return self._forward(self.model, self._prepare(batch))
 
     def _forward(self, model: torch.nn.Module, prepared: PreparedBatch) -> Tensor:
-        batch, attention, ready = prepared
+        batch, attention, context, forbidden, ready = prepared
         if ready is not None:
             torch.cuda.current_stream(self._job.device).wait_event(ready)
         attention.finalize()  # may synchronize, which compiled code cannot
         autocasts = self.compute_dtype != torch.float32
         with torch.autocast(self._job.device.type, self.compute_dtype) if autocasts else nullcontext():
-            logits = model(batch.ids, batch.structure, attention)
+            logits = model(batch.ids, batch.structure, attention, context)
         with torch.no_grad():  # the gradient of what has no probability is 0 anyway
-            instruments = logits[..., vocab.INST.start : vocab.INST.stop]
-            instruments.masked_fill_(forbidden_instruments(batch.ids, batch.structure), -torch.inf)
+            logits[..., vocab.INST.start : vocab.INST.stop].masked_fill_(forbidden, -torch.inf)
         return logits
 
     def seed(self, step: int) -> None:

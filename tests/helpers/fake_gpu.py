@@ -92,22 +92,35 @@ def emitted(ptx: str) -> dict:
         "wgmma": r"wgmma\.mma_async",
     }
     found = {name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}
-    found |= overlap_of(ptx)
+    found |= overlap_of(ptx) | arrivals_of(ptx)
     return found | {"threads": int(re.search(r"\.(?:req|max)ntid (\d+)", ptx)[1])}
 
 
 def overlap_of(ptx: str) -> dict:
-    """How often a kernel waits for the one before and lets the next one start, and what stands in the text
-    ahead of its first wait."""
+    """How often a kernel waits for the one before and lets the next one start, what stands in the text ahead
+    of its first wait, and what it has written when it lets the next one start: `published`, stores that all
+    threads of the program and then the whole GPU see before."""
     before, *after = ptx.split("griddepcontrol.wait")
     starts = "griddepcontrol.launch_dependents"
+    told = re.findall(r"(?:st|atom|red)\.global|bar\.sync|fence\.acq_rel\.gpu", ptx.split(starts)[0])
+    published = told[:-2].count("st.global") if told[-2:] == ["bar.sync", "fence.acq_rel.gpu"] else 0
     return {
+        "published": published,
         "waits": len(after),
         "starts_next": ptx.count(starts),
         "starts_next_ahead": before.count(starts),
         "reads_ahead": before.count("ld.global"),
         "writes_ahead": len(re.findall(r"\b(?:st|atom|red)\.global", before)),
     }
+
+
+def arrivals_of(ptx: str) -> dict:
+    """Arrivals at barriers in memory, by one thread for its warp group; and those of them that no barrier of
+    the group comes before, after all that reads or writes shared memory."""
+    touches = r"ld\.shared|st\.shared|ldmatrix|stmatrix|wgmma\.mma_async|wgmma\.wait_group|cp\.async"
+    steps = re.findall(rf"bar\.sync|mbarrier\.arrive|{touches}", ptx)
+    arrivals = [before for before, step in zip([None, *steps], steps) if step == "mbarrier.arrive"]
+    return {"arrivals": len(arrivals), "arrivals_alone": len(arrivals) - arrivals.count("bar.sync")}
 
 
 def loaded_ahead(ttir: str) -> dict[str, list[str]]:
@@ -259,14 +272,16 @@ def around(dtype: str, dim: int) -> None:
     Plan(structure)
 
 
-def compile_all(arch: int, dtype: str, dim: int, what: Sequence[str]) -> list[dict]:
-    """`what` are fields of `launch.Launches`, or of `OTHERS`."""
-    from meloformer.kernels.launch import launches_on, override
+def compile_all(arch: int, dtype: str, dim: int, what: Sequence[str], by_rule: bool = False) -> list[dict]:
+    """`what` are fields of `launch.Launches`, or of `OTHERS`; `by_rule`: launched as if this architecture had
+    not been measured."""
+    from meloformer.kernels.launch import launches_on, override, untuned
 
     itemsize = {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
     kernels = [name for name in what if name not in OTHERS]
     warnings.simplefilter("error")  # of the launch cache, if it gives way
-    with compile_for(arch) as fake, override(launches_on(gpu_of(arch), dim, itemsize)):
+    launches = (untuned if by_rule else launches_on)(gpu_of(arch), dim, itemsize)
+    with compile_for(arch) as fake, override(launches):
         update(dtype, dim, kernels)
         for name in what:
             if name in OTHERS:

@@ -59,14 +59,27 @@ def random_ids(batch, length=None, seed=0):
     return ids
 
 
+def keep_embeddings(model) -> list[torch.Tensor]:
+    """A list that grows by the embeddings of the tokens, [B, N, E], whenever the model runs from now on."""
+    embed, kept = model.embed, []
+
+    def keeping(*arguments):
+        kept.append(embed(*arguments))
+        return kept[-1]
+
+    model.embed = keeping
+    return kept
+
+
 def influence(model, ids, structure, attention, row, token) -> torch.Tensor:
     """Largest gradient of a random mix of the logits of one token by each token embedding: [B, N]."""
     probe = torch.zeros(
         *ids.shape, model.config.dim, dtype=model.token_embedding.weight.dtype, device=ids.device
     )
     probe.requires_grad_()
-    handle = model.token_embedding.register_forward_hook(lambda module, args, output: output + probe)
+    embed = model.embed
+    model.embed = lambda *arguments: embed(*arguments) + probe
     logits = model(ids, structure, attention)[row, token]
-    handle.remove()
+    del model.embed  # the method is left
     (gradient,) = torch.autograd.grad(logits @ torch.randn_like(logits), probe)
     return gradient.abs().amax(dim=-1)

@@ -38,18 +38,21 @@ WRITTEN = {
 
 
 def check_overlap(builds, arch):
-    """Kernels of a first pass read nothing before they wait for what was launched before; those of a second
-    pass, which come next, do, and write nothing."""
-    for build, first in zip(builds, 3 * (True,) + 3 * (False,), strict=True):
+    """Kernels that an operator launches first read nothing before they wait for what was launched before; the
+    others do, and write nothing."""
+    for build, name in zip(builds, (*LOCAL, *SAME_INST), strict=True):
         if arch < 90:
             assert build["waits"] == 0, build
-        elif first:
+        elif name in ("forward_local", "dq_local"):
             assert build["waits"] == 1 and build["reads_ahead"] == 0, build
-            # The second pass reads what this one was given: not before that is there.
+            # The others read what this one was given: not before that is there. Gradients of keys read what
+            # that of queries stores, two numbers for each.
             assert build["starts_next"] == 1 and build["starts_next_ahead"] == 0, build
-        else:  # once where it needs what the first one left, and once for programs without work
+            assert (build["published"] >= 2) == (name == "dq_local"), build
+        else:  # once where it needs what those before it left, and once for programs without work
             assert build["waits"] == 2 and build["reads_ahead"] > 0 == build["writes_ahead"], build
             assert {"q_ptr", "items_ptr", "gathered_ptr"} <= {*build["ahead"]}, build
+            assert ("stats_ptr" in build["ahead"]) == (build["kernel"] == "key_gradient_kernel"), build
             assert not {*build["ahead"]} & (WRITTEN[build["kernel"]] | {"partials_ptr", "counters_ptr"}), (
                 build
             )
@@ -60,7 +63,7 @@ def check_overlap(builds, arch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_attention_with_the_launches_chosen_for_an_architecture(dim, dtype, arch):
-    (found,) = builds((arch, dtype, dim, (*LOCAL, *SAME_INST, "summarize")), fp_fusion=False)
+    (found,) = builds((arch, dtype, dim, (*LOCAL, *SAME_INST, "summarize"), True), fp_fusion=False)
     update, others = found[: len(UPDATE)], found[len(UPDATE) :]
     assert [build["kernel"] for build in update] == [*UPDATE]
     assert [build["kernel"] for build in others] == ["summarize_kernel", "summarize_gradient_kernel"]
@@ -74,6 +77,18 @@ def test_attention_with_the_launches_chosen_for_an_architecture(dim, dtype, arch
         assert build["waits"] == (arch >= 90) and (arch < 90 or build["reads_ahead"] == 0), build
     for near, far in zip(update[:3], update[3:]):
         assert near["cp_async"] == far["cp_async"] >= 20, (near, far)
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_attention_with_launches_that_were_measured(dim, dtype):
+    """What they spill was in their time."""
+    (update,) = builds((90, dtype, dim, (*LOCAL, *SAME_INST)), fp_fusion=False)
+    for build in update:
+        assert programs_at_once(build, 90) >= LEAST_PROGRAMS[dim], build
+        assert build["fma"] >= 30 and build["wgmma"] > 0 and build["cp_async"] >= 20, build
+    check_overlap(update, 90)
 
 
 @pytest.mark.builds

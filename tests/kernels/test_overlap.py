@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from meloformer.kernels import overlap
+from meloformer.kernels import ops, overlap
+from meloformer.kernels.plan import Plan
+from meloformer.kernels.plan_work import SLOTS
 from meloformer.kernels.structure import KIND_RULE
 from meloformer.kernels.triton_backend import Backend
 
@@ -87,3 +89,21 @@ def test_a_recorded_update_beside_others(bars, rows):
             wrong[1] += (one != want).any()
     torch.cuda.synchronize()
     assert wrong.tolist() == [0, 0]
+
+
+def test_counters_of_split_blocks_belong_to_a_stream_and_are_left_as_zeros():
+    attention, inputs = songs(50, 1, "update")
+    attention.plan = Plan(attention.structure, split=3)
+    device = inputs[0].device
+    mine = ops._zeros(64, device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert ops._zeros(64, device).data_ptr() != mine.data_ptr()
+    assert ops._zeros(32, device) is mine and len(ops._zeros(10**6, device)) >= 10**6
+    outputs_and_gradients(attention.update, inputs)
+    assert attention.plan.needs[SLOTS.value] > 0
+    assert not any(kept.any() for kept in ops._kept_zeros.values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = ops._zeros(64, device)
+    graph.replay()
+    assert not recorded.any() and recorded.data_ptr() not in {x.data_ptr() for x in ops._kept_zeros.values()}

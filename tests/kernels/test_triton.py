@@ -35,6 +35,7 @@ from helpers.attention_cases import (
     structure,
 )
 from helpers.fake_gpu import gpu_of
+from helpers.model_cases import keep_embeddings
 from helpers.plan_cases import DEVICE, PlanOfMasks
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")]
@@ -338,8 +339,7 @@ def test_no_token_sees_what_comes_later():
     model = MeloFormer(ModelConfig(layers=2, dim=64, heads=2, ffn=64, **ORIGINAL)).to(DEVICE)
     ids = torch.randint(400, packed.doc.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     attention = make_attention(packed, "triton")
-    embedded = []
-    model.token_embedding.register_forward_hook(lambda *x: embedded.append(x[2]))
+    embedded = keep_embeddings(model)
     logits = model(ids, packed, attention)
     for token in (0, 40, 120, packed.doc.shape[1] - 1):
         (influence,) = torch.autograd.grad(logits[0, token].sum(), embedded[0], retain_graph=True)
@@ -429,8 +429,7 @@ class TestCompiled:
         torch.manual_seed(0)
         model = MeloFormer(replace(SIZES["base"], layers=3)).to("cuda")
         ids = torch.randint(400, packed.doc.shape, device="cuda")
-        embedded = []
-        model.token_embedding.register_forward_hook(lambda *x: embedded.append(x[2]))
+        embedded = keep_embeddings(model)
         with torch.autocast("cuda", torch.bfloat16):
             logits = model(ids, packed, "triton")
         for token in (1, 700, 1500, int((packed.doc[0] >= 0).sum()) - 1):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from meloformer.data.batches import State
+from meloformer.model import transformer
+from meloformer.model.instrument_mask import forbidden_instruments
 from meloformer.tokens import vocab
 from meloformer.training.distributed import start_job
 from meloformer.training.stepper import Stepper
@@ -46,6 +48,30 @@ def test_flags_of_any_process_and_sums_come_back(data, tmp_path):
     assert flags == [False, True]
     assert (figures.tokens, figures.taken, figures.spike) == (batch.tokens, True, None)
     assert 6 < figures.loss < 9  # of a model that knows nothing: the logarithm of the vocabulary
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_no_weight_changes_is_read_when_a_batch_is_prepared(data, tmp_path, dense, monkeypatch):
+    """On a GPU that is beside the batch before. The logits are those of a model that reads it itself."""
+    attention = {"attention": "dense"} if dense else {}
+    trainer = Trainer(
+        config(data, tmp_path, **attention), TINY.as_dense() if dense else TINY, start_job("cpu")
+    )
+    batch, stepper = trainer.data.batch(0, [0, 1]), trainer.stepper
+    model = stepper.model.eval()
+    logits = model(batch.ids, batch.structure)
+    forbidden = forbidden_instruments(batch.ids, batch.structure)
+    logits[..., vocab.INST.start : vocab.INST.stop].masked_fill_(forbidden, -torch.inf)
+    assert torch.equal(stepper.logits(batch), logits)
+    ready = stepper.prepare(batch)
+
+    def read_again(*_):
+        raise AssertionError("the context of a prepared batch is read again")
+
+    monkeypatch.setattr(transformer, "read_context", read_again)
+    monkeypatch.setattr("meloformer.training.stepper.forbidden_instruments", read_again)
+    stepper.accumulate(ready, last=True)
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("share", [0.1, 10.0], ids=["clipped", "not clipped"])
