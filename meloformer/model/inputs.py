@@ -6,7 +6,6 @@ same token stood at the same place of an earlier bar. Attention could find each 
 needs many more songs to learn to. The labels of `ChordGuesses` are not read, but copied by the output.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -68,8 +67,9 @@ class ChordGuesses(NamedTuple):
     after_two: Tensor
 
 
-_NOTE_FAMILIES = (vocab.T, vocab.P, vocab.L, vocab.V)
+_BARS_BACK = (1, 2, 4, 8)  # from the next one, of the guesses that are labels of earlier bars
 _SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
+_FAMILIES = tuple(family for family in vocab.FAMILIES if family not in _SPECIAL)
 
 
 Context = tuple[InputFeatures, ChordGuesses]
@@ -100,35 +100,40 @@ def read_context(ids_BN: Tensor, structure: Structure) -> Context:
 
 
 class Scan:
-    """Scans along rows; every index tensor is [B, N] and holds -1 for "there is none"."""
+    """Scans along rows; every index tensor is [..., B, N] and holds -1 for "there is none"."""
 
     def __init__(self, ids: Tensor, structure: Structure):
         self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
-        self._last_of: dict[str, Tensor] = {}
 
     def is_of(self, family: vocab.Family) -> Tensor:
         return (self.ids >= family.start) & (self.ids < family.stop)
 
     def last(self, marks: Tensor) -> Tensor:
         """The last index at or before each token where `marks` holds."""
-        return torch.where(marks, self.index, -1).cummax(dim=1).values
-
-    def last_of(self, family: vocab.Family) -> Tensor:
-        if family.name not in self._last_of:
-            self._last_of[family.name] = self.last(self.is_of(family))
-        return self._last_of[family.name]
+        return torch.where(marks, self.index, -1).cummax(dim=-1).values
 
 
 class _ContextScan(Scan):
-    """What `read_context` is made of."""
+    """What `read_context` is made of. All families are looked for at once, since many steps cost the host
+    more than the device."""
 
     def __init__(self, ids: Tensor, structure: Structure):
         super().__init__(ids, structure)
+        super_is_of = super().is_of
+        self._marks = torch.stack([super_is_of(family) for family in _FAMILIES])  # [families, B, N]
+        self._last = self.last(self._marks)
+        self._in_note = (ids >= vocab.T.start) & (ids < vocab.V.stop)
         self.bar = self.last_of(vocab.CHORD)
-        in_note = _any(self.is_of(family) for family in _NOTE_FAMILIES)
-        self.group = torch.maximum(self.last(~in_note), self.start - 1)  # notes of a group come after this
+        # The token that the notes of a group come after, or the one before the document.
+        self.group = torch.maximum(self.last(~self._in_note), self.start - 1)
+
+    def is_of(self, family: vocab.Family) -> Tensor:
+        return self._marks[_FAMILIES.index(family)]
+
+    def last_of(self, family: vocab.Family) -> Tensor:
+        return self._last[_FAMILIES.index(family)]
 
     def value_at(self, at: Tensor, family: vocab.Family, first: Tensor) -> Tensor:
         """1 + the value of the family's token at index `at`, 0 where that is before `first`."""
@@ -139,19 +144,11 @@ class _ContextScan(Scan):
         return self.value_at(self.last_of(family), family, self.group + 1)
 
     def previous_of_family(self) -> Tensor:
-        previous = torch.zeros_like(self.ids)
-        for family in vocab.FAMILIES:
-            if family in _SPECIAL:
-                continue
-            mine = self.is_of(family)
-            before = torch.nn.functional.pad(self.last_of(family), (1, -1), value=-1)
-            if family in _NOTE_FAMILIES:
-                first = self.group + 1
-            else:
-                first = torch.maximum(self.bar, self.start) if family is vocab.INST else self.start
-            found = mine & (before >= first)
-            previous = torch.where(found, self.ids.gather(1, before.clamp(min=0)), previous)
-        return previous
+        before = torch.nn.functional.pad(self._last, (1, -1), value=-1)
+        before = torch.where(self._marks, before, -1).amax(dim=0)  # of each token's own family
+        first = torch.where(self.is_of(vocab.INST), torch.maximum(self.bar, self.start), self.start)
+        first = torch.where(self._in_note, self.group + 1, first)
+        return torch.where(before >= first, self.ids.gather(1, before.clamp(min=0)), 0)
 
     def repeat(self, onset: Tensor) -> Tensor:
         place = (self.doc + 1) * (NO_INSTRUMENT + 1) + self.inst
@@ -173,12 +170,16 @@ class _ContextScan(Scan):
             earlier = self._last_with_same(torch.where(exists, key, -1 - number))
             followers.append(label.gather(1, (earlier + 1).clamp(max=room - 1)).where(earlier >= 0, 0))
 
-        def of_bar(values: Tensor, bars_back: int) -> Tensor:
-            at = bars_so_far - 1 - bars_back
-            index = at.clamp(0, room - 1)
-            return values.gather(1, index).where((at >= 0) & (begin.gather(1, index) >= self.start), 0)
+        at = torch.stack([bars_so_far - back for back in _BARS_BACK])  # [4, B, N]
+        index = at.clamp(0, room - 1)
 
-        return ChordGuesses(*(of_bar(label, n - 1) for n in (1, 2, 4, 8)), *(of_bar(f, 0) for f in followers))
+        def of_bars(values: Tensor) -> Tensor:
+            return values.expand(len(at), -1, -1).gather(2, index)
+
+        there = (at >= 0) & (of_bars(begin) >= self.start)
+        labels = of_bars(label).where(there, 0)
+        after = torch.stack(followers).gather(2, index[:1].expand(2, -1, -1)).where(there[:1], 0)
+        return ChordGuesses(*labels, *after)
 
     def next_instrument(self) -> Tensor:
         is_inst = self.is_of(vocab.INST)
@@ -200,10 +201,3 @@ class _ContextScan(Scan):
         same = torch.nn.functional.pad(key[:, 1:] == key[:, :-1], (1, 0))
         before = torch.where(same, torch.nn.functional.pad(order[:, :-1], (1, 0)), -1)
         return torch.empty_like(before).scatter_(1, order, before)
-
-
-def _any(marks: Iterable[Tensor]) -> Tensor:
-    first, *others = marks
-    for other in others:
-        first = first | other
-    return first
