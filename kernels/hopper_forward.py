@@ -39,7 +39,7 @@ from .tiles import (
     keys_of_head,
     last_to_arrive,
     merge,
-    start_kernel,
+    start_program,
     wait_at_last,
 )
 
@@ -272,7 +272,7 @@ def hopper_forward_kernel(
     """Two blocks of 64 queries of one head, an item of `plan_pairs`; arguments and results are those of
     `update_forward.forward_kernel`. Of a pair that is split, `partials` holds both blocks in turn.
     """
-    start_kernel(False, OVERLAPS)
+    start_program(False, OVERLAPS)
     RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_ptr.dtype.element_ty)
     k_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)
     v_ring = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, BLOCK, D], RING)

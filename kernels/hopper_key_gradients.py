@@ -24,7 +24,7 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
-    start_kernel,
+    start_program,
     wait_at_last,
 )
 
@@ -202,7 +202,7 @@ def hopper_key_gradient_kernel(
     LAG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the 64 keys of one work item of one head: see `update_backward.key_gradient_kernel`."""
-    start_kernel(False, OVERLAPS)
+    start_program(False, OVERLAPS)
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], DTYPE)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -156,7 +156,7 @@ class Update:
     Every kernel runs once for each pass: the local pass writes its results, the same-instrument pass
     (`same_inst`), which comes later, continues or adds to them. Where launches overlap, only the local passes
     of the forward and of the gradient of queries wait for all that was launched before, see
-    `tiles.start_kernel`.
+    `tiles.start_program`.
 
     Attributes:
         few: whether all programs of a kernel run at once, or nearly so.

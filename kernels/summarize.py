@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .structure import Structure
-from .tiles import LOWEST, head_ptr, start_kernel
+from .tiles import LOWEST, head_ptr, start_program
 
 _BLOCK = 128
 
@@ -144,7 +144,7 @@ def summarize_kernel(
 ):  # fmt: skip
     """OWN summaries of one head: o [B, H, M, D] and lse, float32 [B, H, M] in base 2; padding gets 0 and
     -inf."""
-    start_kernel(True, OVERLAPS)
+    start_program(True, OVERLAPS)
     head, row = tl.program_id(0) % heads, tl.program_id(1)
     summary, m_mask = _own(tl.program_id(0) // heads, summaries, OWN, BM)
     first_s, end_s, first_r, end_r = _load_ranges(bars_ptr + row * summaries * 4, summary, m_mask)
@@ -273,7 +273,7 @@ def summarize_gradient_kernel(
 
     o, dk_s and dv_s have the strides of dq, dv_r those of dk_r.
     """
-    start_kernel(True, OVERLAPS)
+    start_program(True, OVERLAPS)
     head, program, row = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.program_id(1)
     b, h = row.to(tl.int64), head.to(tl.int64)
     offs_d = tl.arange(0, D)

@@ -38,7 +38,7 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def start_kernel(WAITS: tl.constexpr, OVERLAPS: tl.constexpr):
+def start_program(WAITS: tl.constexpr, OVERLAPS: tl.constexpr):
     """First of all in a kernel. With OVERLAPS those of an operator start while the one before them ends: they
     read what the operator was given, which is there because the first of them WAITS for it, and need what
     others left at their own end alone."""
@@ -48,7 +48,7 @@ def start_kernel(WAITS: tl.constexpr, OVERLAPS: tl.constexpr):
 
 @triton.jit
 def start_query_gradient(FIRST: tl.constexpr, OVERLAPS: tl.constexpr):
-    """As `start_kernel`, in the gradient of queries. Those of keys need two numbers of each query that its
+    """As `start_program`, in the gradient of queries. Those of keys need two numbers of each query that its
     first pass finds, and no more of it: it lets the next kernel start when these are stored."""
     wait_for_previous(OVERLAPS and FIRST)
     let_next_start(OVERLAPS and not FIRST)

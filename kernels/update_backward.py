@@ -23,7 +23,7 @@ from .tiles import (
     last_to_arrive,
     load_item,
     load_split,
-    start_kernel,
+    start_program,
     start_query_gradient,
     tile_mask,
     wait_at_last,
@@ -194,7 +194,7 @@ def key_gradient_kernel(
     OVERLAPS both passes start when all `stats` are stored, see `tiles.start_query_gradient`.
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
-    start_kernel(False, OVERLAPS)
+    start_program(False, OVERLAPS)
     (
         head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
     ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip

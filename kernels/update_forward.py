@@ -23,7 +23,7 @@ from .tiles import (
     load_item,
     load_split,
     merge,
-    start_kernel,
+    start_program,
     tile_mask,
     wait_at_last,
 )
@@ -85,7 +85,7 @@ def forward_kernel(
     [slots, H, 64 * (D + 2)]: of a split block acc, then m_i, then l_i. `counters` are zeros, and are left so.
     """
     SUBS: tl.constexpr = BLOCK // BM  # programs of a work item
-    start_kernel(FIRST, OVERLAPS)
+    start_program(FIRST, OVERLAPS)
     (
         head, sub, there, item_ptr, block, begin, end, slot, first, first_masked, num_masked, num_tiles
     ) = load_item(items_ptr, needs_ptr, heads, group, items, SUBS)  # fmt: skip

@@ -25,7 +25,7 @@ def test_the_gathered_keys_are_copied_asynchronously_and_products_are_fused():
     ((near, far),) = builds((90, "bfloat16", 32, ("forward_local", "forward_same_inst")), fp_fusion=False)
     for build in (near, far):
         assert build["cp_async"] >= 20 and build["fma"] >= 90 and build["wgmma"] > 0, build
-        assert build["spills"] <= MOST_SPILLS and programs_at_once(build, 90) == 4, build
+        assert build["spills"] <= MOST_SPILLS and programs_at_once(build, 90) >= 4, build
     assert near["cp_async"] == far["cp_async"]
 
 
