@@ -31,9 +31,9 @@ def _compiled(kernel) -> bool:
     return isinstance(kernel, triton.JITFunction)
 
 
-def _current_stream(device: int) -> int:
+def current_stream(device: int) -> int:
     """Its address, as Triton asks for it: PyTorch's own way makes an object each time."""
-    return triton.runtime.driver.active.get_current_stream(device)
+    return triton.runtime.driver.active.getcurrent_stream(device)
 
 
 def _passed_by_triton(compiled, launch: Callable[[], object]) -> list | None:
@@ -138,7 +138,7 @@ class Launcher:
     def _call(self, compiled, programs, first: Tensor, pointers: list[int], numbers, constants: dict) -> list:
         """What the compiled kernel is called with."""
         values = [value for name, value in constants.items() if name in self._constants]
-        stream = _current_stream(first.device.index)
+        stream = current_stream(first.device.index)
         grid = (*programs, 1, 1)[:3]
         return [
             *(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None),

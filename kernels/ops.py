@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import overlap
+from . import counters, overlap
 from .launch import Launch, Specialized, are_few, launches_for
 from .launch_cache import Launcher
 from .operators import register, register_gradient
@@ -137,8 +137,8 @@ def update_backward(q, k_s, v_s, k_r, v_r, *rest):
     def of_keys(same_inst: bool) -> None:
         run.key_gradients(gradients[1:], do, stats, same_inst)
 
-    # All but the first start while others run. The order of the two in the middle is the one that was faster,
-    # see docs/attention.md.
+    # All but the first start while others run. Of the two in the middle, the one that leaves less of the GPU
+    # idle comes first: see docs/attention.md.
     of_queries(same_inst=False)
     if run.few:
         of_queries(same_inst=True)
@@ -166,7 +166,8 @@ class Update:
         """
         Args:
             inputs: q [B, H, N, D], k_s and v_s [B, H, M, D], k_r and v_r [B, H, N, D].
-            plan: see `plan.Plan.tensors`.
+            plan: see `plan.Plan.tensors`; finalized, since a plan that lacks items leaves counters that are
+                not zero.
         """
         _check_inputs(*inputs)
         self.inputs = tuple(map(_addressable, inputs))
@@ -182,7 +183,7 @@ class Update:
         # kernel touches either before the one before it has ended.
         partial = 2 * BLOCK * (self.dim + 2)
         self.partials = q.new_empty((self.slots, self.heads, partial), dtype=torch.float32)
-        self.counters = _zeros(self.slots * self.heads * (BLOCK // 16), q.device)
+        self.counters = counters.zeros(self.slots * self.heads * (BLOCK // 16), q.device)
         programs = self.batch * self.q_blocks * self.heads
         self.few = are_few(programs, q.device)
         self.launches = launches_for(q.device, q.dtype, self.dim, programs)
@@ -278,26 +279,6 @@ class Update:
         programs = (batch * -(-blocks // 2) + self.slots) * self.heads
         first_block = batch * (blocks + self.k_blocks)
         return (programs,), (self.summaries, blocks, first_block, PAIRS.value, self.items)
-
-
-_kept_zeros: dict[tuple[torch.device, int], Tensor] = {}  # of a stream
-
-
-def _zeros(count: int, device: torch.device) -> Tensor:
-    """Int32 [count or more] for kernels that leave it as they found it: to fill it anew for each call is a
-    launch more, which the kernels of a short row would wait for.
-
-    It belongs to the current stream, whose kernels use it one after the other. A CUDA graph has zeros of its
-    own, since it may be replayed on any stream.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    found = _kept_zeros.get(key)
-    if found is None or len(found) < count:
-        room = 1 << (count - 1).bit_length() if count else 0
-        found = _kept_zeros[key] = torch.zeros(room, dtype=torch.int32, device=device)
-    return found
 
 
 @cache

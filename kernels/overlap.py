@@ -5,10 +5,13 @@ programming guide). A kernel launched so starts when each program of the one bef
 `let_next_start` or has ended. What that one writes is there once `wait_for_previous` returns, and it has
 ended then; who was before it has ended if it has itself waited.
 
-A kernel may read what a kernel before the last one wrote without waiting, if the last one waits for that
-before it lets the next start. PTX promises what is written to who waits alone; the kernels here rely on the
-wait of the last one having made it visible to the whole GPU, and on programs that find nothing of it in the
-caches of their multiprocessor when they start.
+A kernel may read two kinds of things without waiting: what was there before the last kernel let it start,
+if that one waited for it first; and what the last one itself wrote before, by `let_next_read`. Both hold on
+along a row of kernels that let the next start without waiting, for each of them starts after the one before.
+
+PTX promises what is written to who waits alone. The kernels here rely on more: that what the whole GPU could
+see when a kernel was let start is what its programs read, and not what the cache of their multiprocessor kept
+from earlier kernels. `tests/kernels/test_overlap.py` and `tests/generation/` try that on a GPU.
 """
 
 from functools import cache

@@ -30,6 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import counters
 from .plan_layout import encode_kernel, layout_kernel
 from .plan_lists import bits_kernel, candidates_kernel, count_kernel, fill_kernel, look_kernel
 from .plan_pairs import pair_kernel, share_kernel
@@ -236,6 +237,7 @@ class Plan:
                 )
                 with on_device(self.structure.device):
                     self._make(_capacities[self._key])
+        counters.keep(self.gathered.device)
         # Capacities grow now and then, and the number of summaries varies: no reason to compile anew.
         sizes = (self.gathered, 0), (self.bits, 0), (self.items, 1), (self.order, 0)
         for tensor, dimension in sizes:

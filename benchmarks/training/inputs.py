@@ -25,7 +25,8 @@ def read_by(config: ModelConfig, inputs: str) -> ModelConfig:
 
 
 def computing(inputs: str):
-    """A context inside which a model computes the inputs that it reads, and no others."""
+    """A context inside which a model computes those inputs alone that it reads. What the loss leaves out
+    (`forbidden_instruments`) is computed either way."""
     return nullcontext() if inputs == ALL else _nothing_read()
 
 

@@ -29,11 +29,13 @@ MEANINGS = """\
   PyTorch compiles its graphs for each row of the table; kernels of attention, once compiled by Triton, serve
   later rows too.
 - **Step by part**: measured separately, waiting for the device after each part. *Data* is all that the loader
-  does, *prepare* the copies to the device and the plan of the attention. Training overlaps both with the
+  does, *prepare* the copies to the device, the plan of the attention and what the model reads of tokens
+  before any weight (up to commit dd72d87 in *forward*). Training overlaps both with the
   other parts, so the sum exceeds a step.
-- **GPU time**: by the profiler over a few further steps. *Total* counts the time of parallel kernels once.
-  *Without attention* is what remains if attention takes no time: a bound for every attention. The JSON
-  files list each kernel of more than half a per cent.
+- **GPU time**: by the profiler over a few further steps, of each kernel from its start to its end, waiting
+  for others included. *Total* counts the time of parallel kernels once. *Without attention* is the sum of all
+  others but the plan: about what would remain if attention took no time. *Plan* includes sorts for other
+  parts. The JSON files list each kernel of more than half a per cent.
 - **dense**: a plain causal Transformer without summary tokens, of the same number of parameters; its MFU
   counts its own, larger number of operations. Its attention is the fastest that PyTorch has for the documents
   of the rows, measured at the start and named by `dense_way` in the JSON files; in files without that it is

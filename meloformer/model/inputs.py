@@ -70,6 +70,7 @@ class ChordGuesses(NamedTuple):
 _BARS_BACK = (1, 2, 4, 8)  # from the next one, of the guesses that are labels of earlier bars
 _SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
 _FAMILIES = tuple(family for family in vocab.FAMILIES if family not in _SPECIAL)
+_PLACE = {family.name: place for place, family in enumerate(_FAMILIES)}
 
 
 Context = tuple[InputFeatures, ChordGuesses]
@@ -130,10 +131,10 @@ class _ContextScan(Scan):
         self.group = torch.maximum(self.last(~self._in_note), self.start - 1)
 
     def is_of(self, family: vocab.Family) -> Tensor:
-        return self._marks[_FAMILIES.index(family)]
+        return self._marks[_PLACE[family.name]]
 
     def last_of(self, family: vocab.Family) -> Tensor:
-        return self._last[_FAMILIES.index(family)]
+        return self._last[_PLACE[family.name]]
 
     def value_at(self, at: Tensor, family: vocab.Family, first: Tensor) -> Tensor:
         """1 + the value of the family's token at index `at`, 0 where that is before `first`."""

@@ -65,9 +65,10 @@ class _SumOfLookups(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple:
         refuse_second_gradients("sum_of_lookups")
         gradient = gradient.to(ctx.dtype)
-        lookups = zip(ctx.saved_tensors, ctx.rows)
+        lookups = zip(ctx.saved_tensors, ctx.rows, ctx.needs_input_grad[2:])
         into = (
-            torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False) for ids, rows in lookups
+            torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False) if needed else None
+            for ids, rows, needed in lookups
         )
         return None, None, *into, *[None] * len(ctx.rows)
 

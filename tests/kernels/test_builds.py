@@ -51,6 +51,7 @@ def check_overlap(builds, arch):
             assert (build["published"] >= 2) == (name == "dq_local"), build
         else:  # once where it needs what those before it left, and once for programs without work
             assert build["waits"] == 2 and build["reads_ahead"] > 0 == build["writes_ahead"], build
+            assert build["starts_next"] == build["starts_next_ahead"] == 1, build
             assert {"q_ptr", "items_ptr", "gathered_ptr"} <= {*build["ahead"]}, build
             assert ("stats_ptr" in build["ahead"]) == (build["kernel"] == "key_gradient_kernel"), build
             assert not {*build["ahead"]} & (WRITTEN[build["kernel"]] | {"partials_ptr", "counters_ptr"}), (

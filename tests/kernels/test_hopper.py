@@ -127,8 +127,10 @@ def test_what_the_compiler_makes_of_all(dtype):
         check_build(build, products, programs)
     first = found.pop(1)  # the gradient of queries, which the others need two numbers of
     assert first["waits"] == 1 and first["reads_ahead"] == 0, first
-    assert first["starts_next"] == 1 and first["starts_next_ahead"] == 0 < first["published"] - 1, first
+    # A thread of the consumers stores four of the first numbers, and four of the second.
+    assert first["starts_next"] == 1 and first["starts_next_ahead"] == 0 and first["published"] == 8, first
     for later, waits in zip(found, (3, 2, 2, 2), strict=True):  # the forward's for either block, and its end
+        assert later["starts_next"] == later["starts_next_ahead"] == 1, later
         assert later["waits"] == waits and later["reads_ahead"] > 0 == later["writes_ahead"], later
 
 

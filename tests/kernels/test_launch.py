@@ -140,7 +140,7 @@ CALLS = {
 class TestLauncher:
     @pytest.fixture
     def kernel(self, monkeypatch):
-        monkeypatch.setattr(launch_cache, "_current_stream", lambda device: 7)
+        monkeypatch.setattr(launch_cache, "current_stream", lambda device: 7)
         launch_cache._warn_of_another_call.cache_clear()
         return FakeKernel()
 

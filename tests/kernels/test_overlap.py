@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from meloformer.kernels import ops, overlap
+from meloformer.kernels import counters, overlap
 from meloformer.kernels.plan import Plan
 from meloformer.kernels.plan_work import SLOTS
 from meloformer.kernels.structure import KIND_RULE
@@ -93,17 +93,55 @@ def test_a_recorded_update_beside_others(bars, rows):
 
 def test_counters_of_split_blocks_belong_to_a_stream_and_are_left_as_zeros():
     attention, inputs = songs(50, 1, "update")
-    attention.plan = Plan(attention.structure, split=3)
-    device = inputs[0].device
-    mine = ops._zeros(64, device)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert ops._zeros(64, device).data_ptr() != mine.data_ptr()
-    assert ops._zeros(32, device) is mine and len(ops._zeros(10**6, device)) >= 10**6
-    outputs_and_gradients(attention.update, inputs)
+    attention.plan = Plan(attention.structure, split=3).finalize()
     assert attention.plan.needs[SLOTS.value] > 0
-    assert not any(kept.any() for kept in ops._kept_zeros.values())
+    device = inputs[0].device
+    mine = counters.zeros(64, device)
+    assert counters.zeros(32, device) is mine and len(counters.zeros(10**6, device)) == 10**6
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert len(counters.zeros(64, device)) == 64  # none kept
+        counters.keep(device)
+        assert counters.zeros(64, device) is counters.zeros(64, device) is not mine
+    wanted = outputs_and_gradients(attention.update, inputs)
+    assert not mine.any()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = ops._zeros(64, device)
-    graph.replay()
-    assert not recorded.any() and recorded.data_ptr() not in {x.data_ptr() for x in ops._kept_zeros.values()}
+        recorded = counters.zeros(64, device)
+    assert recorded.data_ptr() != mine.data_ptr()
+    mine.fill_(1)  # what others have does not matter to a graph, and to a call on a stream of its own
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        found = outputs_and_gradients(attention.update, inputs)
+    torch.cuda.synchronize()
+    mine.zero_()
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_updates_in_graphs_that_pytorch_records():
+    """Twice for each: PyTorch warms up, then it records."""
+    attention, inputs = songs(50, 1, "update")
+    attention.plan = Plan(attention.structure, split=3).finalize()
+    wanted = outputs_and_gradients(attention.update, inputs)
+    compiled = torch.compile(lambda *x: attention.update(*x).clone(), mode="reduce-overhead")
+    for _ in range(4):
+        found = outputs_and_gradients(compiled, inputs)
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_nothing_that_was_read_before_from_the_memory_of_the_statistics_is_found_there():
+    """A kernel reads ones from all multiprocessors, just before a gradient gets that memory for what its
+    first kernel stores and the next one reads without waiting."""
+    attention, inputs = songs(10, 1, "update")
+    *arguments, cotangent = inputs
+    out = attention.update(*arguments)
+    wanted = torch.autograd.grad(out, arguments, cotangent, retain_graph=True)
+    batch, heads, queries, _ = arguments[0].shape
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(ROUNDS):
+        ones = torch.ones(batch, heads, queries, 2, device="cuda")
+        ones.expand(512, -1, -1, -1, -1).sum()
+        del ones
+        found = torch.autograd.grad(out, arguments, cotangent, retain_graph=True)
+        for one, want in zip(found, wanted):
+            wrong += (one != want).any()
+    assert wrong == 0
