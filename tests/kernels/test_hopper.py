@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+import meloformer.kernels.ops  # noqa: F401, registers the operators
 from meloformer.kernels import hopper_forward, launch
 from meloformer.kernels.launch import (
     SPECIALIZED,
