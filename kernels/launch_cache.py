@@ -33,7 +33,7 @@ def _compiled(kernel) -> bool:
 
 def current_stream(device: int) -> int:
     """Its address, as Triton asks for it: PyTorch's own way makes an object each time."""
-    return triton.runtime.driver.active.getcurrent_stream(device)
+    return triton.runtime.driver.active.get_current_stream(device)
 
 
 def _passed_by_triton(compiled, launch: Callable[[], object]) -> list | None:
