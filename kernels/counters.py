@@ -1,7 +1,8 @@
 """Counters of the blocks that are split among programs: zeros, which kernels leave as they found them.
 
 To fill them anew for each call is a launch more, which the kernels of a short row would wait for. So zeros
-are kept for each stream, whose kernels use them one after the other.
+are kept for each stream, whose kernels use them one after the other. (A stream is known by its address: one
+that was made outside of PyTorch must have no work left when it is destroyed.)
 """
 
 import torch
@@ -17,10 +18,11 @@ def keep(device: torch.device) -> None:
     """Keep zeros for the current stream, unless it is captured.
 
     To be called where memory is the caller's own, not of a CUDA graph that PyTorch records or warms up
-    (`torch.compile` with mode="reduce-overhead"): such a stream has none kept.
+    (`torch.compile` with mode="reduce-overhead").
     """
     if _may_keep(device) and (key := (device, current_stream(device.index))) not in _kept:
-        _kept[key] = torch.zeros(_ROOM, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # what is kept may be used outside of it
+            _kept[key] = torch.zeros(_ROOM, dtype=torch.int32, device=device)
 
 
 def zeros(count: int, device: torch.device) -> Tensor:

@@ -6,8 +6,8 @@ programming guide). A kernel launched so starts when each program of the one bef
 ended then; who was before it has ended if it has itself waited.
 
 A kernel may read two kinds of things without waiting: what was there before the last kernel let it start,
-if that one waited for it first; and what the last one itself wrote before, by `let_next_read`. Both hold on
-along a row of kernels that let the next start without waiting, for each of them starts after the one before.
+if that one waited for it first; and what the last one itself wrote before its `let_next_read`. Both stay
+true along a chain of kernels that let the next start without waiting, since each starts after the one before.
 
 PTX promises what is written to who waits alone. The kernels here rely on more: that what the whole GPU could
 see when a kernel was let start is what its programs read, and not what the cache of their multiprocessor kept

@@ -237,7 +237,8 @@ class Plan:
                 )
                 with on_device(self.structure.device):
                     self._make(_capacities[self._key])
-        counters.keep(self.gathered.device)
+        with on_device(self.structure.device):
+            counters.keep(self.gathered.device)
         # Capacities grow now and then, and the number of summaries varies: no reason to compile anew.
         sizes = (self.gathered, 0), (self.bits, 0), (self.items, 1), (self.order, 0)
         for tensor, dimension in sizes:

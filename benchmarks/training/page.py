@@ -30,7 +30,7 @@ MEANINGS = """\
   later rows too.
 - **Step by part**: measured separately, waiting for the device after each part. *Data* is all that the loader
   does, *prepare* the copies to the device, the plan of the attention and what the model reads of tokens
-  before any weight (up to commit dd72d87 in *forward*). Training overlaps both with the
+  before any weight (before commit 5a7998e in *forward*). Training overlaps both with the
   other parts, so the sum exceeds a step.
 - **GPU time**: by the profiler over a few further steps, of each kernel from its start to its end, waiting
   for others included. *Total* counts the time of parallel kernels once. *Without attention* is the sum of all

@@ -4,10 +4,11 @@ from random import Random
 
 import pytest
 import torch
+import torch._inductor.config
 
 pytest.importorskip("triton")
 
-from meloformer.kernels import counters, overlap
+from meloformer.kernels import counters, ops, overlap
 from meloformer.kernels.plan import Plan
 from meloformer.kernels.plan_work import SLOTS
 from meloformer.kernels.structure import KIND_RULE
@@ -91,57 +92,85 @@ def test_a_recorded_update_beside_others(bars, rows):
     assert wrong.tolist() == [0, 0]
 
 
-def test_counters_of_split_blocks_belong_to_a_stream_and_are_left_as_zeros():
+@pytest.fixture
+def split_songs(monkeypatch):
+    """An attention whose blocks are split, its inputs, and the zeros kept for the default stream alone."""
+    monkeypatch.setattr(counters, "_kept", {})
     attention, inputs = songs(50, 1, "update")
     attention.plan = Plan(attention.structure, split=3).finalize()
     assert attention.plan.needs[SLOTS.value] > 0
-    device = inputs[0].device
-    mine = counters.zeros(64, device)
-    assert counters.zeros(32, device) is mine and len(counters.zeros(10**6, device)) == 10**6
+    return attention, inputs, counters.zeros(1, inputs[0].device)
+
+
+def test_counters_of_split_blocks_belong_to_a_stream_and_are_left_as_zeros(split_songs):
+    attention, inputs, mine = split_songs
+    device = mine.device
+    assert len(counters._kept) == 1 and counters.zeros(32, device) is mine
+    wanted = outputs_and_gradients(attention.update, inputs)
+    assert not mine.any()
     with torch.cuda.stream(torch.cuda.Stream()):
         assert len(counters.zeros(64, device)) == 64  # none kept
         counters.keep(device)
         assert counters.zeros(64, device) is counters.zeros(64, device) is not mine
-    wanted = outputs_and_gradients(attention.update, inputs)
-    assert not mine.any()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = counters.zeros(64, device)
-    assert recorded.data_ptr() != mine.data_ptr()
-    mine.fill_(1)  # what others have does not matter to a graph, and to a call on a stream of its own
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        torch.cuda.synchronize()
         found = outputs_and_gradients(attention.update, inputs)
+        assert not counters.zeros(64, device).any()
     torch.cuda.synchronize()
-    mine.zero_()
     assert all(map(torch.equal, found, wanted))
 
 
-def test_updates_in_graphs_that_pytorch_records():
-    """Twice for each: PyTorch warms up, then it records."""
-    attention, inputs = songs(50, 1, "update")
-    attention.plan = Plan(attention.structure, split=3).finalize()
+def test_counters_of_a_stream_do_not_matter_to_a_graph(split_songs):
+    attention, inputs, mine = split_songs
     wanted = outputs_and_gradients(attention.update, inputs)
-    compiled = torch.compile(lambda *x: attention.update(*x).clone(), mode="reduce-overhead")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = outputs_and_gradients(attention.update, inputs)
+    mine.fill_(1)
+    for _ in range(2):
+        for x in recorded:
+            x.zero_()
+        graph.replay()
+        assert all(map(torch.equal, recorded, wanted))
+
+
+def test_updates_in_graphs_that_pytorch_records(split_songs, monkeypatch):
+    """It warms up, records, and replays twice. It would refuse to if it found memory of the graph kept."""
+    attention, inputs, _ = split_songs
+    wanted = outputs_and_gradients(attention.update, inputs)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", True)
+    compiled = torch.compile(lambda *x: attention.update(*x).clone(), mode="reduce-overhead", dynamic=False)
     for _ in range(4):
         found = outputs_and_gradients(compiled, inputs)
         assert all(map(torch.equal, found, wanted))
 
 
-def test_nothing_that_was_read_before_from_the_memory_of_the_statistics_is_found_there():
+def test_nothing_is_found_in_caches_that_was_read_where_statistics_are_stored_then(monkeypatch):
     """A kernel reads ones from all multiprocessors, just before a gradient gets that memory for what its
     first kernel stores and the next one reads without waiting."""
     attention, inputs = songs(10, 1, "update")
-    *arguments, cotangent = inputs
+    *arguments, cotangent = [x.requires_grad_() for x in inputs]
     out = attention.update(*arguments)
+    cotangent = cotangent.detach()
     wanted = torch.autograd.grad(out, arguments, cotangent, retain_graph=True)
+    launch, places = ops.Update.query_gradient, []
+
+    def seen(run, dq, o, lse, do, stats, same_inst):
+        places.append(stats.data_ptr())
+        launch(run, dq, o, lse, do, stats, same_inst)
+
+    monkeypatch.setattr(ops.Update, "query_gradient", seen)
     batch, heads, queries, _ = arguments[0].shape
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    wrong, hits = torch.zeros((), dtype=torch.int64, device="cuda"), 0
     for _ in range(ROUNDS):
         ones = torch.ones(batch, heads, queries, 2, device="cuda")
         ones.expand(512, -1, -1, -1, -1).sum()
+        place = ones.data_ptr()
         del ones
         found = torch.autograd.grad(out, arguments, cotangent, retain_graph=True)
+        hits += places[-1] == place
         for one, want in zip(found, wanted):
             wrong += (one != want).any()
     assert wrong == 0
+    if hits < ROUNDS // 2:
+        pytest.skip(f"statistics lay where ones had been in {hits} of {ROUNDS} rounds alone")

@@ -264,6 +264,13 @@ def test_gradients_of_embeddings_are_summed_in_the_precision_of_the_table():
     assert other.grad.tolist() == [[0.5, 0.5], [0, 0], [0, 0], [2500, 2500]]
 
 
+def test_a_table_that_is_frozen_gets_no_gradient():
+    table, frozen = torch.randn(3, 2, requires_grad=True), torch.randn(4, 2)
+    ids = torch.tensor([1, 2])
+    sum_of_lookups([frozen, table], [ids, ids], torch.float32).sum().backward()
+    assert frozen.grad is None and table.grad.tolist() == [[0, 0], [1, 1], [1, 1]]
+
+
 def test_second_gradients_of_embeddings_are_refused():
     table = torch.randn(3, 2, requires_grad=True)
     out = sum_of_lookups([table], [torch.tensor([1, 2])], torch.float32)
