@@ -51,6 +51,9 @@ def train(config: TrainConfig, model_config: ModelConfig | None = None) -> str |
                 else:
                     with _lock_output(trainer.output, job):
                         reason = trainer.run()
+            # With it goes the reducer of DDP, before the process group: as its last owner it would end the
+            # group's threads while it holds Python's lock, for which one of them may wait (PyTorch 2.13).
+            del trainer
         except BaseException as error:
             job.fail(error)
             raise
