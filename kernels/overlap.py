@@ -43,7 +43,7 @@ def let_next_read(OVERLAPS: tl.constexpr):
         tl.inline_asm_elementwise(
             "fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(OVERLAPS)
 
 
 def options(overlaps: int) -> dict[str, bool]:

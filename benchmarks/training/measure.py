@@ -42,6 +42,8 @@ class Run:
         self.data = PackedSongs(shards, "train", **limits)
         self.data.require_samples()
         self.stepper = Stepper(config, model, job)
+        if read != inputs.ALL:
+            self.stepper.model.read = inputs.read_nothing
         peak = peak_flops(job.device)
         self.meter = Meter(peak and job.world * peak)
         batches = full_batches(self.data, config.batch_size, job)
@@ -126,11 +128,6 @@ def measure(
         warmup: the number of consecutive steps that must compile nothing before `steps` are measured.
         read: what the model reads of a token, see `inputs`.
     """
-    with inputs.computing(read):
-        return _measure(config, shards, job, warmup, steps, read)
-
-
-def _measure(config: TrainConfig, shards: ShardSet, job: Job, warmup: int, steps: int, read: str) -> dict:
     torch._dynamo.reset()  # rows share code, and PyTorch limits its compiled versions
     free_memory()
     cuda = job.device.type == "cuda"

@@ -122,8 +122,7 @@ class _ContextScan(Scan):
 
     def __init__(self, ids: Tensor, structure: Structure):
         super().__init__(ids, structure)
-        super_is_of = super().is_of
-        self._marks = torch.stack([super_is_of(family) for family in _FAMILIES])  # [families, B, N]
+        self._marks = torch.stack([Scan.is_of(self, family) for family in _FAMILIES])  # [families, B, N]
         self._last = self.last(self._marks)
         self._in_note = (ids >= vocab.T.start) & (ids < vocab.V.stop)
         self.bar = self.last_of(vocab.CHORD)

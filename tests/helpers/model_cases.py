@@ -71,14 +71,18 @@ def keep_embeddings(model) -> list[torch.Tensor]:
     return kept
 
 
+def add_to_embeddings(model, probe: torch.Tensor) -> None:
+    embed = model.embed
+    model.embed = lambda *arguments: embed(*arguments) + probe
+
+
 def influence(model, ids, structure, attention, row, token) -> torch.Tensor:
     """Largest gradient of a random mix of the logits of one token by each token embedding: [B, N]."""
     probe = torch.zeros(
         *ids.shape, model.config.dim, dtype=model.token_embedding.weight.dtype, device=ids.device
     )
     probe.requires_grad_()
-    embed = model.embed
-    model.embed = lambda *arguments: embed(*arguments) + probe
+    add_to_embeddings(model, probe)
     logits = model(ids, structure, attention)[row, token]
     del model.embed  # the method is left
     (gradient,) = torch.autograd.grad(logits @ torch.randn_like(logits), probe)

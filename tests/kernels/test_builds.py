@@ -8,13 +8,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from helpers.fake_gpu import GPUS, builds, programs_at_once
+from meloformer.kernels.launch import launches_on
+
+from helpers.fake_gpu import GPUS, builds, gpu_of, programs_at_once
 
 LOCAL = ("forward_local", "dq_local", "dkv_local")
 SAME_INST = ("forward_same_inst", "dq_same_inst", "dkv_same_inst")
 UPDATE = 2 * ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 # Bytes that a thread may spill, loads and stores together, in half precision.
 MOST_SPILLS = 208
+MEASURED_SPILLS = 800  # in gradients of keys with 128 channels, which are fastest so
 # Of the update kernels, at once on a multiprocessor.
 LEAST_PROGRAMS = {32: 2, 64: 2, 128: 1}
 
@@ -22,10 +25,11 @@ LEAST_PROGRAMS = {32: 2, 64: 2, 128: 1}
 def test_the_gathered_keys_are_copied_asynchronously_and_products_are_fused():
     """In both passes alike, though the first chooses among two streams; with Triton told to round after
     every multiplication, as 3.10 is to do by default."""
-    ((near, far),) = builds((90, "bfloat16", 32, ("forward_local", "forward_same_inst")), fp_fusion=False)
+    question = 90, "bfloat16", 32, ("forward_local", "forward_same_inst"), True
+    ((near, far),) = builds(question, fp_fusion=False)
     for build in (near, far):
         assert build["cp_async"] >= 20 and build["fma"] >= 90 and build["wgmma"] > 0, build
-        assert build["spills"] <= MOST_SPILLS and programs_at_once(build, 90) >= 4, build
+        assert build["spills"] <= MOST_SPILLS and programs_at_once(build, 90) == 4, build
     assert near["cp_async"] == far["cp_async"]
 
 
@@ -84,12 +88,19 @@ def test_attention_with_the_launches_chosen_for_an_architecture(dim, dtype, arch
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_attention_with_launches_that_were_measured(dim, dtype):
-    """What they spill was in their time."""
+    """What they spill was in their time: at 128 channels that of gradients of keys is more than the rule
+    allows."""
     (update,) = builds((90, dtype, dim, (*LOCAL, *SAME_INST)), fp_fusion=False)
     for build in update:
+        more = build["kernel"] == "key_gradient_kernel" and dim == 128
+        assert build["spills"] <= (MEASURED_SPILLS if more else MOST_SPILLS), build
         assert programs_at_once(build, 90) >= LEAST_PROGRAMS[dim], build
         assert build["fma"] >= 30 and build["wgmma"] > 0 and build["cp_async"] >= 20, build
     check_overlap(update, 90)
+    launches = launches_on(gpu_of(90), dim, 2)
+    for name, other, near, far in zip(LOCAL, SAME_INST, update[:3], update[3:]):
+        alike = getattr(launches, name).num_stages == getattr(launches, other).num_stages
+        assert (near["cp_async"] == far["cp_async"]) == alike, (near, far)
 
 
 @pytest.mark.builds

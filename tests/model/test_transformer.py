@@ -28,7 +28,7 @@ from helpers.attention_cases import (
     song,
     structure,
 )
-from helpers.model_cases import TINY, influence, of_rule, random_ids, tiny_model
+from helpers.model_cases import TINY, add_to_embeddings, influence, of_rule, random_ids, tiny_model
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 pytestmark = [
@@ -375,8 +375,7 @@ class TestCompiledFlex:
         attention = make_attention(packed, "flex")
         callee = torch.compile(model, dynamic=False) if whole_model else model
         probe = torch.zeros(*ids.shape, 64, device="cuda", requires_grad=True)
-        embed = model.embed
-        model.embed = lambda *arguments: embed(*arguments) + probe
+        add_to_embeddings(model, probe)
         for row in range(2):
             for token in range(0, int((packed.doc[row] >= 0).sum()), 23):
                 logits = callee(ids, packed, attention)[row, token]
