@@ -2,11 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from meloformer.kernels import Structure
-from meloformer.model.inputs import ChordGuesses, Context, InputFeatures
 from meloformer.model.transformer import ModelConfig
 
 ALL, TOKENS = "all", "tokens"
@@ -19,10 +14,3 @@ def read_by(config: ModelConfig, inputs: str) -> ModelConfig:
     if inputs == ALL:
         return config
     return replace(config, features=(), time_fraction=0.0, copy_chords=False)
-
-
-def read_nothing(ids_BN: Tensor, structure: Structure) -> Context:
-    """In place of `MeloFormer.read`, for a model that reads TOKENS alone and uses nothing of it."""
-    nothing = torch.zeros_like(ids_BN)
-    features, guesses = (kind(*[nothing] * len(kind._fields)) for kind in (InputFeatures, ChordGuesses))
-    return features, guesses

@@ -18,6 +18,7 @@ KINDS = {
     "SwiGLU": r"^swiglu",
     "loss": r"softmax|nll_loss",
     "norms, RoPE, residuals": r"^triton_|^(rms_norm|rms_norm_gradient|sum_rows|split_gradient)_kernel$",
+    "embeddings": r"^lookup",
     "optimizer": r"multi_tensor_apply",
 }
 OTHERS = "others"

@@ -42,8 +42,6 @@ class Run:
         self.data = PackedSongs(shards, "train", **limits)
         self.data.require_samples()
         self.stepper = Stepper(config, model, job)
-        if read != inputs.ALL:
-            self.stepper.model.read = inputs.read_nothing
         peak = peak_flops(job.device)
         self.meter = Meter(peak and job.world * peak)
         batches = full_batches(self.data, config.batch_size, job)

@@ -6,6 +6,7 @@ same token stood at the same place of an earlier bar. Attention could find each 
 needs many more songs to learn to. The labels of `ChordGuesses` are not read, but copied by the output.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -67,18 +68,56 @@ class ChordGuesses(NamedTuple):
     after_two: Tensor
 
 
+def _ids(family: vocab.Family) -> range:
+    return range(family.start, family.stop)
+
+
 _BARS_BACK = (1, 2, 4, 8)  # from the next one, of the guesses that are labels of earlier bars
+_IN_FORCE = (vocab.T, vocab.L, vocab.V, vocab.CHORD)
 _SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
-_FAMILIES = tuple(family for family in vocab.FAMILIES if family not in _SPECIAL)
-_PLACE = {family.name: place for place, family in enumerate(_FAMILIES)}
+_FAMILIES = (*_IN_FORCE, *(family for family in vocab.FAMILIES if family not in (*_IN_FORCE, *_SPECIAL)))
+# Kinds of tokens that are looked for: those of a family, those that the notes of a group come after, and
+# those that begin a group or a bar.
+_OUTSIDE, _HEAD = "outside notes", "head"
+_KINDS = {family.name: {*_ids(family)} for family in _FAMILIES} | {
+    _OUTSIDE: {*range(vocab.VOCAB_SIZE)} - {*range(vocab.T.start, vocab.V.stop)},
+    _HEAD: {*_ids(vocab.INST), *_ids(vocab.CHORD)},
+}
+_PLACE = {kind: place for place, kind in enumerate(_KINDS)}
+_KEY_BITS = 56  # of a key: more than documents, places in them and pairs of labels need
+_NO_KEY = -1 << 62  # of what is alike nobody; negative with any number of `_KEY_BITS` and more added
 
 
-Context = tuple[InputFeatures, ChordGuesses]
+class _Tables(NamedTuple):
+    """Constants: bool [kinds, VOCAB_SIZE] tokens of each kind; one less than the first id of the families in
+    force, and `_BARS_BACK`, int64 [4, 1, 1] both."""
+
+    is_of: Tensor
+    before_ids: Tensor
+    bars_back: Tensor
+
+
+_TABLES = _Tables(
+    torch.tensor([[token in tokens for token in range(vocab.VOCAB_SIZE)] for tokens in _KINDS.values()]),
+    torch.tensor([family.start - 1 for family in _IN_FORCE])[:, None, None],
+    torch.tensor(_BARS_BACK)[:, None, None],
+)
+
+
+def _tables(device: torch.device) -> _Tables:
+    return _copied(device) if torch.compiler.is_compiling() else _copied_once(device)
+
+
+def _copied(device: torch.device) -> _Tables:
+    return _Tables(*(table.to(device) for table in _TABLES))
+
+
+_copied_once = cache(_copied)  # each copy waits for the device
 
 
 @torch.no_grad()
-def read_context(ids_BN: Tensor, structure: Structure) -> Context:
-    """Of packed rows, on the device of `ids_BN`; it never synchronizes with the host.
+def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, ChordGuesses]:
+    """Of packed rows, on the device of `ids_BN`, which the host waits for only the first time.
 
     Args:
         ids_BN: token ids, integer [B, N].
@@ -86,30 +125,22 @@ def read_context(ids_BN: Tensor, structure: Structure) -> Context:
 
     What a token gets follows from the tokens of its document up to it, so packing and padding change nothing.
     """
-    scan = _ContextScan(ids_BN.long(), structure)
-    onset = scan.in_force(vocab.T)
-    features = InputFeatures(
-        onset=onset,
-        length=scan.in_force(vocab.L),
-        velocity=scan.in_force(vocab.V),
-        chord=scan.value_at(scan.bar, vocab.CHORD, scan.start),
-        previous=scan.previous_of_family(),
-        repeat=scan.repeat(onset),
-        next_instrument=scan.next_instrument(),
-    )
-    return features, scan.chord_guesses(structure.summary_doc.shape[1])
+    return _ContextScan(ids_BN.long(), structure).read()
 
 
 class Scan:
-    """Scans along rows; every index tensor is [..., B, N] and holds -1 for "there is none"."""
+    """Where tokens of each kind stand in rows; every index tensor is [..., B, N] and holds -1 for "there is
+    none"."""
 
     def __init__(self, ids: Tensor, structure: Structure):
-        self.ids, self.doc, self.inst = ids, structure.doc.long(), structure.inst.long()
+        self.ids, self.doc = ids, structure.doc.long()
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
+        self.tables = _tables(ids.device)
+        self.marks = self.tables.is_of[:, ids]  # [kinds, B, N]
 
-    def is_of(self, family: vocab.Family) -> Tensor:
-        return (self.ids >= family.start) & (self.ids < family.stop)
+    def is_of(self, kind: str) -> Tensor:
+        return self.marks[_PLACE[kind]]
 
     def last(self, marks: Tensor) -> Tensor:
         """The last index at or before each token where `marks` holds."""
@@ -117,87 +148,118 @@ class Scan:
 
 
 class _ContextScan(Scan):
-    """What `read_context` is made of. All families are looked for at once, since many steps cost the host
-    more than the device."""
+    """What `read_context` is made of. All is looked for at once, since many small steps cost the host more
+    than the device.
+
+    Shape suffixes: B rows, N tokens, M bars of a row at most.
+    """
 
     def __init__(self, ids: Tensor, structure: Structure):
         super().__init__(ids, structure)
-        self._marks = torch.stack([Scan.is_of(self, family) for family in _FAMILIES])  # [families, B, N]
-        self._last = self.last(self._marks)
-        self._in_note = (ids >= vocab.T.start) & (ids < vocab.V.stop)
-        self.bar = self.last_of(vocab.CHORD)
-        # The token that the notes of a group come after, or the one before the document.
-        self.group = torch.maximum(self.last(~self._in_note), self.start - 1)
+        self._inst, self._room = structure.inst, structure.summary_doc.shape[1]
+        self._last = self.last(self.marks)
+        self._first = torch.maximum(self._last[_PLACE[_OUTSIDE]] + 1, self.start)  # the group's first note
+        row = torch.arange(len(ids), device=ids.device)[:, None]
+        self._document = row * (self._room + 1) + self.doc + 1  # a number of its own in the batch
 
-    def is_of(self, family: vocab.Family) -> Tensor:
-        return self._marks[_PLACE[family.name]]
+    def read(self) -> tuple[InputFeatures, ChordGuesses]:
+        in_force = self._in_force()
+        onset = in_force[0]
+        bars_BN = self.is_of("CHORD").cumsum(dim=1)  # so far
+        begin_BM, label_BM, keys_of_bars = self._bars(bars_BN)
+        key_of_heads, follower_BN = self._followers()
+        back = _back_to_alike(self._places(onset), key_of_heads, *keys_of_bars)
+        features = InputFeatures(
+            *in_force,
+            previous=self._previous(),
+            repeat=_one_later(self.ids, self.index, back[0]),
+            next_instrument=self._next_instrument(back[1], follower_BN),
+        )
+        return features, self._guesses(bars_BN, begin_BM, label_BM, back[2:])
 
-    def last_of(self, family: vocab.Family) -> Tensor:
-        return self._last[_PLACE[family.name]]
-
-    def value_at(self, at: Tensor, family: vocab.Family, first: Tensor) -> Tensor:
-        """1 + the value of the family's token at index `at`, 0 where that is before `first`."""
-        value = self.ids.gather(1, at.clamp(min=0)) - family.start + 1
+    def _in_force(self) -> Tensor:
+        """1 + the value of the token of each of `_IN_FORCE` in the group, or the document for the chord;
+        [4, B, N]."""
+        at = self._last[: len(_IN_FORCE)]
+        first = torch.stack([*[self._first] * (len(_IN_FORCE) - 1), self.start])
+        value = self.ids.expand_as(at).gather(2, at.clamp(min=0)) - self.tables.before_ids
         return torch.where(at >= first, value, 0)
 
-    def in_force(self, family: vocab.Family) -> Tensor:
-        return self.value_at(self.last_of(family), family, self.group + 1)
-
-    def previous_of_family(self) -> Tensor:
-        before = torch.nn.functional.pad(self._last, (1, -1), value=-1)
-        before = torch.where(self._marks, before, -1).amax(dim=0)  # of each token's own family
-        first = torch.where(self.is_of(vocab.INST), torch.maximum(self.bar, self.start), self.start)
-        first = torch.where(self._in_note, self.group + 1, first)
+    def _previous(self) -> Tensor:
+        families = slice(len(_FAMILIES))
+        before = torch.nn.functional.pad(self._last[families], (1, -1), value=-1)
+        before = torch.where(self.marks[families], before, -1).amax(dim=0)  # of each token's own family
+        first = torch.where(
+            self.is_of("INST"), torch.maximum(self._last[_PLACE["CHORD"]], self.start), self.start
+        )
+        first = torch.where(self.is_of(_OUTSIDE), first, self._first)
         return torch.where(before >= first, self.ids.gather(1, before.clamp(min=0)), 0)
 
-    def repeat(self, onset: Tensor) -> Tensor:
-        place = (self.doc + 1) * (NO_INSTRUMENT + 1) + self.inst
-        key = (place * (len(vocab.T) + 1) + onset) * vocab.VOCAB_SIZE + self.ids
-        earlier = self._last_with_same(key)
-        return torch.where(earlier >= 0, self.ids.gather(1, earlier + 1), 0)
+    def _places(self, onset: Tensor) -> Tensor:
+        """A key of the token, its onset, its instrument and its document."""
+        place = self._document * (NO_INSTRUMENT + 1) + self._inst
+        return (place * (len(vocab.T) + 1) + onset) * vocab.VOCAB_SIZE + self.ids
 
-    def chord_guesses(self, room: int) -> ChordGuesses:
-        """`room`: no row has more bars; most of the work is done by bar, [B, room], since they are few."""
-        bars_so_far = self.is_of(vocab.CHORD).cumsum(dim=1)
-        number = torch.arange(room, device=self.ids.device).expand(len(self.ids), room)
-        exists = number < bars_so_far[:, -1:]
-        begin = torch.searchsorted(bars_so_far, number + 1).clamp(max=self.ids.shape[1] - 1)
-        label, doc = self.ids.gather(1, begin), self.doc.gather(1, begin)
-        before = torch.nn.functional.pad(label[:, :-1].where(doc[:, 1:] == doc[:, :-1], 0), (1, 0))
-        one = (doc + 1) * vocab.VOCAB_SIZE + label
-        followers = []
-        for key in (one, one * vocab.VOCAB_SIZE + before):
-            earlier = self._last_with_same(torch.where(exists, key, -1 - number))
-            followers.append(label.gather(1, (earlier + 1).clamp(max=room - 1)).where(earlier >= 0, 0))
-
-        at = torch.stack([bars_so_far - back for back in _BARS_BACK])  # [4, B, N]
-        index = at.clamp(0, room - 1)
-
-        def of_bars(values: Tensor) -> Tensor:
-            return values.expand(len(at), -1, -1).gather(2, index)
-
-        there = (at >= 0) & (of_bars(begin) >= self.start)
-        labels = of_bars(label).where(there, 0)
-        after = torch.stack(followers).gather(2, index[:1].expand(2, -1, -1)).where(there[:1], 0)
-        return ChordGuesses(*labels, *after)
-
-    def next_instrument(self) -> Tensor:
-        is_inst = self.is_of(vocab.INST)
-        heads = is_inst | self.is_of(vocab.CHORD)  # where groups begin, and bars
-        rank = torch.where(is_inst, self.ids - vocab.INST.start + 1, 0)
+    def _followers(self) -> tuple[Tensor, Tensor]:
+        """Of each token that begins a group or a bar: a key of its instrument and its document, and what
+        follows it, as `next_instrument` says; of other tokens no key, and what means nothing."""
+        is_inst, is_head = self.is_of("INST"), self.is_of(_HEAD)
+        rank = torch.where(is_inst, self.ids - (vocab.INST.start - 1), 0)
         # The head after each head; past the last one in the row an index that is never asked for.
-        ahead = torch.where(heads, self.index, self.ids.shape[1] - 1).flip(1).cummin(dim=1).values.flip(1)
-        ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=self.ids.shape[1] - 1)
+        end = self.ids.shape[1] - 1
+        ahead = torch.where(is_head, self.index, end).flip(1).cummin(dim=1).values.flip(1)
+        ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=end)
         follower = torch.where(is_inst.gather(1, ahead), rank.gather(1, ahead), BAR_ENDS)
-        key = (self.doc + 1) * BAR_ENDS + rank
-        earlier = self._last_with_same(torch.where(heads, key, -1 - self.index))
-        followed = torch.where(earlier >= 0, follower.gather(1, earlier.clamp(min=0)), 0)
-        head = self.last(heads)
+        return torch.where(is_head, self._document * BAR_ENDS + rank, _NO_KEY), follower
+
+    def _next_instrument(self, back: Tensor, follower: Tensor) -> Tensor:
+        followed = torch.where(back > 0, follower.gather(1, self.index - back), 0)
+        head = self._last[_PLACE[_HEAD]]
         return torch.where(head >= self.start, followed.gather(1, head.clamp(min=0)), 0)
 
-    def _last_with_same(self, key: Tensor) -> Tensor:
-        """Index of the last earlier token of the same key, -1 if there is none."""
-        key, order = key.sort(dim=1, stable=True)
-        same = torch.nn.functional.pad(key[:, 1:] == key[:, :-1], (1, 0))
-        before = torch.where(same, torch.nn.functional.pad(order[:, :-1], (1, 0)), -1)
-        return torch.empty_like(before).scatter_(1, order, before)
+    def _bars(self, bars_BN: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Of each bar: its first token, its label's id, a key of that and its document, and of the label
+        before as well; [B, M] all."""
+        number = torch.arange(self._room, device=self.ids.device).expand(len(self.ids), -1)
+        begin = torch.searchsorted(bars_BN, number + 1).clamp(max=self.ids.shape[1] - 1)
+        label, document = self.ids.gather(1, begin), self._document.gather(1, begin)
+        before = label[:, :-1].where(document[:, 1:] == document[:, :-1], 0)
+        one = document * vocab.VOCAB_SIZE + label
+        two = one * vocab.VOCAB_SIZE + torch.nn.functional.pad(before, (1, 0))
+        exists = number < bars_BN[:, -1:]
+        return begin, label, [torch.where(exists, key, _NO_KEY) for key in (one, two)]
+
+    def _guesses(
+        self, bars_BN: Tensor, begin_BM: Tensor, label_BM: Tensor, back: list[Tensor]
+    ) -> ChordGuesses:
+        number = torch.arange(self._room, device=self.ids.device).expand_as(label_BM)
+        followers = torch.stack([_one_later(label_BM, number, of) for of in back])
+        at = bars_BN - self.tables.bars_back  # [4, B, N]
+        index = at.clamp(0, self._room - 1)
+
+        def of_bars(values_BM: Tensor) -> Tensor:
+            return values_BM.expand(len(at), -1, -1).gather(2, index)
+
+        there = (at >= 0) & (of_bars(begin_BM) >= self.start)
+        labels = torch.where(there, of_bars(label_BM), 0)
+        after = torch.where(there[:1], followers.gather(2, index[:1].expand(2, -1, -1)), 0)
+        return ChordGuesses(*labels, *after)
+
+
+def _back_to_alike(*keys: Tensor) -> list[Tensor]:
+    """For keys [B, n] each: how far back in the row the last element of the same key is, 0 if there is none.
+
+    Keys of two rows differ, those of two tensors need not; none is as large as 1 << `_KEY_BITS`.
+    """
+    flat = torch.cat([(key + (i << _KEY_BITS) if i else key).flatten() for i, key in enumerate(keys)])
+    flat = torch.where(flat < 0, torch.arange(-len(flat), 0, device=flat.device), flat)  # alike nobody
+    flat, order = flat.sort(stable=True)
+    distance = (order[1:] - order[:-1]) * (flat[1:] == flat[:-1])
+    back = torch.zeros_like(order).scatter_(0, order[1:], distance)
+    return [part.view_as(key) for part, key in zip(back.split([key.numel() for key in keys]), keys)]
+
+
+def _one_later(values: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    """Of each element the value that stood after the one so far back, 0 where there is none; [B, n] all."""
+    there = back > 0
+    return torch.where(there, values.gather(1, index - back + there), 0)

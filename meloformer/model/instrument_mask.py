@@ -19,7 +19,8 @@ def forbidden_instruments(ids_BN: Tensor, structure: Structure) -> Tensor:
         ids_BN: token ids, integer [B, N], of documents that begin with their band lists.
         structure: of the same tokens; its summaries bound the number of documents in a row.
 
-    It never synchronizes with the host. What padding gets means nothing.
+    As with `read_context`, the host waits for the device only the first time. What padding gets means
+    nothing.
     """
     scan = Scan(ids_BN.long(), structure)
     ids, doc = scan.ids, scan.doc.clamp(min=0)
@@ -27,16 +28,14 @@ def forbidden_instruments(ids_BN: Tensor, structure: Structure) -> Tensor:
     # By document and instrument its place in the list, from 1; 0 if it is not listed. What is no BAND token
     # goes into a column that is cut off.
     instruments = len(vocab.BAND)
-    column = torch.where(
-        scan.is_of(vocab.BAND), doc * (instruments + 1) + ids - vocab.BAND.start, instruments
-    )
+    column = torch.where(scan.is_of("BAND"), doc * (instruments + 1) + ids - vocab.BAND.start, instruments)
     documents = structure.summary_doc.shape[1]
     place = torch.zeros(len(ids), documents * (instruments + 1), dtype=torch.int16, device=ids.device)
     place.scatter_(1, column, (1 + structure.position).to(torch.int16))
     place = place.view(len(ids), -1, instruments + 1)[..., :instruments]
 
-    is_inst = scan.is_of(vocab.INST)
-    head = scan.last(is_inst | scan.is_of(vocab.CHORD)).clamp(min=0)
+    is_inst = scan.is_of("INST")
+    head = scan.last(scan.is_of("head")).clamp(min=0)
     of_head = ids.gather(1, head)
     rank = (of_head - vocab.INST.start).clamp(0, instruments - 1)
     of_token = place.gather(1, doc[..., None].expand(-1, -1, instruments))

@@ -7,14 +7,12 @@ E model width. `s_` and `r_` are the summary and the regular stream.
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
 from ..kernels.norm import rms_norm, rms_norm_of_stream, rms_norm_of_streams
-from ..kernels.operators import refuse_second_gradients
 from ..kernels.rope import split_and_rotate
 from ..kernels.swiglu import swiglu
 
@@ -39,38 +37,6 @@ class Rotary:
 def frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
     """By how much each of these pairs of channels turns at a position further: float32 [pairs], radians."""
     return theta ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
-
-
-def sum_of_lookups(tables: Sequence[Tensor], ids: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum of one row of each table [rows, E], for ids int64 [...] into each: [..., E], in a dtype that
-    tables are rounded to, as weights are before a product: fewer bytes move."""
-    return _SumOfLookups.apply(dtype, len(tables), *tables, *ids)
-
-
-class _SumOfLookups(torch.autograd.Function):
-    """The gradients are summed in the dtype of the tables: thousands of tokens share one row, and a sum of so
-    many in bfloat16 stands still."""
-
-    @staticmethod
-    def forward(ctx, dtype: torch.dtype, number: int, *tables_and_ids: Tensor) -> Tensor:
-        tables, ids = tables_and_ids[:number], tables_and_ids[number:]
-        ctx.save_for_backward(*ids)
-        ctx.rows, ctx.dtype = [len(table) for table in tables], tables[0].dtype
-        first, *others = (F.embedding(of, table.to(dtype)) for table, of in zip(tables, ids, strict=True))
-        for other in others:
-            first += other
-        return first
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        refuse_second_gradients("sum_of_lookups")
-        gradient = gradient.to(ctx.dtype)
-        lookups = zip(ctx.saved_tensors, ctx.rows, ctx.needs_input_grad[2:])
-        into = (
-            torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False) if needed else None
-            for ids, rows, needed in lookups
-        )
-        return None, None, *into, *[None] * len(ctx.rows)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from ..kernels import Structure, make_attention
 from ..kernels.attention import Attention
 from ..kernels.dense import CausalAttention
+from ..kernels.lookup import Readers, find_readers, sum_of_rows
 from ..kernels.structure import KIND_RULE, NEAR_BARS, NO_INSTRUMENT, check_kind_rule
 from ..tokens import vocab
-from .inputs import TABLE_SIZES, ChordGuesses, Context, InputFeatures, read_context
-from .layers import DenseLayer, Layer, RMSNorm, Rotary, recomputed, sum_of_lookups
+from .copying import Copies, copies_of, raise_copied
+from .inputs import TABLE_SIZES, ChordGuesses, InputFeatures, read_context
+from .layers import DenseLayer, Layer, RMSNorm, Rotary, recomputed
 
 INIT_STD = 0.02
 MAX_NEAR_BAR = 10_000  # beyond any song
@@ -84,6 +87,11 @@ class ModelConfig:
         return self.dim // self.heads
 
     @property
+    def reads_context(self) -> bool:
+        """Whether it reads of a token more than its id, its instrument and its index."""
+        return bool(self.features) or self.copy_chords or self.time_pairs > 0
+
+    @property
     def time_pairs(self) -> int:
         """Pairs of a head's channels that musical time rotates."""
         return round(self.time_fraction * self.head_dim / 2)
@@ -118,6 +126,22 @@ SIZES: dict[str, ModelConfig] = {
 # Two kinds of layers times the numbers of summaries that rows have (`summary_room`): more than PyTorch's 8.
 RECOMPILE_LIMIT = 256
 RECOMPUTE = ("none", "ffn", "layer")  # what a backward may compute again, to save memory
+
+
+class Context(NamedTuple):
+    """What `MeloFormer.read` finds in the tokens of a batch, without any weight.
+
+    Attributes:
+        rows: int64 [reads, B, N], what `embed` adds up: rows of the joined table of embeddings.
+        readers: for the gradient of that table, if there is to be one.
+        onset: as in `InputFeatures`; None if the model keeps no musical time.
+        copies: labels of chords; None if the model copies none.
+    """
+
+    rows: Tensor
+    readers: Readers | None
+    onset: Tensor | None
+    copies: Copies | None
 
 
 class MeloFormer(nn.Module):
@@ -200,8 +224,15 @@ class MeloFormer(nn.Module):
         return CausalAttention(structure, self.device)
 
     def read(self, ids_BN: Tensor, structure: Structure) -> Context:
-        """What `forward` computes first of tokens, by no weight: it can be made ahead, beside other work."""
-        return read_context(ids_BN, structure)
+        """What `forward` computes first: it can be made ahead, beside other work. Arguments as there."""
+        features = copies = onset = None
+        if self.config.reads_context:
+            features, guesses = read_context(ids_BN, structure)
+            onset, copies = features.onset, copies_of(guesses)
+        rows = self.rows_of(ids_BN, structure.inst, features)
+        has_gradient = ids_BN.is_cuda and self.training and torch.is_grad_enabled()
+        readers = find_readers(rows, sum(map(len, self._input_tables()))) if has_gradient else None
+        return Context(rows, readers, onset, copies)
 
     def forward(
         self,
@@ -230,11 +261,11 @@ class MeloFormer(nn.Module):
         if isinstance(attention, str):
             attention = self.attention_for(structure, attention)
 
-        features, guesses = self.read(ids_BN, structure) if context is None else context
-        r_BNE = self.embed(ids_BN, structure.inst, features)
+        rows, readers, onset_BN, copies = self.read(ids_BN, structure) if context is None else context
+        r_BNE = self.embed(rows, readers)
         recomputes = self.recompute == "layer" and torch.is_grad_enabled()
         run = recomputed if recomputes else _run
-        rotary_r = self.rotary_of_tokens(structure.position, structure.bar, features.onset)
+        rotary_r = self.rotary_of_tokens(structure.position, structure.bar, onset_BN)
         if self.config.dense:
             for layer in self.layers:
                 r_BNE = run(layer, r_BNE, attention, rotary_r)
@@ -244,14 +275,20 @@ class MeloFormer(nn.Module):
             rotary_s = self.rotary_of_summaries(structure.summary_position, structure.summary_bar)
             for layer in self.layers:
                 s_BME, r_BNE = run(layer, s_BME, r_BNE, attention, rotary_s, rotary_r)
-        return self.logits(r_BNE, guesses)
+        return self.logits(r_BNE, copies)
 
-    def embed(self, ids_BN: Tensor, inst_BN: Tensor, features: InputFeatures) -> Tensor:
-        """What the first layer reads of the tokens: [B, N, E]."""
+    def rows_of(self, ids_BN: Tensor, inst_BN: Tensor, features: InputFeatures | None) -> Tensor:
+        """What `embed` adds up of tokens, int64 [reads, B, N]; `features` None if the model reads none."""
+        each = [ids_BN, inst_BN.long(), *(getattr(features, name) for name in self.feature_embeddings)]
+        tables = self._input_tables()
+        first_rows = accumulate((len(table) for table in tables[:-1]), initial=0)
+        return torch.stack([x + first if first else x for x, first in zip(each, first_rows, strict=True)])
+
+    def embed(self, rows: Tensor, readers: Readers | None = None) -> Tensor:
+        """What the first layer reads of the tokens: [B, N, E]. `rows`, `readers`: see `Context`."""
         # Streams are in the dtype that products are computed in: between layers nothing is done but to add
         # and to norm, both bound by memory.
-        ids = [ids_BN, inst_BN, *(getattr(features, name) for name in self.feature_embeddings)]
-        return sum_of_lookups(self._input_tables(), ids, self._compute_dtype())
+        return sum_of_rows(torch.cat(self._input_tables()), rows, self._compute_dtype(), readers)
 
     def _input_tables(self) -> list[Tensor]:
         tables = self.token_embedding, self.instrument_embedding, *self.feature_embeddings.values()
@@ -264,35 +301,26 @@ class MeloFormer(nn.Module):
         *first, _ = accumulate(map(len, tables), initial=0)
         return torch.cat([table.detach() for table in tables]), first
 
-    def rotary_of_tokens(self, position_BN: Tensor, bar_BN: Tensor, onset_BN: Tensor) -> Rotary:
-        """RoPE of regular tokens; `onset_BN` as in `InputFeatures`."""
+    def rotary_of_tokens(self, position_BN: Tensor, bar_BN: Tensor, onset_BN: Tensor | None) -> Rotary:
+        """RoPE of regular tokens; `onset_BN` as in `Context`."""
         # Where a token sounds, in steps, as if every bar were as long as a bar can be: what repeats from bar
         # to bar repeats at the same distance in this time, which a token index cannot express.
-        return self._rotary(position_BN, bar_BN * vocab.MAX_BAR_STEPS + (onset_BN - 1).clamp(min=0))
+        time_BN = bar_BN * vocab.MAX_BAR_STEPS
+        if onset_BN is not None:
+            time_BN = time_BN + (onset_BN - 1).clamp(min=0)
+        return self._rotary(position_BN, time_BN)
 
     def rotary_of_summaries(self, position_BM: Tensor, bar_BM: Tensor) -> Rotary:
         """RoPE of summaries, at the last token of the bar and at the end of its time."""
         return self._rotary(position_BM, (bar_BM + 1) * vocab.MAX_BAR_STEPS)
 
-    def logits(self, r_BNE: Tensor, guesses: ChordGuesses) -> Tensor:
-        """Logits [B, N, V] from the stream after the last layer."""
+    def logits(self, r_BNE: Tensor, copies: Copies | None) -> Tensor:
+        """Logits [B, N, V] from the stream after the last layer; `copies` as in `Context`."""
         r_BNE = self.norm_out(r_BNE)
         logits_BNV = F.linear(r_BNE, self.token_embedding.weight)
         if self.config.copy_chords:
-            self._copy_chords(logits_BNV, r_BNE, guesses)
+            logits_BNV = raise_copied(logits_BNV, self.copy_gate(r_BNE), copies)
         return logits_BNV
-
-    def _copy_chords(self, logits_BNV: Tensor, r_BNE: Tensor, guesses: ChordGuesses) -> None:
-        """Add to the logits of the labels guessed what the gates make of the stream, in place.
-
-        Which labels come next depends on the song more than on music at large, and a label that a song
-        brought up cannot pass through the stream as well as the one index that names it (pointer networks,
-        Vinyals et al. 2015, arXiv:1506.03134).
-        """
-        for guess_BN, gate_BN in zip(guesses, self.copy_gate(r_BNE).unbind(-1)):
-            # One guess after the other: two may name one label, and the order of a sum must be fixed.
-            gate_BN = torch.where(guess_BN > 0, gate_BN, 0)
-            logits_BNV.scatter_add_(2, guess_BN[..., None], gate_BN[..., None])
 
     def _rotary(self, position_BN: Tensor, time_BN: Tensor) -> Rotary:
         clocks = zip((position_BN, time_BN), self.config.clocks)

@@ -24,10 +24,9 @@ from ..kernels.dense import CausalAttention
 from ..kernels.dense_choice import fastest_way
 from ..kernels.structure import Structure
 from ..model.device import pick_attention
-from ..model.inputs import Context
 from ..model.instrument_mask import forbidden_instruments
 from ..model.loss import weighted_loss
-from ..model.transformer import MeloFormer, ModelConfig
+from ..model.transformer import Context, MeloFormer, ModelConfig
 from ..tokens import vocab
 from .config import TrainConfig
 from .distributed import Job, full_tensor, gather_state, local_tensor, shard_like, shard_model

@@ -165,10 +165,10 @@ def programs_at_once(build: dict, arch: int) -> int:
 
 def forget_launches() -> None:
     """What the launch cache knows, of whatever GPU."""
-    from meloformer.kernels import norm_kernels, ops, rope_kernels, swiglu_kernels
+    from meloformer.kernels import lookup_kernels, norm_kernels, ops, rope_kernels, swiglu_kernels
     from meloformer.kernels.launch_cache import Launcher
 
-    for module in (norm_kernels, ops, rope_kernels, swiglu_kernels):
+    for module in (lookup_kernels, norm_kernels, ops, rope_kernels, swiglu_kernels):
         for launcher in vars(module).values():
             if isinstance(launcher, Launcher):
                 launcher._known.clear()
@@ -249,10 +249,11 @@ def summarize(dtype: str, dim: int) -> None:
 
 
 def around(dtype: str, dim: int) -> None:
-    """The kernels of a layer beside attention, and those of a plan."""
+    """The kernels of a model beside attention, and those of a plan."""
     import torch
 
-    from meloformer.kernels import norm_kernels, rope_kernels, swiglu_kernels
+    from meloformer.kernels import lookup_kernels, norm_kernels, rope_kernels, swiglu_kernels
+    from meloformer.kernels.lookup import find_readers
     from meloformer.kernels.plan import Plan
     from meloformer.kernels.structure import Structure
     from meloformer.kernels.summarize import find_bars
@@ -266,6 +267,9 @@ def around(dtype: str, dim: int) -> None:
     heads = [torch.zeros(1, 64, 512 // dim, dim, dtype=kind).transpose(1, 2) for _ in range(3)]
     tables = torch.zeros(1, 64, dim, dtype=kind)
     rope_kernels.split_backward(heads, heads[1:], tables, tables)
+    rows = torch.zeros(9, 1, 64, dtype=torch.int64)
+    lookup_kernels.forward(x[0], rows)
+    lookup_kernels.backward(x, find_readers(rows, 64), 64, torch.float32)
     facts = torch.zeros(5, 1, 128, dtype=torch.int64)
     structure = Structure.build(*facts, num_summaries=32)
     find_bars(structure)

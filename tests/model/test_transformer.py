@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from meloformer.kernels import make_attention
 from meloformer.kernels.rope import apply_rope
-from meloformer.model.inputs import read_context
-from meloformer.model.layers import Rotary, sum_of_lookups
+from meloformer.model.inputs import InputFeatures, read_context
+from meloformer.model.layers import Rotary
 from meloformer.model.loss import next_token_loss
 from meloformer.model.transformer import SIZES, MeloFormer, ModelConfig
 from meloformer.tokens import vocab
@@ -253,29 +253,16 @@ def test_initial_deviations():
             )
 
 
-def test_gradients_of_embeddings_are_summed_in_the_precision_of_the_table():
-    """In bfloat16 a sum of thousands of like numbers stands still."""
-    table, other = (torch.randn(rows, 2, requires_grad=True) for rows in (3, 4))
-    ids, also = torch.tensor([1] * 5000 + [2]), torch.tensor([3] * 5000 + [0])
-    out = sum_of_lookups([table, other], [ids, also], torch.bfloat16)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, table.bfloat16()[ids] + other.bfloat16()[also])
-    out.backward(torch.full_like(out, 0.5))
-    assert table.grad.tolist() == [[0, 0], [2500, 2500], [0.5, 0.5]]
-    assert other.grad.tolist() == [[0.5, 0.5], [0, 0], [0, 0], [2500, 2500]]
-
-
 def test_a_table_that_is_frozen_gets_no_gradient():
-    table, frozen = torch.randn(3, 2, requires_grad=True), torch.randn(4, 2)
-    ids = torch.tensor([1, 2])
-    sum_of_lookups([frozen, table], [ids, ids], torch.float32).sum().backward()
-    assert frozen.grad is None and table.grad.tolist() == [[0, 0], [1, 1], [1, 1]]
-
-
-def test_second_gradients_of_embeddings_are_refused():
-    table = torch.randn(3, 2, requires_grad=True)
-    out = sum_of_lookups([table], [torch.tensor([1, 2])], torch.float32)
-    with pytest.raises(RuntimeError, match="sum_of_lookups can be differentiated only once"):
-        torch.autograd.grad(out.sum(), table, create_graph=True)
+    model = MeloFormer(ModelConfig(layers=1, dim=32, heads=1, ffn=32))
+    model.instrument_embedding.requires_grad_(False)
+    rows = model.rows_of(
+        torch.tensor([[5, 6]]), torch.tensor([[0, 1]]), InputFeatures(*torch.ones(7, 1, 2).long())
+    )
+    model.embed(rows).sum().backward()
+    assert model.instrument_embedding.weight.grad is None
+    assert model.token_embedding.weight.grad.sum(1).nonzero().flatten().tolist() == [5, 6]
+    assert model.feature_embeddings["chord"].weight.grad.sum(1).nonzero().flatten().tolist() == [1]
 
 
 def test_rotary_products_depend_on_the_distance_alone():

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.rope import apply_rope
-from ...model.inputs import ChordGuesses, InputFeatures
+from ...model.copying import copies_of
+from ...model.inputs import InputFeatures
 from ...model.layers import RMSNorm, Rotary
 from ...model.transformer import MeloFormer
 from ...tokens import vocab
@@ -47,7 +48,7 @@ class PlainForward:
         model, cache = self._model, self._cache
         visible = self._sight.places(facts, reads, summarizes, bar)
         features = InputFeatures(*(feature[:, None] for feature in facts.features))
-        x_SE = model.embed(facts.token[:, None], facts.inst[:, None], features)[:, 0]
+        x_SE = model.embed(model.rows_of(facts.token[:, None], facts.inst[:, None], features))[:, 0]
         place = torch.where(reads, facts.position, cache.nowhere)
         if not self._dense:
             x_SE = torch.where(summarizes[:, None], model.summary_embedding, x_SE)
@@ -74,8 +75,8 @@ class PlainForward:
             x_SE = x_SE + added
             gate, up = F.linear(_norm(layer.norm_ffn, x_SE), layer.ffn.gate_up.weight).chunk(2, dim=-1)
             x_SE = x_SE + F.linear(F.silu(gate) * up, layer.ffn.down.weight)
-        guesses = ChordGuesses(*(guess[:, None] for guess in facts.guesses))
-        return model.logits(x_SE[:, None], guesses)[:, 0, : vocab.VOCAB_SIZE]
+        copies = copies_of([guess[:, None] for guess in facts.guesses])
+        return model.logits(x_SE[:, None], copies)[:, 0, : vocab.VOCAB_SIZE]
 
     def _project(
         self, weight: str, norm: str, layer: nn.Module, x_SE: Tensor, summarizes: Tensor, rotary: Rotary
