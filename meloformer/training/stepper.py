@@ -35,6 +35,7 @@ from .flops import training_flops
 from .guard import Guard, is_finite_step
 from .metrics import StepFigures
 from .optimizer import make_optimizer
+from .replay import Replayed
 
 _ONE_BUCKET_MB = 1 << 20  # more than any model's gradients
 _NORM_EPSILON = 1e-6  # is added to the norm before the limit is divided by it, as torch.nn.utils does
@@ -105,7 +106,9 @@ class Stepper:
         weights = weight_table(config.family_weights)
         self._weights = None if weights is None else weights.to(job.device)
         self._sums = self._zero_sums()
-        self._side_stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self._side_stream, self._replayed = None, None
+        if job.device.type == "cuda":
+            self._side_stream, self._replayed = torch.cuda.Stream(job.device), Replayed(self._read)
         self.dense_way: str | None = None
         self._dense_times: dict[str, float | str] | None = None  # None: not measured yet
         self._in_use: PreparedBatch | None = None
@@ -133,9 +136,15 @@ class Stepper:
         if self._forward_started is not None:  # memory freed since then is no longer in use
             self._side_stream.wait_event(self._forward_started)
         with torch.cuda.stream(self._side_stream):
-            return self._prepare(batch)._replace(ready=self._side_stream.record_event())
+            # It has fixed shapes, and many kernels that take the host longer than the device.
+            read = partial(self._replayed, kind=self.model.training)
+            return self._prepare(batch, read)._replace(ready=self._side_stream.record_event())
 
-    def _prepare(self, batch: Batch) -> PreparedBatch:
+    def _read(self, ids: Tensor, structure: Structure) -> tuple[Context, Tensor]:
+        return self.model.read(ids, structure), forbidden_instruments(ids, structure)
+
+    def _prepare(self, batch: Batch, read: Callable | None = None) -> PreparedBatch:
+        """`read`: in place of `_read`."""
         moved = batch.to(self._job.device, non_blocking=True)
         ids, structure = moved.ids, moved.structure
         if self.model.config.dense:
@@ -145,8 +154,7 @@ class Stepper:
             attention = CausalAttention(batch.structure, self._job.device, self.dense_way)
         else:
             attention = self.model.attention_for(structure, self.attention)
-        context = self.model.read(ids, structure)
-        return PreparedBatch(moved, attention, context, forbidden_instruments(ids, structure))
+        return PreparedBatch(moved, attention, *(read or self._read)(ids, structure))
 
     def _choose_dense_way(self, structure: Structure) -> None:
         model, device = self.model.config, self._job.device

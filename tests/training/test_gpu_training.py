@@ -128,6 +128,31 @@ def test_batches_that_are_prepared_beside_others_are_the_same(data, tmp_path, ba
             assert got == pytest.approx(want, rel=1e-4)
 
 
+def tensors_of(results) -> list[torch.Tensor]:
+    if isinstance(results, tuple):
+        return [x for part in results for x in tensors_of(part)]
+    return [] if results is None else [results]
+
+
+@pytest.mark.parametrize("attention", ["triton", "dense"])
+def test_what_is_replayed_is_what_is_read(data, tmp_path, attention):
+    """Of batches of several sizes, in turn; results of one stay what they are when the next is read."""
+    stepper = make_stepper(data, tmp_path, attention, LOW, compile=False)
+    batches = [batch.to(DEVICE) for batch in varied(12)]
+    prepared = [stepper.prepare(batch) for batch in [*batches, *batches]]
+    torch.cuda.synchronize()
+    graphs = [*stepper._replayed._recorded.values()]
+    assert len(graphs) == len({batch.structure.summary_doc.shape for batch in batches}) > 1 and all(graphs)
+    for batch, ready in zip([*batches, *batches], prepared):
+        found, exact = (
+            tensors_of(x)
+            for x in ((ready.context, ready.forbidden), stepper._read(batch.ids, batch.structure))
+        )
+        assert len(found) > 8
+        for got, want in zip(found, exact, strict=True):
+            assert got.dtype == want.dtype and torch.equal(got, want)
+
+
 def logits_and_gradients(stepper: Stepper, batch: Batch) -> dict[str, torch.Tensor]:
     found = {"logits": stepper.logits(batch).detach().float()}
     stepper.accumulate(stepper.prepare(batch), last=True)
