@@ -22,7 +22,7 @@ class Readers(NamedTuple):
     """Which tokens read each row: what the gradient of the table needs on CUDA. Int64 all.
 
     Attributes:
-        reader: [K T] places in the flattened `rows`, sorted by the row that is read there.
+        reader: [K T] tokens, sorted by the row that they read; K times each.
         first: [R + 1] where the readers of each row begin in it, and the end.
         part: [R + 1] the readers of a row are divided into parts of `PART`: the number of its first, and the
             end.
@@ -40,12 +40,13 @@ def find_readers(rows: Tensor, number: int) -> Readers:
     """For `sum_of_rows` of these `rows` of a table of `number` rows; it never synchronizes with the host."""
     # The sort of the CUDA library takes a pass for every byte of a key.
     narrow = torch.int16 if number < torch.iinfo(torch.int16).max else torch.int32
-    row, reader = rows.flatten().to(narrow).sort(stable=True)
+    row, place = rows.flatten().to(narrow).sort(stable=True)
     first = torch.searchsorted(row, torch.arange(number + 1, device=rows.device, dtype=narrow))
     parts = (first.diff() + (PART - 1)) // PART
     part = torch.nn.functional.pad(parts.cumsum(0), (1, 0))
     most = -(-rows.numel() // PART) + number
     numbers = torch.arange(most, device=rows.device)
+    reader = place % max(rows[0].numel(), 1)
     return Readers(reader, first, part, torch.searchsorted(part, numbers, right=True) - 1)
 
 

@@ -41,7 +41,7 @@ def lookup_kernel(
 
 @triton.jit
 def lookup_parts_kernel(
-    gradient_ptr, reader_ptr, first_ptr, part_ptr, row_ptr, parts_ptr, tokens, width, number,
+    gradient_ptr, reader_ptr, first_ptr, part_ptr, row_ptr, parts_ptr, width, number,
     PART: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """parts [parts, E], each the sum of the gradients [T, E] of PART readers of one row, or of those left."""
@@ -51,14 +51,15 @@ def lookup_parts_kernel(
     if row < number:
         begin = tl.load(first_ptr + row) + (part - tl.load(part_ptr + row)) * PART
         end = tl.minimum(begin + PART, tl.load(first_ptr + row + 1))
-        total = tl.zeros((1, CHANNELS), tl.float32)
+        total = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        token = tl.load(reader_ptr + begin + place, mask=begin + place < end, other=0)
         for at in range(begin, end, TOKENS):
-            left = at + place < end
-            token = tl.load(reader_ptr + at + place, mask=left, other=0) % tokens
-            mask = left[:, None] & there
+            mask = (at + place < end)[:, None] & there
             gradient = tl.load(gradient_ptr + token[:, None] * width + channel, mask=mask, other=0)
-            total += tl.sum(gradient.to(tl.float32), axis=0, keep_dims=True)
-        tl.store(parts_ptr + part * width + channel, total, mask=there)
+            then = at + TOKENS + place  # asked for while the gradients are on their way
+            token = tl.load(reader_ptr + then, mask=then < end, other=0)
+            total += gradient.to(tl.float32)
+        tl.store(parts_ptr + part * width + channel, tl.sum(total, axis=0, keep_dims=True), mask=there)
 
 
 @triton.jit
@@ -67,12 +68,12 @@ def lookup_gradient_kernel(out_ptr, parts_ptr, part_ptr, width, TOKENS: tl.const
     channel, there, place = _tile(width, TOKENS, CHANNELS)
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(part_ptr + row), tl.load(part_ptr + row + 1)
-    total = tl.zeros((1, CHANNELS), tl.float32)
+    total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for at in range(begin, end, TOKENS):
         part = at + place[:, None]
-        gradient = tl.load(parts_ptr + part * width + channel, mask=(part < end) & there, other=0)
-        total += tl.sum(gradient, axis=0, keep_dims=True)
-    tl.store(out_ptr + row * width + channel, total.to(out_ptr.dtype.element_ty), mask=there)
+        total += tl.load(parts_ptr + part * width + channel, mask=(part < end) & there, other=0)
+    out = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out_ptr + row * width + channel, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
 _forward, _parts, _gradient = map(Launcher, (lookup_kernel, lookup_parts_kernel, lookup_gradient_kernel))
@@ -90,11 +91,11 @@ def forward(table: Tensor, rows: Tensor) -> Tensor:
 
 def backward(gradient: Tensor, readers: Readers, number: int, dtype: torch.dtype) -> Tensor:
     width = gradient.shape[-1]
-    tokens, most = gradient.numel() // width, len(readers.row)
+    most = len(readers.row)
     parts = gradient.new_empty(most, width, dtype=torch.float32)
     out = gradient.new_empty(number, width, dtype=dtype)
-    if tokens:
-        _launch(_parts, most, width, (gradient, *readers, parts), (tokens, width, number), PART=PART)
+    if gradient.numel():
+        _launch(_parts, most, width, (gradient, *readers, parts), (width, number), PART=PART)
     _launch(_gradient, number, width, (out, parts, readers.part), (width,))
     return out
 
