@@ -115,8 +115,7 @@ def _cuda_backward(
 ) -> Tensor:
     from .lookup_kernels import backward
 
-    found = Readers(*readers) if readers else find_readers(rows, number)
-    return backward(gradient.contiguous(), found, number, dtype)
+    return backward(gradient.contiguous(), readers or find_readers(rows, number), PART, number, dtype)
 
 
 def _fake(table: Tensor, rows: Tensor) -> Tensor:

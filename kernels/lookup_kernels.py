@@ -4,13 +4,14 @@ The gradient of a row is the sum over its readers, of which there are none or a 
 into parts, which one kernel adds up each, and another one together.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch_cache import Launcher
-from .lookup import PART, Readers
 
 _TOKENS, _CHANNELS, _WARPS = 16, 256, 4  # of a tile, and of a program
 
@@ -89,14 +90,18 @@ def forward(table: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def backward(gradient: Tensor, readers: Readers, number: int, dtype: torch.dtype) -> Tensor:
+def backward(
+    gradient: Tensor, readers: Sequence[Tensor], size: int, number: int, dtype: torch.dtype
+) -> Tensor:
+    """`readers`: a `lookup.Readers`, of parts of `size`."""
     width = gradient.shape[-1]
-    most = len(readers.row)
+    *_, part, row = readers
+    most = len(row)
     parts = gradient.new_empty(most, width, dtype=torch.float32)
     out = gradient.new_empty(number, width, dtype=dtype)
     if gradient.numel():
-        _launch(_parts, most, width, (gradient, *readers, parts), (width, number), PART=PART)
-    _launch(_gradient, number, width, (out, parts, readers.part), (width,))
+        _launch(_parts, most, width, (gradient, *readers, parts), (width, number), PART=size)
+    _launch(_gradient, number, width, (out, parts, part), (width,))
     return out
 
 

@@ -253,7 +253,7 @@ def around(dtype: str, dim: int) -> None:
     import torch
 
     from meloformer.kernels import lookup_kernels, norm_kernels, rope_kernels, swiglu_kernels
-    from meloformer.kernels.lookup import find_readers
+    from meloformer.kernels.lookup import PART, find_readers
     from meloformer.kernels.plan import Plan
     from meloformer.kernels.structure import Structure
     from meloformer.kernels.summarize import find_bars
@@ -269,7 +269,7 @@ def around(dtype: str, dim: int) -> None:
     rope_kernels.split_backward(heads, heads[1:], tables, tables)
     rows = torch.zeros(9, 1, 64, dtype=torch.int64)
     lookup_kernels.forward(x[0], rows)
-    lookup_kernels.backward(x, find_readers(rows, 64), 64, torch.float32)
+    lookup_kernels.backward(x, find_readers(rows, 64), PART, 64, torch.float32)
     facts = torch.zeros(5, 1, 128, dtype=torch.int64)
     structure = Structure.build(*facts, num_summaries=32)
     find_bars(structure)

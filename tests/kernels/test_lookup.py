@@ -71,8 +71,8 @@ def test_kernels(shape, dtype, seed):
     table, rows, gradient = inputs(*shape, dtype, seed)
     out = lookup_kernels.forward(table.to(dtype), rows)
     readers = find_readers(rows, len(table))
-    again = lookup_kernels.backward(gradient, readers, len(table), table.dtype)
-    d_table = lookup_kernels.backward(gradient, readers, len(table), table.dtype)
+    again = lookup_kernels.backward(gradient, readers, PART, len(table), table.dtype)
+    d_table = lookup_kernels.backward(gradient, readers, PART, len(table), table.dtype)
     assert torch.equal(d_table, again)
     terms = table.to(dtype).double()[rows]
     allowed = torch.finfo(dtype).eps * terms.sum(0).abs()

@@ -78,9 +78,12 @@ def test_activations_are_what_is_alive_after_the_forward(dim, ffn, layers, dtype
     # What is computed again comes in the backward, for one layer at a time; so does the logits' gradient.
     spared = activation_bytes(config, tokens, dtype.itemsize) - estimate
     estimate -= spared / (layers - 1) + tokens * config.padded_vocab_size * dtype.itemsize
-    # The last stream, its norm, the tables of RoPE, the ids and the chord guesses are no part of a layer.
-    guesses = len(ChordGuesses._fields) * (8 + 1)  # an id, and whether there is one
-    others = tokens * (dtype.itemsize * 2 * (dim + config.head_dim) + 16 + guesses)
+    # The last stream, its norm, the tables of RoPE, the rows of the embeddings and the chord guesses are no
+    # part of a layer.
+    guesses = len(ChordGuesses._fields)
+    guessed = guesses * (8 + guesses)  # an id each, and whose gates are added to it
+    rows = 8 * (2 + len(config.features))
+    others = tokens * (dtype.itemsize * 2 * (dim + config.head_dim) + rows + guessed)
     assert estimate * 0.98 <= storages.alive() <= estimate * 1.02 + others
 
 
