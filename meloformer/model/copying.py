@@ -36,5 +36,5 @@ def copies_of(guesses: Sequence[Tensor]) -> Copies:
 
 def raise_copied(logits: Tensor, gates: Tensor, copies: Copies) -> Tensor:
     """The logits [..., V], each label's gates [..., G] added to it; in place."""
-    total = (gates[..., None, :] * copies.gates).sum(-1, dtype=gates.dtype)
+    total = torch.where(copies.gates, gates[..., None, :], 0).sum(-1, dtype=gates.dtype)
     return logits.scatter_add_(-1, copies.labels, total)

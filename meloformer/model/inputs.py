@@ -78,14 +78,13 @@ _SPECIAL = (vocab.PAD_FAMILY, vocab.BOS_FAMILY, vocab.EOS_FAMILY)
 _FAMILIES = (*_IN_FORCE, *(family for family in vocab.FAMILIES if family not in (*_IN_FORCE, *_SPECIAL)))
 # Kinds of tokens that are looked for: those of a family, those that the notes of a group come after, and
 # those that begin a group or a bar.
-_OUTSIDE, _HEAD = "outside notes", "head"
+_OUTSIDE, HEAD = "outside notes", "head"
 _KINDS = {family.name: {*_ids(family)} for family in _FAMILIES} | {
     _OUTSIDE: {*range(vocab.VOCAB_SIZE)} - {*range(vocab.T.start, vocab.V.stop)},
-    _HEAD: {*_ids(vocab.INST), *_ids(vocab.CHORD)},
+    HEAD: {*_ids(vocab.INST), *_ids(vocab.CHORD)},
 }
 _PLACE = {kind: place for place, kind in enumerate(_KINDS)}
 _KEY_BITS = 56  # of a key: more than documents, places in them and pairs of labels need
-_NO_KEY = -1 << 62  # of what is alike nobody; negative with any number of `_KEY_BITS` and more added
 
 
 class _Tables(NamedTuple):
@@ -121,7 +120,8 @@ def read_context(ids_BN: Tensor, structure: Structure) -> tuple[InputFeatures, C
 
     Args:
         ids_BN: token ids, integer [B, N].
-        structure: of the same tokens; of it the documents, positions and instruments count.
+        structure: of the same tokens; of it the positions and instruments count, and the number of summaries:
+            no row has more bars.
 
     What a token gets follows from the tokens of its document up to it, so packing and padding change nothing.
     """
@@ -133,7 +133,7 @@ class Scan:
     none"."""
 
     def __init__(self, ids: Tensor, structure: Structure):
-        self.ids, self.doc = ids, structure.doc.long()
+        self.ids = ids
         self.index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.start = self.index - structure.position  # the document's first token; padding is its own
         self.tables = _tables(ids.device)
@@ -159,8 +159,8 @@ class _ContextScan(Scan):
         self._inst, self._room = structure.inst, structure.summary_doc.shape[1]
         self._last = self.last(self.marks)
         self._first = torch.maximum(self._last[_PLACE[_OUTSIDE]] + 1, self.start)  # the group's first note
-        row = torch.arange(len(ids), device=ids.device)[:, None]
-        self._document = row * (self._room + 1) + self.doc + 1  # a number of its own in the batch
+        self._number = torch.arange(ids.numel(), device=ids.device).view(ids.shape)  # in the batch
+        self._document = self._number - structure.position  # the number of its first token
 
     def read(self) -> tuple[InputFeatures, ChordGuesses]:
         in_force = self._in_force()
@@ -202,32 +202,31 @@ class _ContextScan(Scan):
 
     def _followers(self) -> tuple[Tensor, Tensor]:
         """Of each token that begins a group or a bar: a key of its instrument and its document, and what
-        follows it, as `next_instrument` says; of other tokens no key, and what means nothing."""
-        is_inst, is_head = self.is_of("INST"), self.is_of(_HEAD)
+        follows it, as `next_instrument` says; of other tokens a key of their own, and what means nothing."""
+        is_inst, is_head = self.is_of("INST"), self.is_of(HEAD)
         rank = torch.where(is_inst, self.ids - (vocab.INST.start - 1), 0)
         # The head after each head; past the last one in the row an index that is never asked for.
         end = self.ids.shape[1] - 1
         ahead = torch.where(is_head, self.index, end).flip(1).cummin(dim=1).values.flip(1)
         ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=end)
         follower = torch.where(is_inst.gather(1, ahead), rank.gather(1, ahead), BAR_ENDS)
-        return torch.where(is_head, self._document * BAR_ENDS + rank, _NO_KEY), follower
+        return torch.where(is_head, self._document * BAR_ENDS + rank, ~self._number), follower
 
     def _next_instrument(self, back: Tensor, follower: Tensor) -> Tensor:
         followed = torch.where(back > 0, follower.gather(1, self.index - back), 0)
-        head = self._last[_PLACE[_HEAD]]
+        head = self._last[_PLACE[HEAD]]
         return torch.where(head >= self.start, followed.gather(1, head.clamp(min=0)), 0)
 
     def _bars(self, bars_BN: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Of each bar: its first token, its label's id, a key of that and its document, and of the label
-        before as well; [B, M] all."""
+        before as well; [B, M] all. What comes after the last bar of a row means nothing."""
         number = torch.arange(self._room, device=self.ids.device).expand(len(self.ids), -1)
         begin = torch.searchsorted(bars_BN, number + 1).clamp(max=self.ids.shape[1] - 1)
         label, document = self.ids.gather(1, begin), self._document.gather(1, begin)
         before = label[:, :-1].where(document[:, 1:] == document[:, :-1], 0)
         one = document * vocab.VOCAB_SIZE + label
         two = one * vocab.VOCAB_SIZE + torch.nn.functional.pad(before, (1, 0))
-        exists = number < bars_BN[:, -1:]
-        return begin, label, [torch.where(exists, key, _NO_KEY) for key in (one, two)]
+        return begin, label, [one, two]
 
     def _guesses(
         self, bars_BN: Tensor, begin_BM: Tensor, label_BM: Tensor, back: list[Tensor]
@@ -249,10 +248,9 @@ class _ContextScan(Scan):
 def _back_to_alike(*keys: Tensor) -> list[Tensor]:
     """For keys [B, n] each: how far back in the row the last element of the same key is, 0 if there is none.
 
-    Keys of two rows differ, those of two tensors need not; none is as large as 1 << `_KEY_BITS`.
+    Keys of two rows differ, those of two tensors need not; all are less than half of 1 << `_KEY_BITS` from 0.
     """
     flat = torch.cat([(key + (i << _KEY_BITS) if i else key).flatten() for i, key in enumerate(keys)])
-    flat = torch.where(flat < 0, torch.arange(-len(flat), 0, device=flat.device), flat)  # alike nobody
     flat, order = flat.sort(stable=True)
     distance = (order[1:] - order[:-1]) * (flat[1:] == flat[:-1])
     back = torch.zeros_like(order).scatter_(0, order[1:], distance)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..kernels import Structure
 from ..tokens import vocab
-from .inputs import Scan
+from .inputs import HEAD, Scan
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def forbidden_instruments(ids_BN: Tensor, structure: Structure) -> Tensor:
     nothing.
     """
     scan = Scan(ids_BN.long(), structure)
-    ids, doc = scan.ids, scan.doc.clamp(min=0)
+    ids, doc = scan.ids, structure.doc.long().clamp(min=0)
 
     # By document and instrument its place in the list, from 1; 0 if it is not listed. What is no BAND token
     # goes into a column that is cut off.
@@ -35,7 +35,7 @@ def forbidden_instruments(ids_BN: Tensor, structure: Structure) -> Tensor:
     place = place.view(len(ids), -1, instruments + 1)[..., :instruments]
 
     is_inst = scan.is_of("INST")
-    head = scan.last(scan.is_of("head")).clamp(min=0)
+    head = scan.last(scan.is_of(HEAD)).clamp(min=0)
     of_head = ids.gather(1, head)
     rank = (of_head - vocab.INST.start).clamp(0, instruments - 1)
     of_token = place.gather(1, doc[..., None].expand(-1, -1, instruments))

@@ -225,13 +225,15 @@ class MeloFormer(nn.Module):
 
     def read(self, ids_BN: Tensor, structure: Structure) -> Context:
         """What `forward` computes first: it can be made ahead, beside other work. Arguments as there."""
-        features = copies = onset = None
-        if self.config.reads_context:
+        features = onset = copies = None
+        config = self.config
+        if config.reads_context:
             features, guesses = read_context(ids_BN, structure)
-            onset, copies = features.onset, copies_of(guesses)
+            onset = features.onset if config.time_pairs else None
+            copies = copies_of(guesses) if config.copy_chords else None
         rows = self.rows_of(ids_BN, structure.inst, features)
         has_gradient = ids_BN.is_cuda and self.training and torch.is_grad_enabled()
-        readers = find_readers(rows, sum(map(len, self._input_tables()))) if has_gradient else None
+        readers = find_readers(rows, self._first_rows()[-1]) if has_gradient else None
         return Context(rows, readers, onset, copies)
 
     def forward(
@@ -280,9 +282,7 @@ class MeloFormer(nn.Module):
     def rows_of(self, ids_BN: Tensor, inst_BN: Tensor, features: InputFeatures | None) -> Tensor:
         """What `embed` adds up of tokens, int64 [reads, B, N]; `features` None if the model reads none."""
         each = [ids_BN, inst_BN.long(), *(getattr(features, name) for name in self.feature_embeddings)]
-        tables = self._input_tables()
-        first_rows = accumulate((len(table) for table in tables[:-1]), initial=0)
-        return torch.stack([x + first if first else x for x, first in zip(each, first_rows, strict=True)])
+        return torch.stack([x + first if first else x for x, first in zip(each, self._first_rows())])
 
     def embed(self, rows: Tensor, readers: Readers | None = None) -> Tensor:
         """What the first layer reads of the tokens: [B, N, E]. `rows`, `readers`: see `Context`."""
@@ -294,12 +294,14 @@ class MeloFormer(nn.Module):
         tables = self.token_embedding, self.instrument_embedding, *self.feature_embeddings.values()
         return [table.weight for table in tables]
 
+    def _first_rows(self) -> list[int]:
+        """Of each table in the joined one, and the number of rows of that."""
+        return [*accumulate(map(len, self._input_tables()), initial=0)]
+
     def input_table(self) -> tuple[Tensor, list[int]]:
         """What `embed` adds up, as one table [rows, E] without gradient, and at which row tokens, instruments
         and the features begin in it."""
-        tables = self._input_tables()
-        *first, _ = accumulate(map(len, tables), initial=0)
-        return torch.cat([table.detach() for table in tables]), first
+        return torch.cat(self._input_tables()).detach(), self._first_rows()[:-1]
 
     def rotary_of_tokens(self, position_BN: Tensor, bar_BN: Tensor, onset_BN: Tensor | None) -> Rotary:
         """RoPE of regular tokens; `onset_BN` as in `Context`."""

@@ -4,6 +4,7 @@ What a batch is read for (`MeloFormer.read`) takes some 170 of them, which cost 
 than their time on the GPU.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,40 +14,49 @@ from torch import Tensor
 
 from ..kernels.structure import Structure
 
-_MOST = 64  # kinds of inputs that are recorded
+_MOST = 16  # kinds of inputs that are recorded: each keeps some 400 bytes a token
 
 
 class Replayed:
-    """A function of token ids and their structure on a GPU, whose kernels are recorded at the second call
-    with inputs of one kind, and from then on replayed.
+    """Calls a function of token ids and their structure on a GPU; records its kernels at the second call with
+    inputs of one kind, and from then on replays them.
 
     The first call of a kind runs it as it is: kernels are loaded then, and constants copied. Results are
-    copies, which nothing overwrites.
-
-    Args:
-        function: of ids and a `Structure` to tensors, or tuples of them and None, nested. It must not wait
-            for the device, nor depend on anything but the inputs and `kind`.
+    copies, which nothing overwrites. What cannot be recorded, say for lack of memory, runs as it is, with a
+    warning. The function is passed at every call, since a caller that kept it here would keep itself.
     """
 
-    def __init__(self, function: Callable[[Tensor, Structure], Any]):
-        self._function = function
-        self._recorded: dict[tuple, _Graph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # graphs of one stream can share memory in between
+    def __init__(self):
+        self._recorded: dict[tuple, _Graph | bool | None] = {}  # None: seen once; False: as it is
+        self._pool = None
 
-    def __call__(self, ids: Tensor, structure: Structure, kind: object = None):
+    def __call__(
+        self, function: Callable[[Tensor, Structure], Any], ids: Tensor, structure: Structure, kind: object
+    ):
         """On the current stream, which must not be the default one, and be the same at every call.
 
         Args:
-            kind: what else decides which kernels run.
+            function: the same at every call, to tensors, or tuples of them and None, nested. It must not wait
+                for the device, and which kernels run must depend on shapes and `kind` alone.
         """
         key = kind, ids.shape, structure.summary_doc.shape
-        if key not in self._recorded:
-            if len(self._recorded) < _MOST:
-                self._recorded[key] = None
-            return self._function(ids, structure)
-        if self._recorded[key] is None:
-            self._recorded[key] = _Graph(self._function, ids, structure, self._pool)
-        return self._recorded[key].replay(ids, structure)
+        graph = self._recorded.get(key, False)
+        if graph is None:
+            graph = self._recorded[key] = self._record(function, ids, structure)
+        elif key not in self._recorded and len(self._recorded) < _MOST:
+            self._recorded[key] = None
+        return graph.replay(ids, structure) if graph else function(ids, structure)
+
+    def _record(self, function: Callable, ids: Tensor, structure: Structure) -> "_Graph | bool":
+        if self._pool is None:  # graphs of one stream can share what they need in between
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            return _Graph(function, ids, structure, self._pool)
+        except RuntimeError as error:  # a lack of memory, too
+            reason = str(error).partition("\n")[0]
+            text = f"some kernels are launched one by one, since recording them failed: {reason}"
+            warnings.warn(text, stacklevel=3)
+            return False
 
 
 class _Graph:

@@ -106,9 +106,8 @@ class Stepper:
         weights = weight_table(config.family_weights)
         self._weights = None if weights is None else weights.to(job.device)
         self._sums = self._zero_sums()
-        self._side_stream, self._replayed = None, None
-        if job.device.type == "cuda":
-            self._side_stream, self._replayed = torch.cuda.Stream(job.device), Replayed(self._read)
+        self._side_stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self._replayed = Replayed()
         self.dense_way: str | None = None
         self._dense_times: dict[str, float | str] | None = None  # None: not measured yet
         self._in_use: PreparedBatch | None = None
@@ -137,7 +136,7 @@ class Stepper:
             self._side_stream.wait_event(self._forward_started)
         with torch.cuda.stream(self._side_stream):
             # It has fixed shapes, and many kernels that take the host longer than the device.
-            read = partial(self._replayed, kind=self.model.training)
+            read = partial(self._replayed, self._read, kind=self.model.training)
             return self._prepare(batch, read)._replace(ready=self._side_stream.record_event())
 
     def _read(self, ids: Tensor, structure: Structure) -> tuple[Context, Tensor]:

@@ -14,6 +14,7 @@ SHAPES = [
     (9, 300, 3, (3, PART + 1)),
     (4, 16, 1, (0, 3)),
     (3, 8, 1, (1,)),
+    (3, 8, 4, (10 * PART,)),  # more parts of one row than are added up at once
 ]
 
 
@@ -114,6 +115,21 @@ def test_gradients_are_summed_in_the_precision_of_the_table():
     assert table.grad.tolist() == [[0, 0], [2500, 2500], [0.5, 0.5], [0.5, 0.5], [0, 0], [0, 0], [2500, 2500]]
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_gradient_has_the_dtype_of_the_table(kernels):
+    from meloformer.kernels import lookup_kernels
+
+    table, rows, gradient = inputs(5, 16, 2, (3, 4), torch.float32)
+    table = table.half().requires_grad_()
+    if kernels:
+        found = lookup_kernels.backward(gradient, find_readers(rows, 5), PART, 5, torch.float16)
+    else:
+        (found,) = torch.autograd.grad(sum_of_rows(table, rows, torch.float32), table, gradient)
+    exact = torch.zeros(5, 16, device=DEVICE)
+    exact.index_add_(0, rows.flatten(), gradient.flatten(0, -2).repeat(2, 1))
+    torch.testing.assert_close(found, exact.half(), rtol=1e-3, atol=1e-3)
+
+
 def test_second_gradients_are_refused():
     table = torch.randn(3, 2, device=DEVICE, requires_grad=True)
     out = sum_of_rows(table, torch.tensor([[1, 2]], device=DEVICE), torch.float32)
@@ -127,6 +143,15 @@ def test_opcheck():
     readers = [*find_readers(rows, 5)]
     backward = torch.ops.meloformer.sum_of_rows_backward
     torch.library.opcheck(backward, (gradient, rows, readers, 5, table.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_float64_is_refused():
+    rows = torch.tensor([[1, 2]], device=DEVICE)
+    for table, dtype in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        with pytest.raises(ValueError, match="float64 would not be what it says"):
+            sum_of_rows(torch.zeros(3, 16, dtype=table, device=DEVICE), rows, dtype)
 
 
 @pytest.mark.gpu

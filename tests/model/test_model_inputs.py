@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from meloformer.kernels.structure import Structure
+from meloformer.model import inputs
 from meloformer.model.inputs import BAR_ENDS, TABLE_SIZES, ChordGuesses, InputFeatures, read_context
 from meloformer.tokens import attributes, vocab
 from meloformer.tokens.vocab import CHORD, INST, L, P, T, V
@@ -113,6 +114,51 @@ def test_any_ids_give_indices_of_the_tables(seed):
     structure = Structure.build(doc, zeros, inst, zeros, zeros)
     for name, values, size in zip(NAMES, context_of(ids, structure), SIZES):
         assert values.shape == ids.shape and values.min() >= 0 and values.max() < size, name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_documents_of_any_ids_do_not_know_of_each_other(seed):
+    """Many in a row, some of them alike, that begin and end anywhere and are numbered as one likes. Each says
+    the same as alone. Few ids, so that the same ones come again."""
+    random = np.random.default_rng(seed)
+    some = random.choice(vocab.VOCAB_SIZE, 12, replace=False)
+    heads = [CHORD.start, CHORD.start + 1, INST.start, INST.start + 3, INST.stop - 1]
+    ids_of = np.concatenate([some, heads, [T.start + 3, P.start + 60, L.start + 5, V.start + 9]])
+    length, rows, numbers = 90, [], []
+    for _ in range(3):
+        cuts = np.sort(random.choice(np.arange(4, length), 8, replace=False))
+        alike = random.choice(ids_of, length)
+        row = [
+            random.choice([alike[:n], random.choice(ids_of, n)])
+            for n in np.diff(cuts, prepend=3, append=length)
+        ]
+        row = [np.array([INST.stop - 1]), np.array([CHORD.start, INST.start]), *row]
+        rows.append(row)
+        numbers.append(
+            np.repeat(np.sort(random.choice(500, len(row), replace=False)), [len(part) for part in row])
+        )
+    inst = random.choice([0, 33, 128, vocab.NO_INSTRUMENT], length)
+
+    def context(documents, doc, inst):
+        ids = torch.from_numpy(np.stack([np.concatenate(row) for row in documents]))
+        zeros, of_ids = torch.zeros_like(ids), torch.from_numpy(np.broadcast_to(inst, ids.shape).copy())
+        structure = Structure.build(torch.from_numpy(doc), zeros, of_ids, zeros, zeros, num_summaries=length)
+        return torch.stack(context_of(ids, structure))
+
+    together = context(rows, np.stack(numbers), inst)
+    for number, row in enumerate(rows):
+        start = 0
+        for document in row:
+            part = slice(start, start + len(document))
+            alone = context([[document]], np.zeros((1, len(document)), np.int64), inst[part])
+            assert torch.equal(together[:, number, part], alone[:, 0])
+            start += len(document)
+
+
+def test_keys_are_as_large_as_they_may_be():
+    """Those of places in a batch of 2^28 tokens."""
+    largest = 2**28 * (vocab.NO_INSTRUMENT + 1) * (len(T) + 1) * vocab.VOCAB_SIZE
+    assert largest < 1 << (inputs._KEY_BITS - 1) and 3 << inputs._KEY_BITS < 2**62
 
 
 def test_what_repeats_is_foreseen():

@@ -253,6 +253,28 @@ def test_initial_deviations():
             )
 
 
+@pytest.mark.parametrize("reads", [{"features"}, {"time_fraction"}, {"copy_chords"}, set()])
+def test_each_of_the_musical_inputs_alone(reads):
+    """Nothing is read for the others, and what is there counts."""
+    off = {"features": (), "time_fraction": 0.0, "copy_chords": False}
+    model = tiny_model(replace(TINY, **{name: value for name, value in off.items() if name not in reads}))
+    batch = [[song(Random(1), 12)], [song(Random(2), 9)]]
+    packed, ids = structure(batch), random_ids(batch)
+    context = model.read(ids, packed)
+    assert len(context.rows) == (9 if "features" in reads else 2) and context.readers is None
+    assert (context.onset is not None, context.copies is not None) == (
+        "time_fraction" in reads,
+        "copy_chords" in reads,
+    )
+    model.zero_grad()
+    logits = model(ids, packed, "reference")
+    logits.square().mean().backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+    if "time_fraction" in reads:
+        later = context._replace(onset=context.onset + 5 * (context.onset > 0))
+        assert not torch.equal(model(ids, packed, "reference", later), logits)
+
+
 def test_a_table_that_is_frozen_gets_no_gradient():
     model = MeloFormer(ModelConfig(layers=1, dim=32, heads=1, ffn=32))
     model.instrument_embedding.requires_grad_(False)

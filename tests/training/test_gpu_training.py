@@ -15,6 +15,7 @@ from meloformer.kernels import plan
 from meloformer.model.transformer import SIZES
 from meloformer.stop import STOPPED
 from meloformer.training.distributed import Job
+from meloformer.training.replay import Replayed
 from meloformer.training.stepper import Stepper
 
 from helpers.attention_cases import check_error
@@ -143,6 +144,7 @@ def test_what_is_replayed_is_what_is_read(data, tmp_path, attention):
     torch.cuda.synchronize()
     graphs = [*stepper._replayed._recorded.values()]
     assert len(graphs) == len({batch.structure.summary_doc.shape for batch in batches}) > 1 and all(graphs)
+    assert all(ready.context.readers is not None for ready in prepared)
     for batch, ready in zip([*batches, *batches], prepared):
         found, exact = (
             tensors_of(x)
@@ -151,6 +153,31 @@ def test_what_is_replayed_is_what_is_read(data, tmp_path, attention):
         assert len(found) > 8
         for got, want in zip(found, exact, strict=True):
             assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is():
+    """With a warning, once; and what comes after is recorded."""
+    fails = [True]
+
+    def double(ids, structure):
+        if fails[0] and torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no memory\nfor it")
+        return (2 * ids, None)
+
+    replayed = Replayed()
+    first, second, *_ = (batch.to(DEVICE) for batch in varied(2))
+    assert first.structure.summary_doc.shape != second.structure.summary_doc.shape
+    with torch.cuda.stream(torch.cuda.Stream()):
+        replayed(double, first.ids, first.structure, None)
+        with pytest.warns(UserWarning, match="recording them failed: no memory$"):
+            found = replayed(double, first.ids, first.structure, None)
+        fails[0] = False
+        found = [found, replayed(double, first.ids, first.structure, None)]
+        found += [replayed(double, second.ids, second.structure, None) for _ in range(3)]
+    torch.cuda.synchronize()
+    assert [bool(graph) for graph in replayed._recorded.values()] == [False, True]
+    for (got, nothing), batch in zip(found, (first, first, second, second, second)):
+        assert nothing is None and torch.equal(got, 2 * batch.ids)
 
 
 def logits_and_gradients(stepper: Stepper, batch: Batch) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """One optimizer step: the same whatever deals out its rows."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -72,6 +74,18 @@ def test_what_no_weight_changes_is_read_when_a_batch_is_prepared(data, tmp_path,
     monkeypatch.setattr("meloformer.training.stepper.forbidden_instruments", read_again)
     stepper.accumulate(ready, last=True)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_stepper_goes_when_nobody_holds_it(data, tmp_path):
+    """At once: what it holds must go before the process group, and weights before those of the next."""
+    stepper = Stepper(config(data, tmp_path), TINY, start_job("cpu"))
+    gone = weakref.ref(stepper), weakref.ref(stepper.model)
+    gc.disable()
+    try:
+        del stepper
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("share", [0.1, 10.0], ids=["clipped", "not clipped"])
