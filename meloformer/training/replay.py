@@ -22,7 +22,7 @@ class Replayed:
     inputs of one kind, and from then on replays them.
 
     The first call of a kind runs it as it is: kernels are loaded then, and constants copied. Results are
-    copies, which nothing overwrites. What cannot be recorded, say for lack of memory, runs as it is, with a
+    copies, which nothing overwrites. If memory does not suffice to record a kind, it runs as it is, with a
     warning. The function is passed at every call, since a caller that kept it here would keep itself.
     """
 
@@ -52,7 +52,8 @@ class Replayed:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             return _Graph(function, ids, structure, self._pool)
-        except RuntimeError as error:  # a lack of memory, too
+        except torch.OutOfMemoryError as error:  # a recording cannot use what PyTorch holds for others
+            self._pool = None  # PyTorch takes no pool again that has lost its last graph
             reason = str(error).partition("\n")[0]
             text = f"some kernels are launched one by one, since recording them failed: {reason}"
             warnings.warn(text, stacklevel=3)
