@@ -207,10 +207,10 @@ def _compiled(flag: bool | None) -> str:
 
 def _made(result: dict, source: str) -> str:
     settings = result["settings"]
-    return (
-        f"`{source}`: {settings['steps']} steps measured after {settings['warmup']} or more of warm-up, by "
-        f"`python -m benchmarks.train` on {provenance(result['machine'])}.\n"
-    )
+    turns = settings.get("turns", 1)  # files of before did not have them
+    fastest = f" (the fastest of {turns} turns of all rows)" if turns > 1 else ""
+    steps = f"{settings['steps']} steps measured after {settings['warmup']} or more of warm-up{fastest}"
+    return f"`{source}`: {steps}, by `python -m benchmarks.train` on {provenance(result['machine'])}.\n"
 
 
 def _speed(rows: list[dict]) -> str:

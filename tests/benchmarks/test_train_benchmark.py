@@ -62,6 +62,38 @@ def test_every_row_is_measured_or_says_why_not(data, tmp_path, capsys, monkeypat
     assert (tmp_path / "again_speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_fastest_turn_of_each_row_is_kept(data, tmp_path, monkeypatch):
+    """A turn is all rows once; a failure is slower than anything."""
+    speeds = iter([10.0, 7.0, None, 9.0, 12.0, 8.0])
+    asked = []
+
+    def attempt(config, *_):
+        asked.append(config.attention)
+        speed = next(speeds)
+        return {"rows_per_batch": 1} | ({"failed": "why"} if speed is None else {"tokens_per_s": speed})
+
+    monkeypatch.setattr(train, "attempt", attempt)
+    monkeypatch.setattr(train, "_publish", lambda *_: None)
+    target = tmp_path / "page.md"
+    args = [
+        "--attention",
+        "reference,dense",
+        "--data_dir",
+        str(data),
+        "--turns",
+        "3",
+        "--output",
+        str(target),
+    ]
+    train.main([*QUICK, *args])
+    result = json.loads(target.with_suffix(".json").read_text())
+    assert asked == ["reference", "dense"] * 3 and result["settings"]["turns"] == 3
+    assert [(row["attention"], row["tokens_per_s"]) for row in result["rows"]] == [
+        ("reference", 12.0),
+        ("dense", 9.0),
+    ]
+
+
 def test_without_data_songs_are_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "COMPOSED_BARS", [4])
     target = tmp_path / "page.md"
