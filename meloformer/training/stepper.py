@@ -134,16 +134,17 @@ class Stepper:
             return self._prepare(batch)
         if self._forward_started is not None:  # memory freed since then is no longer in use
             self._side_stream.wait_event(self._forward_started)
+        read = partial(self._replayed, self._read, kind=self.model.training)
+        if torch.are_deterministic_algorithms_enabled():  # they wait for the device, which cannot be recorded
+            read = None
         with torch.cuda.stream(self._side_stream):
-            # It has fixed shapes, and many kernels that take the host longer than the device.
-            read = partial(self._replayed, self._read, kind=self.model.training)
             return self._prepare(batch, read)._replace(ready=self._side_stream.record_event())
 
     def _read(self, ids: Tensor, structure: Structure) -> tuple[Context, Tensor]:
         return self.model.read(ids, structure), forbidden_instruments(ids, structure)
 
     def _prepare(self, batch: Batch, read: Callable | None = None) -> PreparedBatch:
-        """`read`: in place of `_read`."""
+        """`read`: in place of `_read`, which it calls or replays."""
         moved = batch.to(self._job.device, non_blocking=True)
         ids, structure = moved.ids, moved.structure
         if self.model.config.dense:
