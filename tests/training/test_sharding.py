@@ -118,6 +118,11 @@ def codes(results):
     return [result["codes"] for result in results]
 
 
+def outputs(results):
+    """All of it, which pytest would cut short."""
+    return "\n".join(result["output"] for result in results)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "one, other, tolerance",
@@ -145,14 +150,14 @@ def test_it_says_so_and_samples(runs):
 @pytest.mark.slow
 def test_a_dry_run_measures_a_step(runs):
     folder, told = runs["dry"]
-    assert codes(told) == [[0, 0]] and "s per step, measured on one" in told[0]["output"], told
+    assert codes(told) == [[0, 0]] and "s per step, measured on one" in told[0]["output"], outputs(told)
     assert not folder.exists()
 
 
 @pytest.mark.slow
 def test_a_stopped_run_is_resumed_bit_for_bit(runs):
     folder, told = runs["stopped"]
-    assert codes(told) == [[STOPPED, STOPPED], [0, 0]], told
+    assert codes(told) == [[STOPPED, STOPPED], [0, 0]], outputs(told)
     assert "resuming after step 3" in told[1]["output"]
     assert_same_run(runs["sharded"][0], folder)
 
@@ -160,7 +165,7 @@ def test_a_stopped_run_is_resumed_bit_for_bit(runs):
 @pytest.mark.faults
 def test_fine_tuning_and_extending_are_the_same_with_a_sharded_state(tuned_runs):
     (folder, told), (alone, told_alone) = tuned_runs["sharded"], tuned_runs["alone"]
-    assert codes(told) == [[0, 0], [0, 0]] and codes(told_alone) == [[0]], told
+    assert codes(told) == [[0, 0], [0, 0]] and codes(told_alone) == [[0]], outputs(told)
     for line in (
         "beginning with the weights of",
         "is extended from 2 to 3 steps",
@@ -174,7 +179,7 @@ def test_fine_tuning_and_extending_are_the_same_with_a_sharded_state(tuned_runs)
 @pytest.mark.slow
 def test_checkpoints_do_not_tell_whether_and_over_how_many_the_state_was_sharded(runs):
     folder, told = runs["changed"]
-    assert codes(told) == [[STOPPED, STOPPED], [STOPPED], [0, 0]], told
+    assert codes(told) == [[STOPPED, STOPPED], [STOPPED], [0, 0]], outputs(told)
     assert "resuming after step 2" in told[1]["output"] and "resuming after step 4" in told[2]["output"]
     assert losses(folder) == pytest.approx(losses(runs["plain"][0]), rel=1e-4)
     newest = [latest_checkpoint(runs[name][0] / "checkpoints") for name in ("plain", "sharded", "changed")]
@@ -202,7 +207,7 @@ def test_an_export_of_a_sharded_run_generates(runs, tmp_path):
 @pytest.mark.parametrize("what", ["nan loss", "inf gradient"])
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(not_finite_runs, what):
     folder, told = not_finite_runs[what]
-    assert codes(told) == [[0, 0]], told
+    assert codes(told) == [[0, 0]], outputs(told)
     found = [record.get("skipped", False) for record in records(folder)]
     assert found == [False] * 3 + [True] + [False] * 2
     weights = {s: load_checkpoint(folder / "checkpoints" / f"step-{s:08d}").weights for s in (3, 4, 5)}
@@ -213,7 +218,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(not_finite_r
 @pytest.mark.slow
 def test_weights_that_are_not_finite_in_the_share_of_another_process_are_not_saved(not_finite_runs):
     folder, told = not_finite_runs["inf weight"]
-    assert codes(told)[0][0] == 3 and codes(told)[0][1] != 0, told
+    assert codes(told)[0][0] == 3 and codes(told)[0][1] != 0, outputs(told)
     assert "the weights are not finite after step 2" in told[0]["output"]
     assert latest_checkpoint(folder / "checkpoints").name == "step-00000001"
 
