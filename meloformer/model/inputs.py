@@ -156,7 +156,8 @@ class _ContextScan(Scan):
 
     def __init__(self, ids: Tensor, structure: Structure):
         super().__init__(ids, structure)
-        self._inst, self._room = structure.inst, structure.summary_doc.shape[1]
+        self._inst, room = structure.inst, structure.summary_doc.shape[1]
+        self._bar = torch.arange(room, device=ids.device).expand(len(ids), -1)  # numbers of bars, [B, M]
         self._last = self.last(self.marks)
         self._first = torch.maximum(self._last[_PLACE[_OUTSIDE]] + 1, self.start)  # the group's first note
         self._number = torch.arange(ids.numel(), device=ids.device).view(ids.shape)  # in the batch
@@ -220,8 +221,7 @@ class _ContextScan(Scan):
     def _bars(self, bars_BN: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Of each bar: its first token, its label's id, a key of that and its document, and of the label
         before as well; [B, M] all. What comes after the last bar of a row means nothing."""
-        number = torch.arange(self._room, device=self.ids.device).expand(len(self.ids), -1)
-        begin = torch.searchsorted(bars_BN, number + 1).clamp(max=self.ids.shape[1] - 1)
+        begin = torch.searchsorted(bars_BN, self._bar + 1).clamp(max=self.ids.shape[1] - 1)
         label, document = self.ids.gather(1, begin), self._document.gather(1, begin)
         before = label[:, :-1].where(document[:, 1:] == document[:, :-1], 0)
         one = document * vocab.VOCAB_SIZE + label
@@ -231,10 +231,9 @@ class _ContextScan(Scan):
     def _guesses(
         self, bars_BN: Tensor, begin_BM: Tensor, label_BM: Tensor, back: list[Tensor]
     ) -> ChordGuesses:
-        number = torch.arange(self._room, device=self.ids.device).expand_as(label_BM)
-        followers = torch.stack([_one_later(label_BM, number, of) for of in back])
+        followers = torch.stack([_one_later(label_BM, self._bar, of) for of in back])
         at = bars_BN - self.tables.bars_back  # [4, B, N]
-        index = at.clamp(0, self._room - 1)
+        index = at.clamp(0, self._bar.shape[1] - 1)
 
         def of_bars(values_BM: Tensor) -> Tensor:
             return values_BM.expand(len(at), -1, -1).gather(2, index)

@@ -135,8 +135,6 @@ class Stepper:
         if self._forward_started is not None:  # memory freed since then is no longer in use
             self._side_stream.wait_event(self._forward_started)
         read = partial(self._replayed, self._read, kind=self.model.training)
-        if torch.are_deterministic_algorithms_enabled():  # they wait for the device, which cannot be recorded
-            read = None
         with torch.cuda.stream(self._side_stream):
             return self._prepare(batch, read)._replace(ready=self._side_stream.record_event())
 

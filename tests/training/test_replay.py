@@ -89,3 +89,14 @@ def test_few_kinds_are_recorded(graphs, monkeypatch):
         for _ in range(3):
             replayed(double, batch.ids, batch.structure, kind)
     assert len(graphs) == 2 and double.calls == 2 * 2 + 2 * 3
+
+
+def test_nothing_is_recorded_under_deterministic_algorithms(graphs):
+    replayed, batch = Replayed(), varied(2)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [replayed(double, batch.ids, batch.structure, None) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not graphs and double.calls == 3
+    assert all(torch.equal(got, 2 * batch.ids) for got, _ in found)
