@@ -106,7 +106,7 @@ def test_attention_with_launches_that_were_measured(dim, dtype):
 @pytest.mark.builds
 @pytest.mark.parametrize("arch", GPUS)
 def test_what_is_around_the_attention(arch):
-    """Norms, RoPE, SwiGLU, the bars and the plan."""
+    """Norms, RoPE, SwiGLU, embeddings, the bars and the plan."""
     (found,) = builds((arch, "bfloat16", 64, ("around",)))
     assert len(found) >= 17
     for build in found:
