@@ -222,15 +222,10 @@ def _order_of_bands(runs: Runs, at_random: np.ndarray, cell: np.ndarray) -> np.n
     place = np.zeros((len(at_random), VOCAB_SIZE), np.uint16)  # headers come first, EOS last
     place[:, BAND.start : BAND.stop] = place[:, INST.start : INST.stop] = at_random
     place[:, EOS] = 0xFFFF
-    # Each key is different, for it ends in the number of the run; sorting is much faster than `argsort`.
-    part = np.arange(0, len(runs.part) << 40, 1 << 40)
+    # By part, then by place. Parts are in order already, so a stable sort moves little.
     key = place.take(cell).astype(np.int64)
-    key <<= 24
-    key += np.repeat(part, lengths(runs.part, len(key)))
-    key += np.arange(len(key))
-    key.sort()
-    key &= 0xFFFFFF
-    return key
+    key += np.repeat(np.arange(0, len(runs.part) << 16, 1 << 16), lengths(runs.part, len(key)))
+    return key.argsort(kind="stable")
 
 
 @functools.lru_cache(maxsize=1)
